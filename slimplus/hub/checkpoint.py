@@ -1,0 +1,116 @@
+"""Packed checkpoints on disk, laid out as the hub does it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from slimplus.errors import InputError
+from slimplus.files import sync_folder
+from slimplus.hub.quantizer import METHOD, SlimplusConfig, register
+
+SHARD_BYTES = 2 * 2**30  # what is held in memory while a checkpoint is written
+
+
+def write_checkpoint(
+    folder: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    config: PretrainedConfig,
+    quantization: SlimplusConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    generation: GenerationConfig | None,
+    model_card: str,
+    shard_bytes: int = SHARD_BYTES,
+) -> int:
+    """Write a checkpoint that `from_pretrained` loads; the folder appears whole or not at all.
+
+    Args:
+        folder: replaced if it exists.
+        tensors: names as in the model's state dict, in the order in which they are written; one shard is in memory.
+        config: of the full-precision model.
+        quantization: which layers are packed, and how.
+        tokenizer: saved beside the weights.
+        generation: saved beside the weights.
+        model_card: content of README.md.
+        shard_bytes: size at which another shard begins.
+
+    Returns:
+        Bytes of all the tensors.
+    """
+    staging = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    size = _write_shards(staging, tensors, shard_bytes)
+    packed_config = type(config).from_dict(config.to_dict())
+    packed_config.quantization_config = quantization.to_dict()
+    packed_config.save_pretrained(staging)
+    tokenizer.save_pretrained(staging)
+    if generation is not None:
+        generation.save_pretrained(staging)
+    (staging / "README.md").write_text(model_card)
+    shutil.rmtree(folder, ignore_errors=True)
+    staging.rename(folder)
+    sync_folder(folder.parent)
+    return size
+
+
+def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> int:
+    """Greedy shards; their names hold their number, which is known only at the end."""
+    shards: list[list[str]] = []
+    pending: dict[str, Tensor] = {}
+    total = pending_bytes = 0
+
+    def flush() -> None:
+        save_file(pending, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, tensor in tensors:
+        if pending and pending_bytes + tensor.nbytes > shard_bytes:
+            flush()
+            pending_bytes = 0
+        pending[name] = tensor.contiguous()
+        pending_bytes += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    stem, suffix = SAFE_WEIGHTS_NAME.split(".")
+    names = [
+        SAFE_WEIGHTS_NAME if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.{suffix}"
+        for number in range(1, len(shards) + 1)
+    ]
+    for number, name in enumerate(names):
+        (folder / f"{number}.part").rename(folder / name)
+    if len(shards) > 1:
+        weight_map = {tensor: name for name, members in zip(names, shards, strict=True) for tensor in members}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2))
+    return total
+
+
+def load(path: str | Path, **arguments: Any) -> PreTrainedModel:
+    """Load a packed checkpoint: a folder or a hub id.
+
+    `AutoModelForCausalLM.from_pretrained` does the same once `slimplus` has been imported. Without that import
+    transformers does not know the method, and gives a model with random linear layers.
+
+    Args:
+        path: folder or hub id.
+        arguments: passed on to `from_pretrained`.
+
+    Raises:
+        InputError: if what is there is no checkpoint of this package.
+    """
+    register()
+    config, _ = PretrainedConfig.get_config_dict(path)
+    if (config.get("quantization_config") or {}).get("quant_method") != METHOD:
+        raise InputError(f"{path} is not a packed slimplus checkpoint; load it with transformers")
+    return AutoModelForCausalLM.from_pretrained(path, **arguments)

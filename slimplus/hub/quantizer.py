@@ -1,0 +1,105 @@
+"""The `slimplus` quantization method of transformers: `from_pretrained` builds packed layers.
+
+Imported while `transformers` itself is being imported (see `slimplus/__init__.py`): from transformers it may import
+only what `transformers.quantizers` itself rests on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from slimplus.nn import PackedLinear
+
+METHOD = "slimplus"
+
+
+class SlimplusConfig(QuantizationConfigMixin):
+    """`quantization_config` of a packed checkpoint.
+
+    Args:
+        bits: average bits of the groups.
+        group_size: columns a group.
+        modules: name of each packed layer → number of its groups of each width. Shapes follow from it, and they are
+            needed before any tensor is read.
+        method: how the weights were quantized.
+    """
+
+    def __init__(
+        self,
+        bits: int,
+        group_size: int,
+        modules: Mapping[str, Mapping[Any, int]],
+        method: str,
+        **_: Any,
+    ) -> None:
+        self.quant_method: Any = METHOD
+        self.bits, self.group_size, self.method = bits, group_size, method
+        self.modules = {
+            name: {int(width): count for width, count in counts.items()} for name, counts in modules.items()
+        }
+
+
+class SlimplusQuantizer(HfQuantizer):
+    """Swaps packed layers in before the weights are loaded."""
+
+    requires_calibration = True
+    quantization_config: SlimplusConfig
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        swap_packed_layers(model, self.quantization_config)
+
+    def is_serializable(self, safe_serialization: bool | None = None) -> bool:
+        """Packed tensors are ordinary tensors."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def swap_packed_layers(model: nn.Module, config: SlimplusConfig) -> None:
+    """Replace the linear layers that `config` names by empty packed ones, on the meta device.
+
+    Raises:
+        ValueError: where the model has no such linear layer, or its size does not fit.
+    """
+    for name, counts in config.modules.items():
+        try:
+            linear = model.get_submodule(name)
+        except AttributeError:
+            linear = None
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"quantization_config.modules: the model has no linear layer {name}")
+        try:
+            with torch.device("meta"):
+                packed = PackedLinear(
+                    linear.in_features,
+                    linear.out_features,
+                    config.group_size,
+                    counts,
+                    bias=linear.bias is not None,
+                    dtype=linear.weight.dtype,
+                )
+        except ValueError as error:
+            raise ValueError(f"quantization_config.modules: {name}: {error}") from error
+        model.set_submodule(name, packed)
+
+
+def register() -> None:
+    """Make transformers know the method; a second call does nothing."""
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(SlimplusConfig)
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(METHOD)(SlimplusQuantizer)

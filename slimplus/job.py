@@ -1,0 +1,289 @@
+"""What a running job holds: its directory, processes, texts, model, and figures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from slimplus.config import Recipe, flatten, resolve_model_folder, to_yaml
+from slimplus.data.text import load_text
+from slimplus.data.windows import Windows, calibration_windows, evaluation_windows
+from slimplus.errors import InputError
+from slimplus.layout import PackedLayout
+from slimplus.models.architectures import blocks_path, find_blocks, find_linears
+from slimplus.models.loading import ModelSource, build_on_meta
+from slimplus.models.precision import resolve_precision
+from slimplus.models.streaming import BlockRunner, StreamedModel
+from slimplus.quantization.affine import group_count
+from slimplus.quantization.linear import QuantizationConfig
+from slimplus.run import Record, RunDirectory, read_allocation
+from slimplus.training.blockwise import BlockQuantizer
+from slimplus.training.fit import FitConfig
+from slimplus.training.reconstruction import ReconstructionConfig
+from slimplus.training.strategies import launch
+
+# Keys that may change between the starts of one run: they say where it runs, or what is measured at the end.
+FREE_KEYS = (
+    *("run_dir", "resume", "dry_run", "data.evaluation"),
+    *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
+)
+
+
+def model_source(recipe: Recipe) -> ModelSource:
+    """Where the recipe's model comes from."""
+    model = recipe.model
+    return ModelSource(resolve_model_folder(model.path), model.gguf_file, model.dtype, model.trust_remote_code)
+
+
+@dataclass
+class Job:
+    """One start of a run; see `prepare`.
+
+    Attributes:
+        metrics: the content of metrics.json, written after every stage.
+        allocation: widths imported from another run, by layer, or None.
+    """
+
+    recipe: Recipe
+    run: RunDirectory
+    fabric: Fabric
+    runner: BlockRunner
+    source: ModelSource
+    tokenizer: PreTrainedTokenizerBase
+    calibration: Windows
+    evaluation: Windows
+    quantizer: BlockQuantizer
+    block_names: list[str]
+    allocation: dict[str, list[int]] | None
+    metrics: dict[str, Any]
+
+    @cached_property
+    def model(self) -> StreamedModel:
+        """The full-precision model; loaded when a stage first asks for it."""
+        return StreamedModel(self.source.model(), self.runner.device)
+
+    def release_model(self) -> None:
+        """Free the full-precision model."""
+        self.__dict__.pop("model", None)
+
+    @property
+    def block_count(self) -> int:
+        return len(self.block_names)
+
+    def shard(self, tokens: Tensor) -> Tensor:
+        """This rank's windows."""
+        return tokens[self.fabric.global_rank :: self.fabric.world_size]
+
+    def imported_bits(self, index: int) -> dict[str, Tensor] | None:
+        """Widths of one block's layers from the imported allocation."""
+        if self.allocation is None:
+            return None
+        prefix = f"{self.block_names[index]}."
+        return {
+            name.removeprefix(prefix): torch.tensor(widths, dtype=torch.int32)
+            for name, widths in self.allocation.items()
+            if name.startswith(prefix)
+        }
+
+    def save_block(self, index: int, tensors: dict[str, Tensor], record: Record) -> None:
+        """Keep a finished block, from the first rank: all ranks hold the same."""
+        if self.fabric.is_global_zero:
+            self.run.save_block(index, tensors, record)
+        self.fabric.barrier()
+
+    def packed_layout(self) -> PackedLayout:
+        """Widths and sizes of all the packed layers, from the block files; one block in memory at a time."""
+        layout, group_size = PackedLayout({}), self.quantizer.quantization.group_size
+        for index, (block_name, block) in enumerate(zip(self.block_names, self.model.blocks, strict=True)):
+            tensors, _ = self.run.require_block(index)
+            for name, linear in find_linears(block).items():
+                packed = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
+                layout.add(f"{block_name}.{name}", packed, linear.weight.shape, group_size)
+        return layout
+
+    def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the packed model by its name, block by block."""
+        yield from self.model.outer_tensors()
+        for index, (name, block) in enumerate(zip(self.block_names, self.model.blocks, strict=True)):
+            packed, _ = self.run.require_block(index)
+            linears = find_linears(block)
+            for key, tensor in block.state_dict().items():
+                if key.rpartition(".")[0] not in linears:
+                    yield f"{name}.{key}", tensor
+            for key, tensor in packed.items():
+                yield f"{name}.{key}", tensor
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage, and keep the figures at its end."""
+        start = time.perf_counter()
+        yield
+        self.metrics["seconds"][name] = self.metrics["seconds"].get(name, 0) + time.perf_counter() - start
+        self.metrics["peak_memory_bytes"] = max(self.metrics.get("peak_memory_bytes", 0), peak_memory())
+        if self.runner.device.type == "cuda":
+            self.metrics["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated(self.runner.device)
+        if self.fabric.is_global_zero:
+            self.run.write("metrics.json", self.metrics)
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def prepare(recipe: Recipe) -> Job:
+    """Start the processes, read the texts and check all that can be checked before the long work.
+
+    Raises:
+        InputError: for input the user can put right.
+    """
+    run = RunDirectory(recipe.run_dir, recipe.resume)
+    trainer = recipe.trainer
+    fabric = launch(trainer.accelerator, trainer.devices, trainer.num_nodes, trainer.strategy)
+    logging.getLogger("slimplus").setLevel(logging.INFO if fabric.is_global_zero else logging.WARNING)
+    L.seed_everything(recipe.seed, verbose=False)
+    _check_shares(recipe, fabric.world_size)
+    if fabric.is_global_zero:
+        run.create()
+    fabric.barrier()
+    runner = BlockRunner(fabric.device, resolve_precision(trainer.precision, fabric.device))
+    source = model_source(recipe)
+    config = source.config()
+    block_names, allocation = _check_model(build_on_meta(config), recipe)
+    tokenizer = source.tokenizer()
+    with fabric.rank_zero_first():
+        calibration, evaluation = _windows(recipe, tokenizer, run.tokens)
+    inputs = _inputs(recipe, calibration, config, runner.precision)
+    run.check_inputs(inputs)
+    metrics = _metrics(recipe, run, evaluation, runner.precision)
+    fabric.barrier()
+    if fabric.is_global_zero:
+        run.write("inputs.json", inputs)
+        run.write("recipe.yaml", to_yaml(recipe))
+    return Job(
+        recipe=recipe,
+        run=run,
+        fabric=fabric,
+        runner=runner,
+        source=source,
+        tokenizer=tokenizer,
+        calibration=calibration,
+        evaluation=evaluation,
+        quantizer=_quantizer(recipe, fabric, runner, run.logs),
+        block_names=block_names,
+        allocation=allocation,
+        metrics=metrics,
+    )
+
+
+def _check_shares(recipe: Recipe, processes: int) -> None:
+    samples, windows = recipe.data.samples, recipe.data.evaluation.windows
+    if samples % processes:
+        raise InputError(
+            f"data.samples: {samples} windows cannot be shared evenly by {processes} processes; "
+            f"give a multiple of {processes}"
+        )
+    if windows < processes:
+        raise InputError(f"data.evaluation.windows: {windows} is less than one for each of {processes} processes")
+
+
+def _check_model(model: PreTrainedModel, recipe: Recipe) -> tuple[list[str], dict[str, list[int]] | None]:
+    """Names of the blocks, and the imported allocation if there is one, checked against the model's layers."""
+    blocks, group_size = find_blocks(model), recipe.quantization.group_size
+    names = [f"{blocks_path(model.config)}.{index}" for index in range(len(blocks))]
+    if recipe.quantization.allocation is None:
+        return names, None
+    allocation = read_allocation(recipe.quantization.allocation, group_size)
+    expected = {
+        f"{name}.{layer_name}": group_count(layer.in_features, group_size)
+        for name, block in zip(names, blocks, strict=True)
+        for layer_name, layer in find_linears(block).items()
+    }
+    found = {name: len(widths) for name, widths in allocation.items()}
+    if found != expected:
+        name = next(name for name in expected | found if found.get(name) != expected.get(name))
+        raise InputError(
+            f"quantization.allocation: {name} has {found.get(name, 0)} groups there and {expected.get(name, 0)} in the "
+            "model; give the allocation of a run on the same model"
+        )
+    return names, allocation
+
+
+def _windows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[Windows, Windows]:
+    data = recipe.data
+    calibration = calibration_windows(
+        load_text(data.calibration.path, "calibration"),
+        tokenizer,
+        data.samples,
+        data.sequence_length,
+        recipe.seed,
+        cache=folder / "calibration.safetensors",
+    )
+    evaluation = evaluation_windows(
+        load_text(data.evaluation.path, "evaluation"),
+        tokenizer,
+        data.evaluation.windows,
+        data.evaluation.sequence_length,
+        cache=folder / "evaluation.safetensors",
+    )
+    return calibration, evaluation
+
+
+def _inputs(recipe: Recipe, calibration: Windows, config: PretrainedConfig, precision: str) -> dict[str, Any]:
+    """All that finished blocks depend on."""
+    keys = {key: value for key, value in flatten(recipe).items() if not key.startswith(FREE_KEYS)}
+    # The text's fingerprint says more than its path, and the resolved precision more than `auto`.
+    keys |= {"data.calibration.path": calibration.fingerprint, "trainer.precision": precision}
+    architecture = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    return keys | {"model.config": hashlib.sha256(architecture.encode()).hexdigest()}
+
+
+def _metrics(recipe: Recipe, run: RunDirectory, evaluation: Windows, precision: str) -> dict[str, Any]:
+    """The figures so far; perplexities only if they were measured on the same windows."""
+    fresh: dict[str, Any] = {
+        "method": recipe.quantization.method,
+        "model": recipe.model.path,
+        "precision": precision,
+        "evaluation": {
+            "text": recipe.data.evaluation.path,
+            "windows": len(evaluation.tokens),
+            "sequence_length": evaluation.tokens.shape[1],
+            "fingerprint": evaluation.fingerprint,
+        },
+        "perplexity": {},
+        "seconds": {},
+    }
+    before = run.read_metrics()
+    if before.get("evaluation", {}).get("fingerprint") == evaluation.fingerprint:
+        return fresh | before
+    kept = {key: value for key, value in before.items() if key not in (*fresh, "sentence")}
+    return fresh | kept | ({"seconds": before["seconds"]} if "seconds" in before else {})
+
+
+def _quantizer(recipe: Recipe, fabric: Fabric, runner: BlockRunner, logs: Path) -> BlockQuantizer:
+    quantization, training, trainer = recipe.quantization, recipe.training, recipe.trainer
+    return BlockQuantizer(
+        quantization=QuantizationConfig(
+            quantization.method, quantization.bits, quantization.group_size, quantization.percdamp
+        ),
+        reconstruction=ReconstructionConfig(**training.model_dump()),
+        fit=FitConfig(trainer.accelerator, trainer.devices, trainer.num_nodes, trainer.strategy, logs, recipe.seed),
+        runner=runner,
+        fabric=fabric,
+    )

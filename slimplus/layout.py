@@ -1,0 +1,52 @@
+"""Widths and sizes of the packed layers of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimplus.quantization.affine import per_column
+from slimplus.quantization.packing import count_bits
+
+
+@dataclass
+class PackedLayout:
+    """Sums over the packed layers, added one by one.
+
+    Attributes:
+        bits: layer → width of each group, in column order.
+        weights: number of weights, without padding.
+        weight_bits: their widths, summed.
+        packed_bytes: all that is stored for them, biases apart.
+    """
+
+    bits: dict[str, list[int]]
+    weights: int = 0
+    weight_bits: int = 0
+    packed_bytes: int = 0
+
+    def add(self, name: str, packed: dict[str, Tensor], shape: torch.Size, group_size: int) -> None:
+        """Count one layer of `shape` `[out, in]`."""
+        widths = packed["group_bits"][torch.argsort(packed["group_index"])].int()
+        self.bits[name] = widths.tolist()
+        self.weights += shape.numel()
+        self.weight_bits += shape[0] * int(per_column(widths, group_size, shape[1]).sum())
+        self.packed_bytes += sum(tensor.nbytes for key, tensor in packed.items() if key != "bias")
+
+    @property
+    def bit_counts(self) -> dict[str, dict[int, int]]:
+        """Layer → number of groups of each width."""
+        return {name: count_bits(torch.tensor(widths)) for name, widths in self.bits.items()}
+
+    def figures(self, size_bytes: int, full_bytes: int) -> dict[str, Any]:
+        """For metrics.json: the checkpoint of `size_bytes` against the model at 16 bit, `full_bytes`."""
+        return {
+            "average_bits": self.weight_bits / self.weights,
+            "bits_per_weight": 8 * self.packed_bytes / self.weights,
+            "size_bytes": size_bytes,
+            "full_size_bytes": full_bytes,
+            "compression": full_bytes / size_bytes,
+        }

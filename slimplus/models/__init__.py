@@ -1,0 +1,1 @@
+"""Loading transformers and finding their blocks and linear layers."""

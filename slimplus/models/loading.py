@@ -1,0 +1,105 @@
+"""Models, their configuration and tokenizers from the hub, a folder, or a folder with a GGUF file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from slimplus.errors import InputError
+
+
+class ModelLoadError(InputError):
+    """The model or its tokenizer cannot be had."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from.
+
+    Attributes:
+        path: hub id or local folder.
+        gguf_file: name of a GGUF file in it, if that is what holds the weights.
+        dtype: `auto` (as stored; bfloat16 for a GGUF file), or the name of a torch dtype.
+        trust_remote_code: run code that ships with the model.
+    """
+
+    path: str
+    gguf_file: str | None = None
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+
+    def _arguments(self) -> dict[str, Any]:
+        arguments: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        return arguments | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
+
+    def _explain(self, error: Exception) -> ModelLoadError:
+        reason = str(error).strip().splitlines()[0]
+        return ModelLoadError(
+            f"model.path: cannot load '{self.path}' ({reason}); check the hub id and your login, "
+            "or download the model and give its local folder"
+        )
+
+    def config(self) -> PretrainedConfig:
+        """The model's configuration.
+
+        Raises:
+            ModelLoadError: if it cannot be had.
+        """
+        try:
+            return AutoConfig.from_pretrained(self.path, **self._arguments())
+        except (OSError, ValueError) as error:
+            raise self._explain(error) from error
+
+    @staticmethod
+    def config_of(values: Mapping[str, Any]) -> PretrainedConfig:
+        """A configuration from the defaults of `values["model_type"]` and the other values.
+
+        Raises:
+            ModelLoadError: for an unknown architecture.
+        """
+        others = dict(values)
+        model_type = others.pop("model_type", None)
+        try:
+            return AutoConfig.for_model(model_type, **others)
+        except ValueError as error:
+            raise ModelLoadError(f"model.config: {model_type!r} is no model_type of transformers") from error
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer.
+
+        Raises:
+            ModelLoadError: if it cannot be had.
+        """
+        try:
+            return AutoTokenizer.from_pretrained(self.path, **self._arguments())
+        except (OSError, ValueError) as error:
+            raise self._explain(error) from error
+
+    def model(self) -> PreTrainedModel:
+        """The model on the CPU, in its stored dtype (or `dtype`), in evaluation mode, frozen.
+
+        Raises:
+            ModelLoadError: if it cannot be had.
+        """
+        # A GGUF file stores blocks of integers; bfloat16 is what its dequantized weights are served in.
+        dtype = "bfloat16" if self.dtype == "auto" and self.gguf_file else self.dtype
+        arguments = self._arguments()
+        if self.gguf_file and hasattr(transformers, "GgufConfig"):  # since 5.2x the integers would be kept instead
+            arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype, **arguments)
+        except (OSError, ValueError) as error:
+            raise self._explain(error) from error
+        return model.eval().requires_grad_(False)
+
+
+def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:
+    """The model without weights: shapes only, no memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)

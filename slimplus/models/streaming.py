@@ -1,0 +1,164 @@
+"""A causal language model run one block at a time, so that only one block need be on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slimplus.models.architectures import blocks_path, find_blocks
+from slimplus.models.precision import AUTOCAST_DTYPES, autocast
+from slimplus.nn import PackedLinear
+
+BlockArguments = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """What the blocks of a model are fed.
+
+    Attributes:
+        hidden: inputs of the first block, `[windows, sequence_length, hidden]`.
+        arguments: of each block, the other arguments (mask, position embeddings, …) for one window; they broadcast
+            over a batch, since all windows have the same length and none is padded.
+    """
+
+    hidden: Tensor
+    arguments: list[BlockArguments]
+
+
+class _Captured(Exception):
+    """Ends the forward once the last block has been reached."""
+
+
+def run_block(block: nn.Module, hidden: Tensor, arguments: BlockArguments) -> Tensor:
+    """Output of `block` for a batch `[windows, sequence_length, hidden]`."""
+    output = block(hidden, **arguments)
+    return output[0] if isinstance(output, tuple) else output
+
+
+@dataclass(frozen=True)
+class BlockRunner:
+    """Runs blocks over windows that stay on the CPU, in the precision of the job.
+
+    Attributes:
+        device: where blocks run.
+        precision: Lightning's name of the precision to autocast to.
+        windows: how many at a time.
+    """
+
+    device: torch.device
+    precision: str
+    windows: int = 1
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of the matrix products."""
+        return AUTOCAST_DTYPES[self.precision] or torch.float32
+
+    @property
+    def hidden_dtype(self) -> torch.dtype:
+        """Of the hidden states kept on the CPU; float16 could not hold massive activations."""
+        return torch.bfloat16 if self.precision == "bf16-mixed" else torch.float32
+
+    def load(self, block: nn.Module) -> nn.Module:
+        """A float32 copy of `block` on the device, its packed layers dequantized."""
+        copy = deepcopy(block)
+        for name, layer in list(copy.named_modules()):
+            if isinstance(layer, PackedLinear):
+                copy.set_submodule(name, layer.to_linear())
+        return copy.to(self.device, torch.float32)
+
+    @torch.no_grad()
+    def run(self, block: nn.Module, hidden: Tensor, arguments: BlockArguments) -> Tensor:
+        """Outputs for `hidden` `[windows, sequence_length, hidden]`, on the CPU in the dtype of `hidden`."""
+        outputs = torch.empty_like(hidden)
+        for source, destination in zip(hidden.split(self.windows), outputs.split(self.windows), strict=True):
+            with autocast(self.device, self.precision):
+                destination.copy_(run_block(block, source.to(self.device, torch.float32), arguments))
+        return outputs
+
+
+class StreamedModel:
+    """Splits the forward of `model` into embedding, blocks, and head, whatever the architecture.
+
+    The blocks' forward is replaced while the model's own forward runs around them, so that masks and positions are
+    made by the model's own code. All but the blocks becomes float32 on `device`, where autocast makes of it what the
+    precision says; the blocks stay on the CPU in their stored dtype.
+    """
+
+    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
+        self.model, self.dtype = model, model.dtype
+        self.blocks = find_blocks(model)
+        inside = {id(module) for module in self.blocks.modules()}
+        for module in model.modules():
+            if id(module) not in inside:
+                for tensor in (*module._parameters.values(), *module._buffers.values()):
+                    if tensor is not None:
+                        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+                        tensor.data = tensor.data.to(device, dtype)
+
+    @contextmanager
+    def _replaced(self, forward: Callable[..., Tensor]) -> Iterator[None]:
+        """Every block calls `forward(index, hidden, **arguments)` instead of its own."""
+        for index, block in enumerate(self.blocks):
+
+            def call(hidden_states: Tensor, index: int = index, **arguments: Any) -> Tensor:
+                return forward(index, hidden_states, **arguments)
+
+            block.forward = call
+        try:
+            yield
+        finally:
+            for block in self.blocks:
+                del block.forward
+
+    def outer_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and value of all that is saved outside the blocks, in the dtype it was stored in; tied tensors once."""
+        prefix, seen = f"{blocks_path(self.model.config)}.", set()
+        for name, tensor in self.model.state_dict().items():
+            if not name.startswith(prefix) and tensor.data_ptr() not in seen:
+                seen.add(tensor.data_ptr())
+                yield name, tensor.to("cpu", self.dtype if tensor.is_floating_point() else tensor.dtype)
+
+    @property
+    def full_bytes(self) -> int:
+        """Size of the model at 16 bit, tied weights counted once."""
+        return 2 * sum(parameter.numel() for parameter in self.model.parameters())
+
+    @torch.no_grad()
+    def block_inputs(self, tokens: Tensor, runner: BlockRunner) -> BlockInputs:
+        """Embed `tokens` `[windows, sequence_length]`; the hidden states are kept on the CPU."""
+        first: list[Tensor] = []
+        arguments: list[BlockArguments] = []
+
+        def record(index: int, hidden: Tensor, **kwargs: Any) -> Tensor:
+            if index == 0:
+                first.append(hidden.to("cpu", runner.hidden_dtype))
+                arguments.clear()
+            arguments.append(kwargs)
+            if index == len(self.blocks) - 1:
+                raise _Captured
+            return hidden
+
+        with self._replaced(record), autocast(runner.device, runner.precision):
+            for window in tokens.split(1):
+                with suppress(_Captured):
+                    self.model(input_ids=window.to(runner.device), use_cache=False)
+        return BlockInputs(torch.cat(first), arguments)
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, hidden: Tensor, runner: BlockRunner) -> Tensor:
+        """Logits `[windows, sequence_length, vocabulary]` from the output of the last block."""
+
+        def replay(index: int, passed: Tensor, **_: Any) -> Tensor:
+            return hidden.to(passed.device, passed.dtype)
+
+        with self._replaced(replay), autocast(runner.device, runner.precision):
+            return self.model(input_ids=tokens.to(runner.device), use_cache=False).logits

@@ -1,0 +1,148 @@
+"""The whole job: text → windows → block inputs → bits, scales → trained quantizers → packed checkpoint."""
+
+from __future__ import annotations
+
+import logging
+
+from slimplus import report
+from slimplus.config import Recipe, to_yaml
+from slimplus.evaluation import continue_text, perplexity
+from slimplus.hub.checkpoint import load, write_checkpoint
+from slimplus.hub.quantizer import SlimplusConfig
+from slimplus.job import Job, model_source, prepare
+from slimplus.models.loading import build_on_meta
+from slimplus.models.streaming import StreamedModel
+from slimplus.plan import make_plan
+from slimplus.progress import track
+from slimplus.run import write_allocation
+from slimplus.training.block import load_packed_block, packed_block, packed_tensors
+from slimplus.training.blockwise import BlockTask
+
+logger = logging.getLogger(__name__)
+
+PROMPT = "The history of the city begins"
+
+
+def run(recipe: Recipe) -> str | None:
+    """Quantize a model as `recipe` says; whatever `run_dir` already holds of it is skipped.
+
+    Returns:
+        The summary, on the first rank.
+
+    Raises:
+        InputError: for input the user can put right.
+    """
+    job = prepare(recipe)
+    measure_full_precision(job)
+    quantize_blocks(job)
+    export(job)
+    sentence = measure_packed(job)
+    return finish(job, sentence)
+
+
+def dry_run(recipe: Recipe) -> str:
+    """The plan of a run, from the model's shapes alone: no weights are read.
+
+    Raises:
+        InputError: if the model's configuration cannot be had.
+    """
+    source, settings = model_source(recipe), recipe.quantization
+    config = source.config_of(recipe.model.config) if recipe.model.config else source.config()
+    model = build_on_meta(config)
+    return str(make_plan(model, settings.bits, settings.group_size, recipe.data.samples, recipe.data.sequence_length))
+
+
+def measure_full_precision(job: Job) -> None:
+    """Perplexity of the model as it is."""
+    if "full" in job.metrics["perplexity"]:
+        logger.info("perplexity at full precision: found in metrics.json, skipped")
+        return
+    with job.stage("full_precision"):
+        job.metrics["perplexity"]["full"] = perplexity(
+            job.model, job.shard(job.evaluation.tokens), job.runner, "full precision"
+        )
+
+
+def quantize_blocks(job: Job) -> None:
+    """Quantize the blocks in order, each on what the quantized ones before it give; finished ones are replayed."""
+    found = [job.run.has_block(index) for index in range(job.block_count)]
+    if any(found):
+        logger.info("blocks: %d of %d found in %s, skipped", sum(found), len(found), job.run.blocks)
+    if all(found):
+        return
+    with job.stage("blocks"):
+        inputs = job.model.block_inputs(job.shard(job.calibration.tokens), job.runner)
+        full = quantized = inputs.hidden
+        for index, block in track(list(enumerate(job.model.blocks)), "quantizing"):
+            arguments = inputs.arguments[index]
+            original = job.runner.load(block)
+            targets = job.runner.run(original, full, arguments) if job.quantizer.trains else full
+            if (stored := job.run.load_block(index)) is not None:
+                packed = load_packed_block(block, stored[0], job.quantizer.quantization.group_size)
+            else:
+                weights, record = job.quantizer(
+                    BlockTask(
+                        block=original,
+                        name=f"block_{index:03d}",
+                        arguments=arguments,
+                        hidden=quantized,
+                        targets=targets,
+                        bits=job.imported_bits(index),
+                        checkpoints=job.run.checkpoint_folder(index),
+                    )
+                )
+                packed = packed_block(block, weights, job.quantizer.quantization.group_size)
+                job.save_block(index, packed_tensors(packed), record)
+            quantized = job.runner.run(job.runner.load(packed), quantized, arguments)
+            full = targets
+
+
+def export(job: Job) -> None:
+    """Write the packed checkpoint from the block files and the tensors that are not quantized."""
+    if job.run.packed.is_dir() and "size_bytes" in job.metrics:
+        logger.info("checkpoint: found in %s, skipped", job.run.packed)
+        return
+    with job.stage("export"):
+        if job.fabric.is_global_zero:
+            layout, settings = job.packed_layout(), job.quantizer.quantization
+            write_allocation(job.run, layout.bits, settings.bits, settings.group_size)
+            card = report.model_card(job.recipe.model.path, settings.bits, to_yaml(job.recipe))
+            size = write_checkpoint(
+                job.run.packed,
+                job.checkpoint_tensors(),
+                job.model.model.config,
+                SlimplusConfig(settings.bits, settings.group_size, layout.bit_counts, settings.method),
+                job.tokenizer,
+                job.model.model.generation_config,
+                card,
+            )
+            job.metrics |= layout.figures(size, job.model.full_bytes)
+        job.fabric.barrier()
+
+
+def measure_packed(job: Job) -> str:
+    """Perplexity of the checkpoint just as it loads back, and a sentence of what it writes."""
+    if "sentence" in job.metrics:
+        logger.info("perplexity of the checkpoint: found in metrics.json, skipped")
+        return str(job.metrics["sentence"])
+    job.release_model()
+    with job.stage("packed"):
+        model = load(job.run.packed, dtype=job.runner.compute_dtype)
+        streamed = StreamedModel(model, job.runner.device)
+        job.metrics["perplexity"]["quantized"] = perplexity(
+            streamed, job.shard(job.evaluation.tokens), job.runner, "packed"
+        )
+        model.base_model.to(job.runner.device)
+        sentence = continue_text(model, job.tokenizer, PROMPT)
+        job.metrics["sentence"] = sentence
+    return sentence
+
+
+def finish(job: Job, sentence: str) -> str | None:
+    """Write the summary, and the figures into the model card."""
+    if not job.fabric.is_global_zero:
+        return None
+    summary = report.summary(job.metrics, str(job.run.packed), sentence)
+    job.run.write("summary.txt", summary)
+    report.add_figures(job.run.packed / "README.md", job.metrics)
+    return summary

@@ -1,0 +1,121 @@
+"""What a run will do and how large its result will be, from shapes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from slimplus.models.architectures import blocks_path, find_blocks, find_linears
+from slimplus.quantization.affine import group_count
+from slimplus.quantization.packing import packed_size
+
+BYTES_16_BIT = 2
+FLOAT32 = 4
+# A block in training: full-precision weights, rounding targets, fake-quantized weights, and two gradients in flight.
+BLOCK_COPIES = 5
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of a run.
+
+    Attributes:
+        architecture: `model_type`.
+        blocks: transformer blocks.
+        linears: linear layers that get packed.
+        groups: groups of columns in all of them, not counting rows.
+        bits: average width.
+        quantized_weights: number of weights in packed layers.
+        packed_linear_bytes: everything stored for them, biases apart.
+        other_bytes: the rest of the model, at 16 bits.
+        host_bytes: rough peak of main memory: the model, two sets of block inputs, two blocks.
+        device_bytes: rough peak on the device: one block in training, embedding and head.
+    """
+
+    architecture: str
+    blocks: int
+    linears: int
+    groups: int
+    bits: int
+    quantized_weights: int
+    packed_linear_bytes: int
+    other_bytes: int
+    host_bytes: int
+    device_bytes: int
+
+    @property
+    def full_bytes(self) -> int:
+        """The model at 16 bits."""
+        return self.quantized_weights * BYTES_16_BIT + self.other_bytes
+
+    @property
+    def packed_bytes(self) -> int:
+        """The packed checkpoint."""
+        return self.packed_linear_bytes + self.other_bytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Everything stored for the packed layers, over their weights."""
+        return 8 * self.packed_linear_bytes / self.quantized_weights
+
+    def __str__(self) -> str:
+        rows = {
+            "architecture": self.architecture,
+            "blocks": f"{self.blocks:,}",
+            "linear layers": f"{self.linears:,}",
+            "groups": f"{self.groups:,}",
+            "average bits": f"{self.bits:.3f}",
+            "effective bits per weight": f"{self.bits_per_weight:.3f} (scales, zero points and indices counted)",
+            "size": f"{gigabytes(self.full_bytes)} at 16 bit -> {gigabytes(self.packed_bytes)} packed "
+            f"({self.full_bytes / self.packed_bytes:.1f} times smaller)",
+            "peak memory estimate": f"{gigabytes(self.host_bytes)} main memory, "
+            f"of which or on the device {gigabytes(self.device_bytes)}",
+        }
+        return "\n".join(f"{name:<26} {value}" for name, value in rows.items())
+
+
+def gigabytes(size: int) -> str:
+    """`13.5 GB`; smaller sizes in MB."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def make_plan(model: PreTrainedModel, bits: int, group_size: int, samples: int, sequence_length: int) -> Plan:
+    """Plan for `model`, which may lie on the meta device.
+
+    Args:
+        model: the full-precision model.
+        bits: average width. A group one bit narrower and one wider take what two groups of the average take.
+        group_size: columns a group.
+        samples: calibration windows.
+        sequence_length: tokens in each.
+    """
+    blocks = find_blocks(model)
+    prefix = blocks_path(model.config)
+    layers: dict[str, nn.Linear] = {
+        f"{prefix}.{index}.{name}": layer
+        for index, block in enumerate(blocks)
+        for name, layer in find_linears(block).items()
+    }
+    groups = {name: group_count(layer.in_features, group_size) for name, layer in layers.items()}
+    quantized = sum(layer.weight.numel() for layer in layers.values())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    block_weights = max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
+    hidden = samples * sequence_length * model.config.hidden_size * FLOAT32
+    outside = total - sum(parameter.numel() for parameter in blocks.parameters())
+    device = BLOCK_COPIES * block_weights * FLOAT32 + outside * FLOAT32
+    return Plan(
+        architecture=model.config.model_type,
+        blocks=len(blocks),
+        linears=len(layers),
+        groups=sum(groups.values()),
+        bits=bits,
+        quantized_weights=quantized,
+        packed_linear_bytes=sum(
+            packed_size(layer.out_features, {bits: groups[name]}, group_size) for name, layer in layers.items()
+        ),
+        other_bytes=(total - quantized) * BYTES_16_BIT,
+        host_bytes=total * BYTES_16_BIT + 3 * hidden + device,
+        device_bytes=device,
+    )

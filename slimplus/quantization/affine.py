@@ -1,0 +1,135 @@
+"""Group-wise affine quantization of a linear weight, for 1 to 8 bits.
+
+Shapes, everywhere in `slimplus.quantization`: a weight is `[out, in]`; a group is `group_size` consecutive input
+columns (the last may be shorter); `bits` is `[groups]`; `scale` and `zero_point` are `[out, groups]`.
+
+A level is `(q - zero_point) * scale` with `0 <= q < 2**bits`. The zero point is a real number on a grid of
+`2**(bits - 8)`, which is what the packed format stores (8-bit fixed point). So one formula serves every width: a
+1-bit group with levels `centre ± s` has `scale = 2 s` and `zero_point = 0.5 - centre / (2 s)`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_BITS = 8
+SMALLEST_SCALE = 2.0**-20  # representable in float16 with a few bits of precision left
+
+
+def group_count(in_features: int, group_size: int) -> int:
+    """Number of groups that hold `in_features` columns."""
+    return math.ceil(in_features / group_size)
+
+
+def per_column(values: Tensor, group_size: int, in_features: int) -> Tensor:
+    """Spread per-group values `[..., groups]` over their columns: `[..., in_features]`."""
+    return values.repeat_interleave(group_size, dim=-1)[..., :in_features]
+
+
+def minmax_qparams(tile: Tensor, bits: int, shrink: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+    """Scale and zero point `[out]` that span `shrink * [min(w, 0), max(w, 0)]` of a tile `[out, columns]`."""
+    low = tile.amin(dim=-1).clamp(max=0) * shrink
+    high = tile.amax(dim=-1).clamp(min=0) * shrink
+    empty = low == high
+    low, high = torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
+    scale = (high - low) / (2**bits - 1)
+    return scale, torch.round(-low / scale)
+
+
+def binary_qparams(tile: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point `[out]` of a 1-bit tile `[out, columns]`: levels `mean(w) ± mean|w|`."""
+    half_step = tile.abs().mean(dim=-1).clamp(min=SMALLEST_SCALE)
+    return 2 * half_step, 0.5 - tile.mean(dim=-1) / (2 * half_step)
+
+
+def choose_qparams(weight: Tensor, bits: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Round-to-nearest scale and zero point `[out, groups]`: min-max, or mean ± mean magnitude at 1 bit."""
+    pairs = [
+        binary_qparams(tile) if width == 1 else minmax_qparams(tile, width)
+        for tile, width in zip(weight.split(group_size, dim=1), bits.tolist(), strict=True)
+    ]
+    return torch.stack([s for s, _ in pairs], dim=1), torch.stack([z for _, z in pairs], dim=1)
+
+
+def storable_scale(scale: Tensor) -> Tensor:
+    """The nearest scale the packed format holds (positive, float16), in the dtype given."""
+    return scale.clamp(SMALLEST_SCALE, torch.finfo(torch.float16).max).to(torch.float16).to(scale.dtype)
+
+
+def storable_zero_point(zero_point: Tensor, bits: Tensor) -> Tensor:
+    """The nearest zero point the packed format holds: 8-bit fixed point with `8 - bits` fraction bits.
+
+    `bits` must broadcast against `zero_point`.
+    """
+    steps = torch.exp2((MAX_BITS - bits).to(zero_point.dtype))
+    return torch.round(zero_point * steps).clamp(0, 2**MAX_BITS - 1) / steps
+
+
+def nearest_integers(weight: Tensor, scale: Tensor, zero_point: Tensor, largest: Tensor | int) -> Tensor:
+    """Integers `0 … largest` nearest to `weight` on the grid, as floats; all arguments broadcast.
+
+    The whole part of the zero point is added after rounding, so that weights half-way between two levels go where
+    the reference (`round(w / scale) + zero`) sends them: checkpoints that were quantized before are full of ties.
+    """
+    whole = zero_point.floor()
+    rounded = torch.round(weight / scale + (zero_point - whole)).add_(whole)
+    return rounded.clamp_(0, largest) if isinstance(largest, int) else rounded.clamp_(min=0).minimum(largest)
+
+
+def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: Tensor, group_size: int) -> Tensor:
+    """Integers `[out, in]` (uint8) nearest to `weight` on the grid."""
+    columns = weight.shape[1]
+    scale, zero_point, largest = (
+        per_column(t, group_size, columns) for t in (scale, zero_point, (2**bits - 1).to(weight.dtype))
+    )
+    return nearest_integers(weight, scale, zero_point, largest).to(torch.uint8)
+
+
+def dequantize(integers: Tensor, scale: Tensor, zero_point: Tensor, group_size: int) -> Tensor:
+    """Weight `[out, in]` in the dtype of `scale`; exact in float32 for storable scales and zero points."""
+    columns = integers.shape[1]
+    zero_point = per_column(zero_point, group_size, columns)
+    return (integers.to(scale.dtype) - zero_point) * per_column(scale, group_size, columns)
+
+
+def round_straight_through(x: Tensor) -> Tensor:
+    """Round, with the gradient of the identity (the straight-through estimator, arXiv 1308.3432)."""
+    return x + (torch.round(x) - x).detach()
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """One pass forward and one backward: the composition of primitives reads the weight about ten times."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, zero_point: Tensor, largest: Tensor) -> Tensor:
+        integers = nearest_integers(weight, scale, zero_point, largest)
+        ctx.save_for_backward(weight, integers, scale, zero_point)
+        return (integers - zero_point).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+        weight, integers, scale, zero_point = ctx.saved_tensors
+        residual = integers - zero_point
+        outside = residual.addcdiv(weight, scale, value=-1).abs_() > 0.5
+        # d level / d scale is (q - zero_point) - w / scale inside the grid and (q - zero_point) where w is clipped.
+        residual = torch.where(outside, integers - zero_point, integers - zero_point - weight / scale)
+        grad_scale = (grad * residual).sum(-1, keepdim=True)
+        grad_zero_point = -(grad * outside).sum(-1, keepdim=True) * scale
+        grad_weight = grad.masked_fill(outside, 0) if ctx.needs_input_grad[0] else None
+        return grad_weight, grad_scale, grad_zero_point, None
+
+
+def fake_quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, largest: Tensor) -> Tensor:
+    """Quantize and dequantize, with straight-through gradients to weight, scale and zero point (LSQ, arXiv 1902.08153).
+
+    Args:
+        weight: `[out, groups, group_size]`.
+        scale: `[out, groups, 1]`, positive.
+        zero_point: `[out, groups, 1]`.
+        largest: largest integer of each group, `[groups, 1]`.
+    """
+    return _FakeQuantize.apply(weight, scale, zero_point, largest)

@@ -1,0 +1,191 @@
+"""Binary planes: the packed format of a mixed-bit linear weight.
+
+Groups are stored sorted by width. A b-bit group is the sum of its binary planes (3 = 2 + 1, 5 = 4 + 1), the most
+significant bits in the widest plane, so that nothing straddles a word and nothing is padded. With G columns a group
+and J = G / 16, column `c = 2 J i + 2 j + h` (i < 8, j < J, h < 2) lies, rows of the weight innermost, in
+
+| tensor | dtype, shape | place of the column |
+|---|---|---|
+| qplane1 | int16 `[n₁ J, rows]` | row `j`, bit `8 h + i` |
+| qplane2 | int32 `[n₂ J, rows]` | row `j`, bits `16 h + 2 i` |
+| qplane4 | int32 `[n₄ 2 J, rows]` | row `(i // 4) J + j`, bits `16 h + 4 (i % 4)` |
+| qplane8 | int32 `[n₈ 4 J, rows]` | row `(i // 2) J + j`, bits `16 h + 8 (i % 2)` |
+| scales | float16 `[groups, rows]` | |
+| zeros | uint8 `[groups, rows]` | fixed point with `8 - bits` fraction bits |
+| group_index | int16 `[groups]` | stored position → original group |
+| group_bits | uint8 `[groups]` | width of the stored group |
+
+`rows` is the number of output features rounded up to 16. A plane without groups is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from slimplus.quantization.affine import MAX_BITS, dequantize, group_count
+from slimplus.quantization.gptq import QuantizedWeight
+
+PLANES = (1, 2, 4, 8)
+ROW_MULTIPLE = 16
+COLUMNS_PER_CONTAINER = 16
+
+BitCounts = Mapping[int, int]
+"""Width → number of groups that have it."""
+
+
+def count_bits(bits: Tensor) -> dict[int, int]:
+    """How many groups of `bits` `[groups]` have each width."""
+    widths, counts = torch.unique(bits.cpu(), return_counts=True)
+    return dict(zip(widths.tolist(), counts.tolist(), strict=True))
+
+
+def padded_rows(out_features: int) -> int:
+    """Output features rounded up to what a tensor core tile holds."""
+    return -(-out_features // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def packed_shapes(
+    out_features: int, counts: BitCounts, group_size: int
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor of a packed weight."""
+    groups, rows = sum(counts.values()), padded_rows(out_features)
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for plane in PLANES:
+        members = sum(count for width, count in counts.items() if width & plane)
+        if members:
+            words = members * _word_rows(plane) * (group_size // COLUMNS_PER_CONTAINER)
+            shapes[f"qplane{plane}"] = ((words, rows), _container(plane))
+    return shapes | {
+        "scales": ((groups, rows), torch.float16),
+        "zeros": ((groups, rows), torch.uint8),
+        "group_index": ((groups,), torch.int16),
+        "group_bits": ((groups,), torch.uint8),
+    }
+
+
+def packed_size(out_features: int, counts: BitCounts, group_size: int) -> int:
+    """Bytes of all the tensors of a packed weight."""
+    return sum(
+        torch.Size(shape).numel() * dtype.itemsize
+        for shape, dtype in packed_shapes(out_features, counts, group_size).values()
+    )
+
+
+def pack(weight: QuantizedWeight, group_size: int) -> dict[str, Tensor]:
+    """The tensors of the packed format, on the CPU.
+
+    Raises:
+        ValueError: if `group_size` is no multiple of 16.
+    """
+    if group_size % COLUMNS_PER_CONTAINER:
+        raise ValueError(f"group_size {group_size} cannot be packed: it must be a multiple of {COLUMNS_PER_CONTAINER}")
+    bits = weight.bits.cpu()
+    out_features, in_features = weight.integers.shape
+    groups, rows = len(bits), padded_rows(out_features)
+    order = torch.argsort(bits, stable=True)
+    padded = torch.zeros(rows, groups * group_size, dtype=torch.uint8)
+    padded[:out_features, :in_features] = weight.integers.cpu()
+    # [stored group, i, j, h, rows], see the module's docstring
+    columns = padded.view(rows, groups, 8, group_size // COLUMNS_PER_CONTAINER, 2).permute(1, 2, 3, 4, 0)[order]
+    packed: dict[str, Tensor] = {}
+    for plane in PLANES:
+        parts = [
+            _pack_plane((columns[start:stop] >> _offset(width, plane)) & (2**plane - 1), plane)
+            for width, start, stop in segments(count_bits(bits))
+            if width & plane
+        ]
+        if parts:
+            packed[f"qplane{plane}"] = torch.cat(parts).contiguous()
+    steps = torch.exp2((MAX_BITS - bits).float())
+    packed["scales"] = _stored(weight.scale.cpu(), rows)[order].to(torch.float16).contiguous()
+    packed["zeros"] = (_stored(weight.zero_point.cpu() * steps, rows))[order].to(torch.uint8).contiguous()
+    packed["group_index"] = order.to(torch.int16)
+    packed["group_bits"] = bits[order].to(torch.uint8)
+    return packed
+
+
+def unpack(packed: Mapping[str, Tensor], out_features: int, in_features: int, group_size: int) -> QuantizedWeight:
+    """The inverse of `pack`, on the device of the tensors; `target` is the dequantized weight."""
+    stored_bits, index = packed["group_bits"].int(), packed["group_index"].long()
+    groups, rows = packed["scales"].shape
+    shape = (8, group_size // COLUMNS_PER_CONTAINER, 2, rows)
+    columns = torch.empty(groups, *shape, dtype=torch.uint8, device=index.device)
+    taken = dict.fromkeys(PLANES, 0)
+    for width, start, stop in segments(count_bits(stored_bits)):
+        segment = torch.zeros(stop - start, *shape, dtype=torch.uint8, device=index.device)
+        for plane in PLANES:
+            if width & plane:
+                words = (stop - start) * _word_rows(plane) * shape[1]
+                first = taken[plane]
+                taken[plane] += words
+                segment |= _unpack_plane(packed[f"qplane{plane}"][first : first + words], plane, shape) << _offset(
+                    width, plane
+                )
+        columns[index[start:stop]] = segment
+    inverse = torch.argsort(index)
+    bits = stored_bits[inverse]
+    scale = packed["scales"][inverse].T[:out_features].float()
+    zero_point = packed["zeros"][inverse].T[:out_features].float() / torch.exp2((MAX_BITS - bits).float())
+    integers = columns.view(groups * group_size, rows).T[:out_features, :in_features]
+    return QuantizedWeight(integers, scale, zero_point, bits, dequantize(integers, scale, zero_point, group_size))
+
+
+def segments(counts: BitCounts) -> Iterator[tuple[int, int, int]]:
+    """`(width, first, last + 1)` of the stored groups of each width, in stored order."""
+    start = 0
+    for width in sorted(counts):
+        yield width, start, start + counts[width]
+        start += counts[width]
+
+
+def check_features(in_features: int, counts: BitCounts, group_size: int) -> None:
+    """Raise ValueError unless `counts` describes the groups of `in_features` columns."""
+    expected = group_count(in_features, group_size)
+    if sum(counts.values()) != expected or not all(1 <= width <= MAX_BITS for width in counts):
+        raise ValueError(f"{dict(counts)} does not describe {expected} groups of 1 to {MAX_BITS} bits")
+
+
+def _container(plane: int) -> torch.dtype:
+    return torch.int16 if plane == 1 else torch.int32
+
+
+def _columns_per_half(plane: int) -> int:
+    return (8 if plane == 1 else 16) // plane
+
+
+def _word_rows(plane: int) -> int:
+    """Word rows a group takes, as a multiple of J."""
+    return 8 // _columns_per_half(plane)
+
+
+def _offset(width: int, plane: int) -> int:
+    """Position of the plane's bits in the integer: the widest plane holds the most significant ones."""
+    return sum(narrower for narrower in PLANES if narrower < plane and width & narrower)
+
+
+def _shifts(plane: int, device: torch.device) -> Tensor:
+    """`[columns per half, 1, 2, 1]`: where a column's bits lie in its word."""
+    half = torch.arange(2, device=device).view(1, 1, 2, 1) * (8 if plane == 1 else 16)
+    return half + plane * torch.arange(_columns_per_half(plane), device=device).view(-1, 1, 1, 1)
+
+
+def _pack_plane(fields: Tensor, plane: int) -> Tensor:
+    """`[n, 8, J, 2, rows]` → words `[n · word rows, rows]`."""
+    split = fields.to(torch.int32).unflatten(1, (_word_rows(plane), _columns_per_half(plane)))
+    words = (split << _shifts(plane, fields.device).to(torch.int32)).sum(dim=(2, 4), dtype=torch.int32)
+    return words.flatten(0, 2).to(_container(plane))
+
+
+def _unpack_plane(words: Tensor, plane: int, shape: tuple[int, int, int, int]) -> Tensor:
+    """Words `[n · word rows, rows]` → `[n, 8, J, 2, rows]`, uint8."""
+    split = words.view(-1, _word_rows(plane), 1, shape[1], 1, shape[3])
+    fields = (split >> _shifts(plane, words.device).to(words.dtype)) & (2**plane - 1)
+    return fields.to(torch.uint8).view(-1, *shape)
+
+
+def _stored(values: Tensor, rows: int) -> Tensor:
+    """`[out, groups]` → `[groups, rows]`, padded with zeros."""
+    return torch.nn.functional.pad(values.T, (0, rows - values.shape[0]))

@@ -1,0 +1,85 @@
+"""Hessian of a linear layer's output error, and the salience of its weights (SliM-LLM, arXiv 2405.14917, section 3)."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+class HessianAccumulator:
+    """Running `H = 2/N Σ x xᵀ` over the N tokens that a linear layer sees, in float32."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.total = torch.zeros(in_features, in_features, device=device)
+        self.tokens = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """Add inputs `[..., in]`. Autocast is off here: in bfloat16 the sum is not positive definite."""
+        with torch.autocast(inputs.device.type, enabled=False):
+            flat = inputs.reshape(-1, inputs.shape[-1]).float()
+            self.total.addmm_(flat.T, flat)
+        self.tokens += flat.shape[0]
+
+    @property
+    def hessian(self) -> Tensor:
+        """`[in, in]`, float32."""
+        return self.total * (2 / max(self.tokens, 1))
+
+
+@dataclass(frozen=True)
+class InverseHessian:
+    """Upper Cholesky factor of the damped inverse Hessian.
+
+    Attributes:
+        upper: `[in, in]`, `H⁻¹ = upperᵀ upper`.
+        dead: `[in]`, columns whose input is always zero; their weights play no part and become zero.
+        percdamp: the damping that was needed, as a share of the mean diagonal.
+    """
+
+    upper: Tensor
+    dead: Tensor
+    percdamp: float
+
+
+def invert_hessian(hessian: Tensor, percdamp: float = 0.01) -> InverseHessian:
+    """Damp and invert `hessian` `[in, in]` (left untouched); damping rises tenfold, up to 1, until Cholesky succeeds.
+
+    Raises:
+        ValueError: if the Hessian holds NaN or infinity, or stays singular at full damping.
+    """
+    diagonal = hessian.diagonal()
+    if not torch.isfinite(diagonal).all():
+        raise ValueError(
+            "the Hessian holds NaN or infinity: the block's inputs overflowed; try trainer.precision=32-true"
+        )
+    dead = diagonal == 0
+    damped = hessian + torch.diag(dead.to(hessian.dtype))
+    mean_diagonal = damped.diagonal().mean()
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(
+            damped + percdamp * mean_diagonal * torch.eye(len(dead), dtype=damped.dtype, device=damped.device)
+        )
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+        if not failed:
+            return InverseHessian(upper, dead, percdamp)
+        if percdamp >= 1:
+            raise ValueError("the Hessian is singular even at full damping; use more calibration text (data.samples)")
+        percdamp = min(1.0, max(percdamp, 1e-3) * 10)
+        logger.warning("the Hessian is singular; damping raised to %g of its mean diagonal", percdamp)
+
+
+def element_salience(weight: Tensor, inverse: InverseHessian) -> Tensor:
+    """`δ_ij = w_ij² / U_jj²`, `[out, in]`: the loss that removing one weight costs (as the reference code has it)."""
+    return weight.square() / inverse.upper.diagonal().square()
+
+
+def group_salience(weight: Tensor, inverse: InverseHessian, group_size: int) -> Tensor:
+    """Sum of the element salience over each group, `[groups]`."""
+    columns = element_salience(weight, inverse).sum(dim=0)
+    return torch.stack([group.sum() for group in columns.split(group_size)])

@@ -1,0 +1,80 @@
+"""What a run says at its end: the summary, and the model card of the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from slimplus.files import write_atomic
+from slimplus.plan import gigabytes
+
+Metrics = Mapping[str, Any]
+
+
+def results_table(metrics: Metrics) -> list[tuple[str, str]]:
+    """Rows of name and value."""
+    perplexity, evaluation = metrics["perplexity"], metrics["evaluation"]
+    return [
+        ("method", metrics["method"]),
+        (
+            f"perplexity ({evaluation['text']}, {evaluation['windows']} windows of {evaluation['sequence_length']})",
+            f"{perplexity['full']:.2f} full precision, {perplexity['quantized']:.2f} quantized",
+        ),
+        ("average bits", f"{metrics['average_bits']:.3f}"),
+        ("bits per weight, all that is stored", f"{metrics['bits_per_weight']:.3f}"),
+        (
+            "checkpoint",
+            f"{gigabytes(metrics['size_bytes'])}, {metrics['compression']:.2f} times smaller than at 16 bit",
+        ),
+        ("peak memory", gigabytes(metrics["peak_memory_bytes"])),
+        ("time", ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in metrics["seconds"].items())),
+    ]
+
+
+def summary(metrics: Metrics, packed: str, sentence: str) -> str:
+    """Plain text: the results, where they are, and a sample of what the model writes."""
+    rows = results_table(metrics)
+    width = max(len(name) for name, _ in rows)
+    table = "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    return f"{table}\n\nThe packed checkpoint is in {packed}. It writes:\n\n    {sentence}\n"
+
+
+FIGURES = "<!-- figures -->"
+
+
+def model_card(source: str, bits: float, recipe: str) -> str:
+    """README.md of a packed checkpoint; `add_figures` completes it once perplexity has been measured."""
+    return f"""---
+library_name: transformers
+tags:
+- slimplus
+- quantized
+---
+
+# {source}, {bits:g} bits on average
+
+The weights of the transformer blocks are quantized in groups of mixed precision, with
+[SliM-LLM](https://arxiv.org/abs/2405.14917)'s salience-driven allocation where the method below says so, and packed by
+slimplus.
+
+```python
+import slimplus  # without this import transformers gives random linear layers
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+```
+
+{FIGURES}
+
+## Recipe
+
+```yaml
+{recipe}```
+"""
+
+
+def add_figures(card: Path, metrics: Metrics) -> None:
+    """Put the table of results into a model card."""
+    rows = "\n".join(f"| {name} | {value} |" for name, value in results_table(metrics))
+    write_atomic(card, card.read_text().replace(FIGURES, f"| | |\n|---|---|\n{rows}"))

@@ -1,0 +1,86 @@
+"""From a full-precision block to its quantized linear weights, trained if the method says so."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+
+from slimplus.models.streaming import BlockArguments, BlockRunner
+from slimplus.quantization.gptq import QuantizedWeight
+from slimplus.quantization.linear import QuantizationConfig
+from slimplus.training.block import fake_quantized_block, quantize_block, trained_weights
+from slimplus.training.fit import FitConfig, fit_block
+from slimplus.training.reconstruction import BlockReconstruction, ReconstructionConfig
+
+
+@dataclass(frozen=True)
+class BlockTask:
+    """One block and what it is quantized on.
+
+    Attributes:
+        block: full precision, float32, on the device.
+        name: in logs.
+        arguments: the block's arguments besides its input.
+        hidden: this rank's inputs of the block, from the quantized blocks before it, `[windows, length, hidden]`.
+        targets: this rank's outputs of the block along the full-precision chain, the same shape.
+        bits: widths of each layer's groups, if they are given rather than searched.
+        checkpoints: folder for Lightning's checkpoints.
+    """
+
+    block: nn.Module
+    name: str
+    arguments: BlockArguments
+    hidden: Tensor
+    targets: Tensor
+    bits: Mapping[str, Tensor] | None
+    checkpoints: Path
+
+
+@dataclass(frozen=True)
+class BlockQuantizer:
+    """Quantizes one block after the other, the same way on every rank."""
+
+    quantization: QuantizationConfig
+    reconstruction: ReconstructionConfig
+    fit: FitConfig
+    runner: BlockRunner
+    fabric: Fabric
+
+    @property
+    def trains(self) -> bool:
+        """Whether blocks are trained after their calibration."""
+        return self.quantization.method == "slimllm_plus"
+
+    def __call__(self, task: BlockTask) -> tuple[dict[str, QuantizedWeight], dict[str, Any]]:
+        """The quantized weights by the layers' names in the block, and a record of how they came about."""
+        start = time.perf_counter()
+        result = quantize_block(
+            task.block, task.hidden, task.arguments, self.quantization, self.runner, self._sum, task.bits
+        )
+        record: dict[str, Any] = {
+            "divergence": result.divergence,
+            "percdamp": result.percdamp,
+            "seconds": {"calibration": time.perf_counter() - start},
+        }
+        if not self.trains:
+            return result.weights, record
+        start = time.perf_counter()
+        trained = fake_quantized_block(task.block, result.weights, self.quantization.group_size)
+        module = BlockReconstruction(trained, task.arguments, self.reconstruction, self.runner.precision)
+        record["loss"] = fit_block(
+            module, task.hidden, task.targets, task.name, task.checkpoints, self.fabric, self.fit
+        )
+        record["seconds"]["training"] = time.perf_counter() - start
+        return trained_weights(module.to(self.runner.device).block), record
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        summed = self.fabric.all_reduce(tensor, reduce_op="sum")
+        assert isinstance(summed, torch.Tensor)
+        return summed

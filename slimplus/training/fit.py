@@ -1,0 +1,125 @@
+"""One Lightning Trainer per block: loggers, checkpoints, progress, strategy."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning as L
+from lightning.fabric import Fabric
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from slimplus.training.reconstruction import BlockReconstruction
+from slimplus.training.strategies import build_strategy
+
+CHECKPOINT = "last.ckpt"
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Where and how the Trainers of a job run.
+
+    Attributes:
+        accelerator, devices, num_nodes, strategy: as Lightning's Trainer takes them, and `build_strategy`.
+        logs: folder of the TensorBoard and CSV logs.
+        seed: of the order of the windows.
+    """
+
+    accelerator: str
+    devices: int
+    num_nodes: int
+    strategy: str
+    logs: Path
+    seed: int
+
+
+def fit_block(
+    module: BlockReconstruction,
+    hidden: Tensor,
+    targets: Tensor,
+    name: str,
+    checkpoints: Path,
+    fabric: Fabric,
+    config: FitConfig,
+) -> float:
+    """Train `module` in place on this rank's windows; goes on from the last checkpoint in `checkpoints`, if any.
+
+    Args:
+        module: the block with its learnable quantizers.
+        hidden: its inputs, `[windows, sequence_length, hidden]`.
+        targets: what it should give, the same shape.
+        name: of the block, in the logs.
+        checkpoints: folder for this block's Lightning checkpoints, one an epoch.
+        fabric: the processes of the job.
+        config: where and how to train.
+
+    Returns:
+        The mean loss of the last epoch on this rank.
+    """
+    # The order of an epoch depends on its number alone, so that a resumed epoch sees the same windows.
+    sampler: DistributedSampler[tuple[Tensor, ...]] = DistributedSampler(
+        TensorDataset(hidden), num_replicas=1, rank=0, seed=config.seed
+    )
+    loader = DataLoader(TensorDataset(hidden, targets), batch_size=module.config.batch_size, sampler=sampler)
+    last = checkpoints / CHECKPOINT
+    with _quiet():
+        trainer = L.Trainer(
+            accelerator=config.accelerator,
+            devices=config.devices,
+            num_nodes=config.num_nodes,
+            strategy=build_strategy(config.strategy, fabric),
+            precision="32-true",  # the module autocasts by itself
+            max_epochs=module.config.epochs,
+            accumulate_grad_batches=module.config.accumulate_grad_batches,
+            logger=_loggers(config.logs, name),
+            callbacks=_callbacks(checkpoints),
+            log_every_n_steps=min(10, len(loader)),
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+        trainer.fit(module, loader, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+    return float(trainer.callback_metrics["loss_epoch"])
+
+
+def _loggers(folder: Path, name: str) -> list[Logger]:
+    return [
+        TensorBoardLogger(folder, name="tensorboard", version=name),
+        CSVLogger(folder, name="csv", version=name),
+    ]
+
+
+def _callbacks(checkpoints: Path) -> list[Callback]:
+    return [
+        LearningRateMonitor(logging_interval="step"),
+        ModelCheckpoint(checkpoints, save_last=True, save_top_k=0, enable_version_counter=False),
+        TQDMProgressBar(refresh_rate=10, process_position=1, leave=False),
+    ]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Lightning introduces itself at every Trainer, and warns of too few loader workers and of the logs' folder.
+
+    The windows lie in memory, where workers would only copy them, and there is one Trainer a block.
+    """
+    lightning_logger = logging.getLogger("lightning.pytorch")
+    level = lightning_logger.level
+    lightning_logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            for message in (
+                ".*does not have many workers.*",
+                ".*exists and is not empty.*",
+                ".*will be overwritten.*",
+            ):
+                warnings.filterwarnings("ignore", message)
+            yield
+    finally:
+        lightning_logger.setLevel(level)

@@ -1,0 +1,8 @@
+"""Quantize a language model as a recipe says: `python train.py recipe=NAME key=value ...`, or `--help`."""
+
+import sys
+
+from slimplus.cli import train
+
+if __name__ == "__main__":
+    sys.exit(train(sys.argv[1:]))
