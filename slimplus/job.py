@@ -117,6 +117,11 @@ class Job:
                 layout.add(f"{block_name}.{name}", packed, linear.weight.shape, group_size)
         return layout
 
+    def block_records(self) -> list[Record]:
+        """How each block came about, for metrics.json: losses, damping, seconds."""
+        records = (self.run.require_block(index)[1] for index in range(self.block_count))
+        return [{key: value for key, value in record.items() if key != "divergence"} for record in records]
+
     def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the packed model by its name, block by block."""
         yield from self.model.outer_tensors()
@@ -283,7 +288,7 @@ def _quantizer(recipe: Recipe, fabric: Fabric, runner: BlockRunner, logs: Path) 
             quantization.method, quantization.bits, quantization.group_size, quantization.percdamp
         ),
         reconstruction=ReconstructionConfig(**training.model_dump()),
-        fit=FitConfig(trainer.accelerator, trainer.devices, trainer.num_nodes, trainer.strategy, logs, recipe.seed),
+        fit=FitConfig(trainer.devices, trainer.num_nodes, trainer.strategy, logs, recipe.seed),
         runner=runner,
         fabric=fabric,
     )

@@ -91,7 +91,7 @@ def quantize_blocks(job: Job) -> None:
                         checkpoints=job.run.checkpoint_folder(index),
                     )
                 )
-                packed = packed_block(block, weights, job.quantizer.quantization.group_size)
+                packed = packed_block(block, weights)
                 job.save_block(index, packed_tensors(packed), record)
             quantized = job.runner.run(job.runner.load(packed), quantized, arguments)
             full = targets
@@ -117,6 +117,7 @@ def export(job: Job) -> None:
                 card,
             )
             job.metrics |= layout.figures(size, job.model.full_bytes)
+            job.metrics["blocks"] = job.block_records()
         job.fabric.barrier()
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
 
 from slimplus.config import ModelConfig, Recipe, RecipeError, resolve_model_folder
-
-HUB_TEXTS = ("wikitext2", "c4", "ptb")
-TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
+from slimplus.data.text import HUB_SOURCES, OFFLINE, Split, TextError, check_source
 
 
 def _model_problem(model: ModelConfig) -> str | None:
@@ -19,7 +16,7 @@ def _model_problem(model: ModelConfig) -> str | None:
         return str(error)
     if not folder.exists():
         if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model.path):
-            return None  # a hub id: the hub knows
+            return _hub_problem(model.path)
         return f"model.path: {model.path} does not exist; give a folder, a hub id org/name or package:NAME"
     if folder.is_file():
         return f"model.path: {folder} is a file; give its folder, and a GGUF file's name as model.gguf_file"
@@ -33,30 +30,43 @@ def _model_problem(model: ModelConfig) -> str | None:
     return None
 
 
-def _text_problem(key: str, path: str, tokens: int, need: str) -> str | None:
+def _hub_problem(repository: str) -> str | None:
+    """Asks the hub, or its cache, whether a model is to be had: a request of a second, before PyTorch is loaded."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HTTPError
+
+    if isinstance(try_to_load_from_cache(repository, "config.json"), str):
+        return None
+    try:
+        HfApi().model_info(repository, timeout=10)
+    except (OSError, HTTPError) as error:
+        reason = f"{type(error).__name__}: {error}".split("\n", 1)[0].rstrip(" .:")
+        return (
+            f"model.path: {repository} is no local folder and cannot be had from the hub ({reason}); "
+            "check the id, the network and your login, or download the model and give its folder"
+        )
+    return None
+
+
+def _text_problem(path: str, split: Split, tokens: int, need: str) -> str | None:
     """Checks one text that must give `tokens` tokens, which `need` explains; a token is at least one byte."""
+    try:
+        check_source(path, split)
+    except TextError as error:
+        return str(error)
     file = Path(path).expanduser()
-    if path in HUB_TEXTS:
-        return None  # the hub knows
-    if path == "offline":
+    if path == OFFLINE:
         from pydoc_data.topics import topics
 
         size = sum(len(topic.encode()) for topic in topics.values())
-    elif file.suffix in TEXT_SUFFIXES and file.is_file():
-        size = file.stat().st_size
-        with file.open("rb") as lines:
-            if not any(line.strip() for line in lines):
-                return f"{key}: {path} holds no text; give a file with some"
+    elif path in HUB_SOURCES or file.suffix == ".parquet":  # unknown, or compressed: no bound on the text
+        return None
     else:
-        sources = ("offline", *HUB_TEXTS)
-        close = difflib.get_close_matches(path, sources, n=1)
-        guess = f"; did you mean {close[0]}?" if close else ""
-        files = ", ".join(TEXT_SUFFIXES)
-        return f"{key}: {path} is not one of {', '.join(sources)}, nor an existing {files} file{guess}"
-    if size < tokens and file.suffix != ".parquet":  # compressed: its size is no bound on its text
-        short = f"{key}: {path} has {size:,} bytes, too few for {need} ({tokens:,} tokens)"
-        return f"{short}; give a longer text or ask for less of it"
-    return None
+        size = file.stat().st_size
+    if size >= tokens:
+        return None
+    short = f"data.{split}.path: {path} has {size:,} bytes, too few for {need} ({tokens:,} tokens)"
+    return f"{short}; give a longer text or ask for less of it"
 
 
 def check_inputs(recipe: Recipe) -> None:
@@ -72,10 +82,10 @@ def check_inputs(recipe: Recipe) -> None:
     if not recipe.dry_run:
         tokens = data.samples * data.sequence_length
         need = f"data.samples={data.samples} windows of data.sequence_length={data.sequence_length}"
-        problems.append(_text_problem("data.calibration.path", data.calibration.path, tokens, need))
+        problems.append(_text_problem(data.calibration.path, "calibration", tokens, need))
         tokens = data.evaluation.sequence_length
         need = f"one window of data.evaluation.sequence_length={tokens}"
-        problems.append(_text_problem("data.evaluation.path", data.evaluation.path, tokens, need))
+        problems.append(_text_problem(data.evaluation.path, "evaluation", tokens, need))
     if allocation and not Path(allocation).expanduser().is_file():
         problems.append(f"quantization.allocation: {allocation} is not a file; give the allocation.json of a run")
     if any(problems):

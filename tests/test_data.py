@@ -130,7 +130,7 @@ def test_a_path_is_not_a_pattern(tmp_path: Path) -> None:
         ("newline.jsonl", b"\n", "holds no text"),
         ("broken.parquet", b"not parquet", "cannot be read as parquet"),
         ("blank.txt", b" \n\n", "holds no text"),
-        ("empty.txt", b"", "is empty"),
+        ("empty.txt", b"", "holds no text"),
         ("notes.md", b"text", "unknown text source"),
     ],
 )

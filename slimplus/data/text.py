@@ -4,6 +4,7 @@
 while a command line is validated and has to answer at once.
 """
 
+import difflib
 import glob
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -110,19 +111,22 @@ def load_text(path: str, split: Split) -> str:
 
 
 def check_source(path: str, split: Split) -> None:
-    """Raises ``TextError`` where ``path`` is neither a known source nor a non-empty file of a known format.
+    """Raises ``TextError`` where ``path`` is neither a known source nor a file of a known format with text in it.
 
-    Touches neither the network nor the file's content, and imports nothing, so it can run before any work.
+    Does not touch the network and imports nothing heavy, so it can run before any work.
     """
     if path == OFFLINE or path in HUB_SOURCES:
         return
     file = Path(path).expanduser()
     if file.suffix not in FILE_FORMATS:
-        raise TextError(f"data.{split}.path: unknown text source {path!r}; give {_alternatives()}")
+        close = difflib.get_close_matches(path, (*HUB_SOURCES, OFFLINE), n=1)
+        guess = f"; did you mean {close[0]}?" if close else ""
+        raise TextError(f"data.{split}.path: unknown text source {path!r}; give {_alternatives()}{guess}")
     if not file.is_file():
         raise TextError(f"data.{split}.path: there is no file {path!r}; give {_alternatives()}")
-    if file.stat().st_size == 0:
-        raise TextError(f"data.{split}.path: the file {path!r} is empty; give {_alternatives()}")
+    with file.open("rb") as lines:
+        if not any(line.strip() for line in lines):
+            raise TextError(f"data.{split}.path: {path!r} holds no text; give {_alternatives()}")
 
 
 def _alternatives() -> str:

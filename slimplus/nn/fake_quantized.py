@@ -1,78 +1,68 @@
-"""A linear layer whose frozen weight passes through learnable group-wise quantizers."""
+"""A linear layer with frozen integers and a learnable grid."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from slimplus.quantization.affine import (
-    fake_quantize,
-    group_count,
-    quantize,
-    storable_scale,
-    storable_zero_point,
-)
-from slimplus.quantization.gptq import QuantizedWeight
+from slimplus.quantization.affine import QuantizedWeight, storable_scale, storable_zero_point
 
 
 def _straight_through(real: Tensor, stored: Tensor) -> Tensor:
-    """Value of `stored`, gradient of `real`."""
+    """Value of `stored`, gradient of `real` (arXiv 1308.3432)."""
     return real + (stored - real).detach()
 
 
 class FakeQuantizedLinear(nn.Module):
-    """Mixed-bit fake-quantized linear layer: SliM-LLM+'s learnable quantizer (arXiv 2405.14917, section 3.3).
+    """Mixed-bit linear layer whose quantizers learn: SliM-LLM+ (arXiv 2405.14917, section 3.3).
 
-    Trained are, per row and group, the two ends of the grid, as factors of the calibrated ones: level `q = 0` lies at
-    `low * low_factor` and the largest level at `high * high_factor`. The paper learns the same two numbers as sigmoids
-    over the min-max range; starting from the salience-weighted calibration instead keeps what it found, at 1 bit the
-    mean of the group included. Every forward uses the scale and zero point as they will be stored, so that the trained
-    layer and the packed one agree bit for bit.
+    Trained are, per row and group, both ends of the grid, as shifts in steps of the calibrated scale: level `q = 0`
+    lies at `low + low_shift * scale`, the largest one at `high + high_shift * scale`. At 1 bit they are the two levels.
+
+    The integers stay as calibration left them. The paper rounds again at every step, which undoes the compensation of
+    one column's rounding error by the others: from the calibrated start, re-rounding raised SmolLM2's first block error
+    by 14 % in 128 steps, where moving the grid alone lowered it by 27 %. It also makes every gradient exact.
+
+    Every forward uses the scale and zero point as they will be stored, so that the trained layer and the packed one
+    agree bit for bit.
 
     Args:
-        weight: the calibrated weight; `weight.target` is what is rounded, frozen.
+        weight: the calibrated weight.
         bias: `[out]` or None, frozen.
-        group_size: columns a group.
     """
 
-    weight: Tensor
+    integers: Tensor
     bits: Tensor
     bias: Tensor | None
-    low: Tensor
-    high: Tensor
+    scale: Tensor
+    zero_point: Tensor
 
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, group_size: int) -> None:
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
         super().__init__()
-        self.out_features, self.in_features = weight.target.shape
-        self.group_size = group_size
-        groups = group_count(self.in_features, group_size)
-        padded = nn.functional.pad(weight.target, (0, groups * group_size - self.in_features))
+        self.out_features, self.in_features = weight.integers.shape
+        self.group_size = weight.group_size
+        padded = nn.functional.pad(weight.integers, (0, -self.in_features % self.group_size))
         # Frozen tensors stay out of the state dict: a training checkpoint holds the quantizers alone.
-        self.register_buffer("weight", padded.unflatten(1, (groups, group_size)), persistent=False)
+        self.register_buffer("integers", padded.unflatten(1, (-1, self.group_size)), persistent=False)
         self.register_buffer("bits", weight.bits.to(padded.device), persistent=False)
         self.register_buffer("bias", bias, persistent=False)
-        self.register_buffer("low", -weight.zero_point * weight.scale, persistent=False)
-        self.register_buffer("high", (self.largest - weight.zero_point) * weight.scale, persistent=False)
-        self.low_factor = nn.Parameter(torch.ones_like(weight.scale))
-        self.high_factor = nn.Parameter(torch.ones_like(weight.scale))
-
-    @property
-    def largest(self) -> Tensor:
-        """Largest integer of each group, `[groups]`, float32."""
-        return (2**self.bits - 1).float()
+        self.register_buffer("scale", weight.scale, persistent=False)
+        self.register_buffer("zero_point", weight.zero_point, persistent=False)
+        self.low_shift = nn.Parameter(torch.zeros_like(weight.scale))
+        self.high_shift = nn.Parameter(torch.zeros_like(weight.scale))
 
     def qparams(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero point `[out, groups]` as they will be stored, differentiable in the factors."""
-        low, high = self.low * self.low_factor, self.high * self.high_factor
-        scale = (high - low) / self.largest
+        """Scale and zero point `[out, groups]` as they will be stored, differentiable in the shifts."""
+        steps = (2**self.bits - 1).to(self.scale.dtype)
+        scale = self.scale * (1 + (self.high_shift - self.low_shift) / steps)
         scale = _straight_through(scale, storable_scale(scale))
-        zero_point = -low / scale
+        zero_point = (self.zero_point - self.low_shift) * self.scale / scale
         return scale, _straight_through(zero_point, storable_zero_point(zero_point, self.bits))
 
     def fake_quantized_weight(self) -> Tensor:
         """`[out, in]`, float32."""
         scale, zero_point = self.qparams()
-        levels = fake_quantize(self.weight, scale[..., None], zero_point[..., None], self.largest[:, None])
+        levels = (self.integers - zero_point[..., None]) * scale[..., None]
         return levels.flatten(1)[:, : self.in_features]
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -82,7 +72,5 @@ class FakeQuantizedLinear(nn.Module):
     @torch.no_grad()
     def quantized_weight(self) -> QuantizedWeight:
         """What is packed: exactly the levels that `fake_quantized_weight` gives."""
-        scale, zero_point = self.qparams()
-        target = self.weight.flatten(1)[:, : self.in_features]
-        integers = quantize(target, scale, zero_point, self.bits, self.group_size)
-        return QuantizedWeight(integers, scale, zero_point, self.bits, target)
+        integers = self.integers.flatten(1)[:, : self.in_features]
+        return QuantizedWeight(integers, *self.qparams(), self.bits, self.group_size)

@@ -8,14 +8,15 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from slimplus.quantization.gptq import QuantizedWeight
+from slimplus.quantization.affine import QuantizedWeight
 from slimplus.quantization.packing import check_features, count_bits, pack, packed_shapes, unpack
 
 
 class PackedLinear(nn.Module):
     """`nn.Linear` for inference over the packed format of `slimplus.quantization.packing`.
 
-    The forward dequantizes the whole weight to the dtype of the input and uses the library's matmul.
+    The forward dequantizes the whole weight to the dtype of the input (by a Triton kernel on a GPU) and uses the
+    library's matmul.
 
     Args:
         in_features: columns of the weight.
@@ -28,6 +29,8 @@ class PackedLinear(nn.Module):
     Raises:
         ValueError: if `bit_counts` does not describe `in_features` columns.
     """
+
+    scales: Tensor
 
     def __init__(
         self,
@@ -47,13 +50,13 @@ class PackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
 
     @classmethod
-    def from_quantized(cls, weight: QuantizedWeight, bias: Tensor | None, group_size: int) -> Self:
+    def from_quantized(cls, weight: QuantizedWeight, bias: Tensor | None) -> Self:
         """Pack `weight`; the bias keeps its dtype. The layer lies on the CPU."""
         out_features, in_features = weight.integers.shape
-        tensors = pack(weight, group_size)
+        tensors = pack(weight)
         if bias is not None:
             tensors["bias"] = bias.detach().cpu()
-        return cls.from_tensors(tensors, in_features, out_features, group_size)
+        return cls.from_tensors(tensors, in_features, out_features, weight.group_size)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], in_features: int, out_features: int, group_size: int) -> Self:
@@ -71,9 +74,14 @@ class PackedLinear(nn.Module):
         """Integers, scales and zero points in the original order of columns."""
         return unpack(self.packed_tensors(), self.out_features, self.in_features, self.group_size)
 
-    def dequantize(self) -> Tensor:
-        """The weight `[out, in]`, float32, exact."""
-        return self.quantized_weight().target
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight `[out, in]`; exact in float32, rounded once to any other dtype."""
+        if self.scales.is_cuda:
+            from slimplus.kernels.dequantize import dequantize  # Triton, which a machine without a GPU may lack
+
+            shape = (self.out_features, self.in_features)
+            return dequantize(self.packed_tensors(), self.bit_counts, *shape, self.group_size, dtype)
+        return self.quantized_weight().dequantize().to(dtype)
 
     def to_linear(self) -> nn.Linear:
         """An ordinary float32 layer with the same weight."""
@@ -85,7 +93,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """`inputs` `[..., in]` → `[..., out]`, in the dtype of the input (of autocast where it is on)."""
-        return nn.functional.linear(inputs, self.dequantize().to(inputs.dtype), self.bias)
+        return nn.functional.linear(inputs, self.dequantize(inputs.dtype), self.bias)
 
     def extra_repr(self) -> str:
         widths = ", ".join(f"{count}×{width}-bit" for width, count in self.bit_counts.items())

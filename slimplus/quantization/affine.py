@@ -11,7 +11,7 @@ A level is `(q - zero_point) * scale` with `0 <= q < 2**bits`. The zero point is
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -101,35 +101,24 @@ def round_straight_through(x: Tensor) -> Tensor:
     return x + (torch.round(x) - x).detach()
 
 
-class _FakeQuantize(torch.autograd.Function):
-    """One pass forward and one backward: the composition of primitives reads the weight about ten times."""
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A quantized linear weight.
 
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor, zero_point: Tensor, largest: Tensor) -> Tensor:
-        integers = nearest_integers(weight, scale, zero_point, largest)
-        ctx.save_for_backward(weight, integers, scale, zero_point)
-        return (integers - zero_point).mul_(scale)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
-        weight, integers, scale, zero_point = ctx.saved_tensors
-        residual = integers - zero_point
-        outside = residual.addcdiv(weight, scale, value=-1).abs_() > 0.5
-        # d level / d scale is (q - zero_point) - w / scale inside the grid and (q - zero_point) where w is clipped.
-        residual = torch.where(outside, integers - zero_point, integers - zero_point - weight / scale)
-        grad_scale = (grad * residual).sum(-1, keepdim=True)
-        grad_zero_point = -(grad * outside).sum(-1, keepdim=True) * scale
-        grad_weight = grad.masked_fill(outside, 0) if ctx.needs_input_grad[0] else None
-        return grad_weight, grad_scale, grad_zero_point, None
-
-
-def fake_quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, largest: Tensor) -> Tensor:
-    """Quantize and dequantize, with straight-through gradients to weight, scale and zero point (LSQ, arXiv 1902.08153).
-
-    Args:
-        weight: `[out, groups, group_size]`.
-        scale: `[out, groups, 1]`, positive.
-        zero_point: `[out, groups, 1]`.
-        largest: largest integer of each group, `[groups, 1]`.
+    Attributes:
+        integers: `[out, in]`, uint8.
+        scale: `[out, groups]`, storable.
+        zero_point: `[out, groups]`, storable.
+        bits: `[groups]`, int32.
+        group_size: columns a group.
     """
-    return _FakeQuantize.apply(weight, scale, zero_point, largest)
+
+    integers: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    bits: Tensor
+    group_size: int
+
+    def dequantize(self) -> Tensor:
+        """The weight `[out, in]`, float32, exact."""
+        return dequantize(self.integers, self.scale, self.zero_point, self.group_size)

@@ -3,36 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from slimplus.quantization.affine import nearest_integers, storable_scale, storable_zero_point
+from slimplus.quantization.affine import QuantizedWeight, nearest_integers, storable_scale, storable_zero_point
 from slimplus.quantization.salience import InverseHessian
 
 QParamsChooser = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 """`(tile [out, columns], salience [out, columns], bits) -> scale [out], zero_point [out]`."""
-
-
-@dataclass(frozen=True)
-class QuantizedWeight:
-    """A quantized linear weight.
-
-    Attributes:
-        integers: `[out, in]`, uint8.
-        scale: `[out, groups]`, storable.
-        zero_point: `[out, groups]`, storable.
-        bits: `[groups]`, int32.
-        target: `[out, in]`: the real numbers that were rounded, errors of earlier columns included. Rounding it on
-            the grid gives `integers`: it is where training that only moves the grid must start from.
-    """
-
-    integers: Tensor
-    scale: Tensor
-    zero_point: Tensor
-    bits: Tensor
-    target: Tensor
 
 
 def quantize_weight(
@@ -56,7 +35,6 @@ def quantize_weight(
     remaining = weight.masked_fill(inverse.dead, 0)
     upper = inverse.upper
     integers = torch.empty_like(remaining, dtype=torch.uint8)
-    target = torch.empty_like(remaining)
     scales, zero_points = [], []
     for group, width in enumerate(bits.tolist()):
         span = slice(group * group_size, min((group + 1) * group_size, weight.shape[1]))
@@ -70,9 +48,8 @@ def quantize_weight(
         if compensate:
             errors = _round_columns(tile, upper[span, span], scale, zero_point, 2**width - 1)
             remaining[:, span.stop :] -= errors @ upper[span, span.stop :]
-        target[:, span] = tile
         integers[:, span] = nearest_integers(tile, scale[:, None], zero_point[:, None], 2**width - 1).to(torch.uint8)
-    return QuantizedWeight(integers, torch.stack(scales, 1), torch.stack(zero_points, 1), bits, target)
+    return QuantizedWeight(integers, torch.stack(scales, 1), torch.stack(zero_points, 1), bits, group_size)
 
 
 def _round_columns(tile: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, largest: int) -> Tensor:

@@ -6,19 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from slimplus.quantization.affine import binary_qparams, minmax_qparams, per_column
+from slimplus.quantization.affine import QuantizedWeight, binary_qparams, minmax_qparams
 from slimplus.quantization.calibration import calibrate_group
-from slimplus.quantization.gptq import QuantizedWeight, quantize_weight
+from slimplus.quantization.gptq import quantize_weight
 from slimplus.quantization.refit import refit_qparams
 from slimplus.quantization.salience import InverseHessian
 
 Method = Literal["rtn", "gptq", "slimllm", "slimllm_plus"]
 
 REFITS = 3  # rounds of least squares and rounding; the output error falls by 15-40 %, little of it after the third
-CELL = 0.499  # of a step: how far from its level a weight may lie and still round to it, ties excluded
 
 
 @dataclass(frozen=True)
@@ -64,10 +62,10 @@ def quantize_linear(
     weight = weight.masked_fill(inverse.dead, 0)
     quantized = quantize_weight(weight, bits, size, inverse, calibrate_group, compensate=True)
     for round_ in range(REFITS):
-        scale, zero_point = refit_qparams(weight, quantized, hessian, size)
+        scale, zero_point = refit_qparams(weight, quantized, hessian)
         if round_ < REFITS - 1:
             quantized = quantize_weight(weight, bits, size, inverse, _Given(scale, zero_point), compensate=True)
-    return _with_grid(quantized, scale, zero_point, size)
+    return replace(quantized, scale=scale, zero_point=zero_point)
 
 
 def _minmax(tile: Tensor, salience: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -82,15 +80,3 @@ class _Given:
 
     def __call__(self, tile: Tensor, salience: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         return next(self.pairs)
-
-
-def _with_grid(quantized: QuantizedWeight, scale: Tensor, zero_point: Tensor, group_size: int) -> QuantizedWeight:
-    """The same integers on another grid; the target moves into the cells that round to them."""
-    columns = quantized.integers.shape[1]
-    step, zero = (per_column(t, group_size, columns) for t in (scale, zero_point))
-    level = (quantized.integers - zero) * step
-    largest = per_column(2 ** quantized.bits.to(step.device) - 1, group_size, columns)
-    lowest = torch.where(quantized.integers == 0, -torch.inf, level - CELL * step)
-    highest = torch.where(quantized.integers == largest, torch.inf, level + CELL * step)
-    target = quantized.target.maximum(lowest).minimum(highest)
-    return replace(quantized, scale=scale, zero_point=zero_point, target=target)

@@ -25,8 +25,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from slimplus.quantization.affine import MAX_BITS, dequantize, group_count
-from slimplus.quantization.gptq import QuantizedWeight
+from slimplus.quantization.affine import MAX_BITS, QuantizedWeight, group_count
 
 PLANES = (1, 2, 4, 8)
 ROW_MULTIPLE = 16
@@ -74,12 +73,13 @@ def packed_size(out_features: int, counts: BitCounts, group_size: int) -> int:
     )
 
 
-def pack(weight: QuantizedWeight, group_size: int) -> dict[str, Tensor]:
+def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
     """The tensors of the packed format, on the CPU.
 
     Raises:
-        ValueError: if `group_size` is no multiple of 16.
+        ValueError: if the group size is no multiple of 16.
     """
+    group_size = weight.group_size
     if group_size % COLUMNS_PER_CONTAINER:
         raise ValueError(f"group_size {group_size} cannot be packed: it must be a multiple of {COLUMNS_PER_CONTAINER}")
     bits = weight.bits.cpu()
@@ -108,7 +108,7 @@ def pack(weight: QuantizedWeight, group_size: int) -> dict[str, Tensor]:
 
 
 def unpack(packed: Mapping[str, Tensor], out_features: int, in_features: int, group_size: int) -> QuantizedWeight:
-    """The inverse of `pack`, on the device of the tensors; `target` is the dequantized weight."""
+    """The inverse of `pack`, on the device of the tensors."""
     stored_bits, index = packed["group_bits"].int(), packed["group_index"].long()
     groups, rows = packed["scales"].shape
     shape = (8, group_size // COLUMNS_PER_CONTAINER, 2, rows)
@@ -130,7 +130,7 @@ def unpack(packed: Mapping[str, Tensor], out_features: int, in_features: int, gr
     scale = packed["scales"][inverse].T[:out_features].float()
     zero_point = packed["zeros"][inverse].T[:out_features].float() / torch.exp2((MAX_BITS - bits).float())
     integers = columns.view(groups * group_size, rows).T[:out_features, :in_features]
-    return QuantizedWeight(integers, scale, zero_point, bits, dequantize(integers, scale, zero_point, group_size))
+    return QuantizedWeight(integers, scale, zero_point, bits, group_size)
 
 
 def segments(counts: BitCounts) -> Iterator[tuple[int, int, int]]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slimplus.quantization.affine import dequantize, storable_scale, storable_zero_point
-from slimplus.quantization.gptq import QuantizedWeight
+from slimplus.quantization.affine import QuantizedWeight, dequantize, storable_scale, storable_zero_point
 
 RIDGE = 1e-4  # share of the diagonal added to the normal equations: a group whose integers are all equal is singular
 ROWS = 1024  # rows solved at a time, to bound memory
@@ -17,9 +16,7 @@ def output_error(error: Tensor, hessian: Tensor) -> Tensor:
     return (error @ hessian).mul_(error).sum(dim=1)
 
 
-def refit_qparams(
-    weight: Tensor, quantized: QuantizedWeight, hessian: Tensor, group_size: int
-) -> tuple[Tensor, Tensor]:
+def refit_qparams(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and zero point `[out, groups]` that minimise the layer's output error for the integers of `quantized`.
 
     A row's levels are linear in its scales and offsets, so that the best ones solve `2 groups` normal equations.
@@ -29,11 +26,10 @@ def refit_qparams(
         weight: `[out, in]`, the weight to approximate.
         quantized: the integers, and the scale and zero point to improve.
         hessian: `[in, in]`, of the layer's inputs.
-        group_size: columns a group.
     """
     rows = (t.split(ROWS) for t in (weight, quantized.integers, quantized.scale, quantized.zero_point))
     parts = [
-        _refit_rows(w, q, scale, zero_point, quantized.bits, hessian, group_size)
+        _refit_rows(w, q, scale, zero_point, quantized.bits, hessian, quantized.group_size)
         for w, q, scale, zero_point in zip(*rows, strict=True)
     ]
     return torch.cat([s for s, _ in parts]), torch.cat([z for _, z in parts])

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from slimplus.models.architectures import find_linears
 from slimplus.models.streaming import BlockArguments, BlockRunner
 from slimplus.nn import FakeQuantizedLinear, PackedLinear
+from slimplus.quantization.affine import QuantizedWeight
 from slimplus.quantization.allocation import AllocationSearch, paired_bits, uniform_bits
-from slimplus.quantization.gptq import QuantizedWeight
 from slimplus.quantization.linear import QuantizationConfig, quantize_linear
 from slimplus.quantization.salience import HessianAccumulator, InverseHessian, group_salience, invert_hessian
 
@@ -172,19 +172,19 @@ def _search(
     return bits, divergence
 
 
-def fake_quantized_block(block: nn.Module, weights: Mapping[str, QuantizedWeight], group_size: int) -> nn.Module:
+def fake_quantized_block(block: nn.Module, weights: Mapping[str, QuantizedWeight]) -> nn.Module:
     """A copy of `block` whose linear layers carry learnable quantizers; nothing else in it requires a gradient."""
     copy = deepcopy(block).requires_grad_(False)
     for name, layer in find_linears(copy).items():
-        copy.set_submodule(name, FakeQuantizedLinear(weights[name], layer.bias, group_size))
+        copy.set_submodule(name, FakeQuantizedLinear(weights[name], layer.bias))
     return copy
 
 
-def packed_block(block: nn.Module, weights: Mapping[str, QuantizedWeight], group_size: int) -> nn.Module:
+def packed_block(block: nn.Module, weights: Mapping[str, QuantizedWeight]) -> nn.Module:
     """A copy of `block` whose linear layers are packed."""
     copy = deepcopy(block)
     for name, layer in find_linears(copy).items():
-        copy.set_submodule(name, PackedLinear.from_quantized(weights[name], layer.bias, group_size))
+        copy.set_submodule(name, PackedLinear.from_quantized(weights[name], layer.bias))
     return copy
 
 

@@ -13,7 +13,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from slimplus.models.streaming import BlockArguments, BlockRunner
-from slimplus.quantization.gptq import QuantizedWeight
+from slimplus.quantization.affine import QuantizedWeight
 from slimplus.quantization.linear import QuantizationConfig
 from slimplus.training.block import fake_quantized_block, quantize_block, trained_weights
 from slimplus.training.fit import FitConfig, fit_block
@@ -72,7 +72,7 @@ class BlockQuantizer:
         if not self.trains:
             return result.weights, record
         start = time.perf_counter()
-        trained = fake_quantized_block(task.block, result.weights, self.quantization.group_size)
+        trained = fake_quantized_block(task.block, result.weights)
         module = BlockReconstruction(trained, task.arguments, self.reconstruction, self.runner.precision)
         record["loss"] = fit_block(
             module, task.hidden, task.targets, task.name, task.checkpoints, self.fabric, self.fit

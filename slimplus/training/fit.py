@@ -27,12 +27,11 @@ class FitConfig:
     """Where and how the Trainers of a job run.
 
     Attributes:
-        accelerator, devices, num_nodes, strategy: as Lightning's Trainer takes them, and `build_strategy`.
+        devices, num_nodes, strategy: as Lightning's Trainer and `build_strategy` take them.
         logs: folder of the TensorBoard and CSV logs.
         seed: of the order of the windows.
     """
 
-    accelerator: str
     devices: int
     num_nodes: int
     strategy: str
@@ -48,7 +47,7 @@ def fit_block(
     checkpoints: Path,
     fabric: Fabric,
     config: FitConfig,
-) -> float:
+) -> float | None:
     """Train `module` in place on this rank's windows; goes on from the last checkpoint in `checkpoints`, if any.
 
     Args:
@@ -61,7 +60,7 @@ def fit_block(
         config: where and how to train.
 
     Returns:
-        The mean loss of the last epoch on this rank.
+        The mean loss of the last epoch on this rank; None if the checkpoint was that of a finished training.
     """
     # The order of an epoch depends on its number alone, so that a resumed epoch sees the same windows.
     sampler: DistributedSampler[tuple[Tensor, ...]] = DistributedSampler(
@@ -71,7 +70,7 @@ def fit_block(
     last = checkpoints / CHECKPOINT
     with _quiet():
         trainer = L.Trainer(
-            accelerator=config.accelerator,
+            accelerator=fabric.device.type,
             devices=config.devices,
             num_nodes=config.num_nodes,
             strategy=build_strategy(config.strategy, fabric),
@@ -84,8 +83,14 @@ def fit_block(
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
-        trainer.fit(module, loader, ckpt_path=str(last) if last.exists() else None, weights_only=True)
-    return float(trainer.callback_metrics["loss_epoch"])
+        try:
+            trainer.fit(module, loader, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+        except SystemExit:
+            if trainer.interrupted:  # Lightning turns Ctrl-C into an exit of its own
+                raise KeyboardInterrupt from None
+            raise
+    loss = trainer.callback_metrics.get("loss_epoch")
+    return None if loss is None else float(loss)
 
 
 def _loggers(folder: Path, name: str) -> list[Logger]:
@@ -109,17 +114,20 @@ def _quiet() -> Iterator[None]:
 
     The windows lie in memory, where workers would only copy them, and there is one Trainer a block.
     """
-    lightning_logger = logging.getLogger("lightning.pytorch")
-    level = lightning_logger.level
-    lightning_logger.setLevel(logging.WARNING)
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
             for message in (
                 ".*does not have many workers.*",
                 ".*exists and is not empty.*",
                 ".*will be overwritten.*",
+                ".*LeafSpec.*",  # Lightning's use of a name that PyTorch is about to retire
             ):
                 warnings.filterwarnings("ignore", message)
             yield
     finally:
-        lightning_logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,122 @@
+"""Packed planes → the weight of a whole layer, in 16 bit or float32.
+
+The layout is that of `slimplus.quantization.packing`. One launch a bit width, so that the width is a constant of the
+kernel; a program handles one group of columns and a block of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PLANES = (1, 2, 4, 8)
+ROWS = 64  # of the weight, a program; a multiple of the 16 to which rows are padded need not divide the matrix
+
+
+@triton.jit
+def _field(plane, first_word, column, row, stride, PLANE: tl.constexpr, CONTAINERS: tl.constexpr):
+    """The plane's bits of each column `[columns]` and row `[rows]`: `[columns, rows]`, int32."""
+    HALF: tl.constexpr = 8 if PLANE == 1 else 16
+    PER_HALF: tl.constexpr = HALF // PLANE
+    i = column // (2 * CONTAINERS)
+    word = first_word + (i // PER_HALF) * CONTAINERS + column // 2 % CONTAINERS
+    words = tl.load(plane + word[:, None] * stride + row[None, :], mask=row[None, :] < stride, other=0).to(tl.int32)
+    shift = HALF * (column % 2) + PLANE * (i % PER_HALF)
+    return (words >> shift[:, None]) & ((1 << PLANE) - 1)
+
+
+@triton.jit
+def _dequantize_kernel(
+    plane1,
+    plane2,
+    plane4,
+    plane8,
+    scales,
+    zeros,
+    group_index,
+    out,
+    first_group,
+    first1,
+    first2,
+    first4,
+    first8,
+    out_features,
+    in_features,
+    stride,
+    BITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    member = tl.program_id(1)
+    group = first_group + member
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, GROUP_SIZE)
+    CONTAINERS: tl.constexpr = GROUP_SIZE // 16
+    integers = tl.zeros((GROUP_SIZE, ROWS), tl.int32)
+    if BITS & 8:
+        field = _field(plane8, first8 + member * 4 * CONTAINERS, column, row, stride, 8, CONTAINERS)
+        integers |= field << (BITS & 7)
+    if BITS & 4:
+        field = _field(plane4, first4 + member * 2 * CONTAINERS, column, row, stride, 4, CONTAINERS)
+        integers |= field << (BITS & 3)
+    if BITS & 2:
+        integers |= _field(plane2, first2 + member * CONTAINERS, column, row, stride, 2, CONTAINERS) << (BITS & 1)
+    if BITS & 1:
+        integers |= _field(plane1, first1 + member * CONTAINERS, column, row, stride, 1, CONTAINERS)
+    scale = tl.load(scales + group * stride + row, mask=row < stride, other=0.0).to(tl.float32)
+    zero = tl.load(zeros + group * stride + row, mask=row < stride, other=0).to(tl.float32) / (1 << (8 - BITS))
+    level = (integers.to(tl.float32) - zero[None, :]) * scale[None, :]
+    original = tl.load(group_index + group).to(tl.int32) * GROUP_SIZE + column
+    inside = (original[:, None] < in_features) & (row[None, :] < out_features)
+    tl.store(out + row[None, :].to(tl.int64) * in_features + original[:, None], level.to(out.dtype.element_ty), inside)
+
+
+def dequantize(
+    packed: Mapping[str, Tensor],
+    bit_counts: Mapping[int, int],
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight `[out, in]` of a packed layer, on the device of its tensors.
+
+    Args:
+        packed: tensors of the packed format.
+        bit_counts: width → number of groups; known without asking the device.
+        out_features: rows of the weight.
+        in_features: columns of the weight.
+        group_size: columns a group, a power of two from 16.
+        dtype: of the result; levels are exact in float32 and rounded once.
+    """
+    scales = packed["scales"]
+    weight = torch.empty(out_features, in_features, dtype=dtype, device=scales.device)
+    planes = [packed.get(f"qplane{plane}", packed["group_index"]) for plane in PLANES]  # an absent one is never read
+    words = dict.fromkeys(PLANES, 0)
+    first_group = 0
+    for width in sorted(bit_counts):
+        count = bit_counts[width]
+        _dequantize_kernel[triton.cdiv(out_features, ROWS), count](
+            *planes,
+            scales,
+            packed["zeros"],
+            packed["group_index"],
+            weight,
+            first_group,
+            *(words[plane] for plane in PLANES),
+            out_features,
+            in_features,
+            scales.shape[1],
+            BITS=width,
+            GROUP_SIZE=group_size,
+            ROWS=ROWS,
+        )
+        first_group += count
+        for plane in PLANES:
+            if width & plane:
+                words[plane] += count * max(plane // 2, 1) * (group_size // 16)
+    return weight

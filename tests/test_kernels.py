@@ -1,0 +1,79 @@
+"""Triton kernels, under its interpreter, against the PyTorch reference."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+CHECK = """
+import torch
+from slimplus.kernels.dequantize import dequantize
+from slimplus.nn import PackedLinear
+from slimplus.quantization.affine import QuantizedWeight, per_column, storable_scale, storable_zero_point
+
+generator = torch.Generator().manual_seed(0)
+cases = [(16, 16, 16), (5, 40, 16), (48, 320, 64), (130, 300, 128), (64, 256, 32)]
+for rows, columns, group_size in cases:
+    for largest_width in (1, 3, 8):
+        groups = -(-columns // group_size)
+        bits = torch.randint(1, largest_width + 1, (groups,), generator=generator, dtype=torch.int32)
+        levels = per_column(2**bits, group_size, columns)
+        integers = (torch.rand(rows, columns, generator=generator) * levels).to(torch.uint8)
+        scale = storable_scale(torch.rand(rows, groups, generator=generator))
+        zero_point = storable_zero_point(torch.rand(rows, groups, generator=generator) * 2**bits, bits)
+        weight = QuantizedWeight(integers, scale, zero_point, bits, group_size)
+        layer = PackedLinear.from_quantized(weight, None)
+        ours = dequantize(layer.packed_tensors(), layer.bit_counts, rows, columns, group_size, torch.float32)
+        assert torch.equal(ours, layer.dequantize()), (rows, columns, group_size, bits)
+        half = dequantize(layer.packed_tensors(), layer.bit_counts, rows, columns, group_size, torch.float16)
+        assert torch.equal(half, layer.dequantize().half())
+"""
+
+
+def _run(code: str, **environment: str) -> None:
+    # A process of its own: Triton reads the variable when it is imported.
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_dequantize_equals_the_reference_bit_for_bit() -> None:
+    _run(CHECK, TRITON_INTERPRET="1")
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from slimplus.kernels.dequantize import _dequantize_kernel as kernel
+
+pointers = dict(plane1="*i16", plane2="*i32", plane4="*i32", plane8="*i32", scales="*fp16", zeros="*u8")
+pointers |= dict(group_index="*i16", out="*bf16")
+for architecture in (80, 89, 90):
+    for bits in range(1, 9):
+        constants = dict(BITS=bits, GROUP_SIZE=128, ROWS=64)
+        types = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in kernel.arg_names}
+        compiled = triton.compile(
+            ASTSource(fn=kernel, signature=types, constexprs=constants), target=GPUTarget("cuda", architecture, 32)
+        )
+        assert compiled.asm["cubin"]
+"""
+
+
+@pytest.mark.slow
+def test_dequantize_compiles_for_gpus_without_one() -> None:
+    _run(COMPILE)

@@ -1,0 +1,104 @@
+"""Loading models, finding their parts, and running them block by block."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import TINY, ModelMaker
+from torch import nn
+
+from slimplus.errors import InputError
+from slimplus.evaluation import perplexity
+from slimplus.models.architectures import BLOCKS, find_blocks, find_linears
+from slimplus.models.loading import ModelSource, build_on_meta
+from slimplus.models.precision import resolve_precision
+from slimplus.models.streaming import BlockRunner, StreamedModel
+
+CPU = torch.device("cpu")
+RUNNER = BlockRunner(CPU, "32-true", windows=2)
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(1, 250, (3, 24), generator=torch.Generator().manual_seed(0))
+
+
+def test_every_supported_architecture_is_tested() -> None:
+    assert set(TINY) == set(BLOCKS)
+
+
+@pytest.mark.parametrize("model_type", BLOCKS)
+def test_streaming_gives_the_logits_of_the_model(make_model: ModelMaker, tokens: torch.Tensor, model_type: str) -> None:
+    source = ModelSource(str(make_model(model_type)), dtype="float32")
+    with torch.no_grad():
+        expected = source.model()(input_ids=tokens).logits
+    streamed = StreamedModel(source.model(), CPU)
+    inputs = streamed.block_inputs(tokens, RUNNER)
+    hidden = inputs.hidden
+    for block, arguments in zip(streamed.blocks, inputs.arguments, strict=True):
+        hidden = RUNNER.run(RUNNER.load(block), hidden, arguments)
+    torch.testing.assert_close(streamed.logits(tokens, hidden, RUNNER), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_model_is_whole_again_after_streaming(make_model: ModelMaker, tokens: torch.Tensor) -> None:
+    model = ModelSource(str(make_model("llama")), dtype="float32").model()
+    with torch.no_grad():
+        before = model(input_ids=tokens).logits
+        StreamedModel(model, CPU).block_inputs(tokens, RUNNER)
+        assert torch.equal(model(input_ids=tokens).logits, before)
+
+
+def test_perplexity_is_that_of_the_whole_model(make_model: ModelMaker, tokens: torch.Tensor) -> None:
+    source = ModelSource(str(make_model("llama")), dtype="float32")
+    with torch.no_grad():
+        logits = source.model()(input_ids=tokens).logits
+    expected = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).exp()
+    measured = perplexity(StreamedModel(source.model(), CPU), tokens, RUNNER, "test")
+    assert measured == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize(("model_type", "count"), [("llama", 7), ("opt", 6)])
+def test_linears_of_a_block(make_model: ModelMaker, model_type: str, count: int) -> None:
+    model = build_on_meta(ModelSource(str(make_model(model_type))).config())
+    assert model.device.type == "meta"
+    blocks = find_blocks(model)
+    assert len(blocks) == 2
+    assert len(find_linears(blocks[0])) == count
+
+
+def test_an_unknown_architecture_is_named() -> None:
+    with pytest.raises(InputError, match="'gpt2' is not supported"):
+        find_blocks(build_on_meta(ModelSource.config_of({"model_type": "gpt2"})))
+    with pytest.raises(InputError, match="'nothing' is no model_type"):
+        ModelSource.config_of({"model_type": "nothing"})
+
+
+def test_a_model_that_cannot_be_had_is_named() -> None:
+    source = ModelSource("nobody/no-such-model")
+    for load in (source.config, source.tokenizer, source.model):
+        with pytest.raises(InputError, match=r"model\.path: cannot load 'nobody/no-such-model'"):
+            load()
+
+
+def test_stored_dtype_is_kept(make_model: ModelMaker) -> None:
+    assert ModelSource(str(make_model("llama"))).model().dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, "bf16-mixed"), (False, "32-true")])
+def test_auto_precision_is_the_faster_one(monkeypatch: pytest.MonkeyPatch, native: bool, expected: str) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    assert resolve_precision("auto", CPU) == expected
+    assert resolve_precision("16-mixed", CPU) == "16-mixed"
+
+
+def test_autocast_runs_blocks_in_bfloat16(make_model: ModelMaker, tokens: torch.Tensor) -> None:
+    streamed = StreamedModel(ModelSource(str(make_model("llama"))).model(), CPU)
+    runner = BlockRunner(CPU, "bf16-mixed")
+    inputs = streamed.block_inputs(tokens, runner)
+    assert inputs.hidden.dtype == torch.bfloat16
+    block = runner.load(streamed.blocks[0])
+    seen: list[torch.dtype] = []
+    block.get_submodule("mlp").register_forward_hook(lambda _, __, output: seen.append(output.dtype))
+    runner.run(block, inputs.hidden, inputs.arguments[0])
+    assert set(seen) == {torch.bfloat16}
+    assert {parameter.dtype for parameter in block.parameters()} == {torch.float32}

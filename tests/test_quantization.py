@@ -1,0 +1,242 @@
+"""Properties of the quantization math."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from slimplus.quantization.affine import (
+    QuantizedWeight,
+    binary_qparams,
+    choose_qparams,
+    dequantize,
+    nearest_integers,
+    per_column,
+    quantize,
+    storable_scale,
+    storable_zero_point,
+)
+from slimplus.quantization.allocation import AllocationSearch, largest_pair_count, paired_bits, uniform_bits
+from slimplus.quantization.calibration import CalibrationConfig, calibrate_group
+from slimplus.quantization.linear import QuantizationConfig, quantize_linear
+from slimplus.quantization.packing import count_bits, pack, packed_shapes, packed_size, unpack
+from slimplus.quantization.refit import output_error, refit_qparams
+from slimplus.quantization.salience import HessianAccumulator, invert_hessian
+
+GROUP_SIZES = (16, 32, 64, 128)
+
+
+@st.composite
+def quantized_weights(draw: st.DrawFn) -> QuantizedWeight:
+    """A random quantized weight of any shape and mix of widths."""
+    group_size = draw(st.sampled_from(GROUP_SIZES))
+    out_features, in_features = draw(st.integers(1, 40)), draw(st.integers(1, 3 * group_size))
+    groups = -(-in_features // group_size)
+    bits = torch.tensor(draw(st.lists(st.integers(1, 8), min_size=groups, max_size=groups)), dtype=torch.int32)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    largest = per_column(2**bits - 1, group_size, in_features)
+    integers = (torch.rand(out_features, in_features, generator=generator) * (largest + 1)).to(torch.uint8)
+    scale = storable_scale(torch.rand(out_features, groups, generator=generator) * 0.1)
+    zero_point = storable_zero_point(torch.rand(out_features, groups, generator=generator) * 2**bits, bits)
+    return QuantizedWeight(integers, scale, zero_point, bits, group_size)
+
+
+@given(quantized_weights())
+@settings(deadline=None, max_examples=60)
+def test_packing_round_trip_is_exact(weight: QuantizedWeight) -> None:
+    group_size = weight.group_size
+    packed = pack(weight)
+    rows, columns = weight.integers.shape
+    back = unpack(packed, rows, columns, group_size)
+    assert torch.equal(back.integers, weight.integers)
+    assert torch.equal(back.scale, weight.scale)
+    assert torch.equal(back.zero_point, weight.zero_point)
+    assert torch.equal(back.bits, weight.bits)
+    assert torch.equal(back.dequantize(), weight.dequantize())
+    counts = count_bits(weight.bits)
+    shapes = packed_shapes(weight.integers.shape[0], counts, group_size)
+    assert {name: (tuple(t.shape), t.dtype) for name, t in packed.items()} == shapes
+    assert sum(t.nbytes for t in packed.values()) == packed_size(weight.integers.shape[0], counts, group_size)
+
+
+@given(quantized_weights())
+@settings(deadline=None, max_examples=30)
+def test_a_weight_on_the_grid_rounds_to_itself(weight: QuantizedWeight) -> None:
+    group_size = weight.group_size
+    integers = quantize(weight.dequantize(), weight.scale, weight.zero_point, weight.bits, group_size)
+    assert torch.equal(integers, weight.integers)
+
+
+def test_packed_layout_is_the_documented_one() -> None:
+    """One 3-bit group of 32 columns: the high two bits in plane 2, the low one in plane 1, at the documented places."""
+    group_size, rows = 32, 16
+    generator = torch.Generator().manual_seed(0)
+    integers = torch.randint(0, 8, (rows, group_size), generator=generator, dtype=torch.uint8)
+    weight = QuantizedWeight(integers, torch.ones(rows, 1), torch.zeros(rows, 1), torch.tensor([3]), group_size)
+    packed = pack(weight)
+    per_container = group_size // 16
+    for column in range(group_size):
+        i, j, h = column // (2 * per_container), column // 2 % per_container, column % 2
+        low = (packed["qplane1"][j].int() >> (8 * h + i)) & 1
+        high = (packed["qplane2"][j] >> (16 * h + 2 * i)) & 3
+        assert torch.equal((2 * high + low).to(torch.uint8), integers[:, column])
+
+
+def test_a_group_size_that_cannot_be_packed() -> None:
+    one = torch.ones(1, 1)
+    with pytest.raises(ValueError, match="multiple of 16"):
+        pack(QuantizedWeight(one.to(torch.uint8), one, one, torch.tensor([1]), 24))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_rounding_error_is_at_most_half_a_step(bits: int) -> None:
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(bits))
+    widths = torch.tensor([bits])
+    scale, zero_point = choose_qparams(weight, widths, 64)
+    error = (dequantize(quantize(weight, scale, zero_point, widths, 64), scale, zero_point, 64) - weight).abs()
+    if bits == 1:  # two levels do not span the range
+        assert torch.equal(error.amax(1) > scale[:, 0] / 2, torch.ones(8, dtype=torch.bool))
+    else:
+        assert (error <= scale / 2 + 1e-6).all()
+
+
+def test_binary_levels_are_the_mean_plus_and_minus_the_mean_magnitude() -> None:
+    tile = torch.tensor([[1.0, 2.0, -3.0, 4.0]])
+    scale, zero_point = binary_qparams(tile)
+    levels = torch.tensor([0.0, 1.0]).sub(zero_point).mul(scale)
+    torch.testing.assert_close(levels, torch.tensor([1 - 2.5, 1 + 2.5]))
+
+
+def test_ties_round_as_in_the_reference() -> None:
+    weight = torch.tensor([0.5, 1.5, -0.5, 2.5])
+    ours = nearest_integers(weight, torch.tensor(1.0), torch.tensor(1.0), 7)
+    assert torch.equal(ours, torch.round(weight) + 1)
+
+
+@given(st.integers(1, 400), st.sampled_from(GROUP_SIZES), st.integers(2, 7), st.integers(0, 2**32), st.integers(0, 20))
+@settings(deadline=None, max_examples=100)
+def test_the_average_is_kept_exactly(in_features: int, group_size: int, target: int, seed: int, pairs: int) -> None:
+    groups = -(-in_features // group_size)
+    salience = torch.rand(groups, generator=torch.Generator().manual_seed(seed))
+    pairs = min(pairs, largest_pair_count(in_features, group_size))
+    bits = paired_bits(salience, pairs, target, in_features, group_size)
+    assert int(per_column(bits, group_size, in_features).sum()) == target * in_features
+    assert int((bits != target).sum()) == 2 * pairs
+    if pairs:
+        assert salience[bits < target].max() <= salience[bits > target].min()
+
+
+def test_no_pair_is_chosen_where_mixing_does_not_pay() -> None:
+    """Equal groups of Gaussian weights: taking a bit from one costs more than giving it to another returns."""
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(32, 512, generator=generator), torch.randn(256, 512, generator=generator)
+    search = AllocationSearch(weight, torch.rand(8, generator=generator), 3, 64)
+    search.add(inputs)
+    assert int(search.divergence.argmin()) == 0
+
+
+def test_search_adds_up_over_batches() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(16, 256, generator=generator), torch.randn(64, 256, generator=generator)
+    whole, parts = (AllocationSearch(weight, torch.arange(8.0), 2, 32) for _ in range(2))
+    whole.add(inputs)
+    for batch in inputs.split(16):
+        parts.add(batch)
+    torch.testing.assert_close(whole.divergence, parts.divergence, rtol=1e-4, atol=0)
+
+
+def test_larger_weight_of_salient_elements_moves_the_range() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tile = torch.randn(32, 64, generator=generator)
+    salience = tile.square()
+    plain, _ = calibrate_group(tile, salience, 2)
+    weighted, _ = calibrate_group(tile, salience, 2, CalibrationConfig(salient_weight=50.0))
+    assert weighted.mean() > plain.mean()  # the salient ones here are the largest: they ask for a wider range
+
+
+def _layer(rows: int = 32, columns: int = 160) -> tuple[Tensor, Tensor]:
+    """A weight, and the Hessian of strongly correlated inputs."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, columns, generator=generator)
+    mixing = torch.randn(columns, columns, generator=generator)
+    accumulator = HessianAccumulator(columns, torch.device("cpu"))
+    accumulator.add(torch.randn(4 * columns, columns, generator=generator) @ mixing)
+    return weight, accumulator.hessian
+
+
+def test_error_compensation_lowers_the_output_error() -> None:
+    weight, hessian = _layer()
+    bits, inverse = uniform_bits(160, 64, 3), invert_hessian(hessian)
+    methods = {}
+    for method in ("rtn", "gptq", "slimllm"):
+        config = QuantizationConfig(method, 3, 64)
+        quantized = quantize_linear(weight, bits, hessian, inverse, config)
+        levels = quantized.dequantize()
+        methods[method] = float(output_error(levels - weight, hessian).sum())
+    assert methods["gptq"] < 0.9 * methods["rtn"]
+    assert methods["slimllm"] < 0.9 * methods["gptq"]
+
+
+def test_refit_never_makes_a_row_worse() -> None:
+    weight, hessian = _layer()
+    quantized = quantize_linear(
+        weight, uniform_bits(160, 64, 2), hessian, invert_hessian(hessian), QuantizationConfig("gptq", 2, 64)
+    )
+    before = quantized.dequantize()
+    after = dequantize(quantized.integers, *refit_qparams(weight, quantized, hessian), 64)
+    old, new = output_error(before - weight, hessian), output_error(after - weight, hessian)
+    assert (new <= old).all()
+    assert new.sum() < 0.9 * old.sum()
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "slimllm"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_what_is_stored_can_be_stored(method: str, bits: int) -> None:
+    weight, hessian = _layer()
+    widths = paired_bits(torch.arange(3.0), 0, bits, 160, 64)
+    widths[0] -= 1
+    config = QuantizationConfig(method, bits, 64)  # type: ignore[arg-type]
+    quantized = quantize_linear(weight, widths, hessian, invert_hessian(hessian), config)
+    assert (quantized.integers <= per_column(2**widths - 1, 64, 160)).all()
+    assert torch.equal(storable_scale(quantized.scale), quantized.scale)
+    assert torch.equal(storable_zero_point(quantized.zero_point, widths), quantized.zero_point)
+
+
+def test_dead_columns_become_zero_and_the_hessian_is_left_alone() -> None:
+    weight, hessian = _layer()
+    hessian[:, 7] = hessian[7] = 0
+    before = hessian.clone()
+    inverse = invert_hessian(hessian)
+    quantized = quantize_linear(weight, uniform_bits(160, 64, 4), hessian, inverse, QuantizationConfig("gptq", 4, 64))
+    assert torch.equal(hessian, before)
+    assert inverse.dead.nonzero().flatten().tolist() == [7]
+    assert (quantized.dequantize()[:, 7] == 0).all()
+
+
+def test_damping_rises_until_the_hessian_can_be_inverted(caplog: pytest.LogCaptureFixture) -> None:
+    hessian = torch.eye(4) - 0.05 * torch.ones(4, 4)
+    hessian[0, 1] = hessian[1, 0] = 1.0  # no longer positive definite
+    inverse = invert_hessian(hessian, percdamp=0.01)
+    assert inverse.percdamp > 0.01
+    assert torch.isfinite(inverse.upper).all()
+    assert "damping raised" in caplog.text
+
+
+@pytest.mark.parametrize(("value", "message"), [(torch.nan, "NaN"), (-5.0, "singular")])
+def test_a_hessian_that_cannot_be_inverted(value: float, message: str) -> None:
+    hessian = torch.eye(4)
+    hessian[2, 2] = value
+    with pytest.raises(ValueError, match=message):
+        invert_hessian(hessian)
+
+
+def test_hessian_is_accumulated_in_float32_under_autocast() -> None:
+    inputs = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    accumulator = HessianAccumulator(32, torch.device("cpu"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        accumulator.add(inputs.view(2, 32, 32))
+    assert accumulator.tokens == 64
+    torch.testing.assert_close(accumulator.hessian, 2 / 64 * inputs.T @ inputs, rtol=1e-5, atol=1e-5)
