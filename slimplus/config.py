@@ -129,7 +129,9 @@ class TrainingConfig(Section):
 
     epochs: int = Field(8, ge=1, description="passes over the calibration windows for each block")
     batch_size: int = Field(1, ge=1, description="windows per step and device")
-    learning_rate: Number = Field(0.01, gt=0, description="AdamW learning rate of the quantizer parameters")
+    learning_rate: Number = Field(
+        0.01, gt=0, description="AdamW learning rate of the ends of each grid, in steps of its scale"
+    )
     weight_decay: Number = Field(0.0, ge=0, description="AdamW weight decay")
     accumulate_grad_batches: int = Field(1, ge=1, description="batches whose gradients are summed before a step")
 

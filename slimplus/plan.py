@@ -13,8 +13,10 @@ from slimplus.quantization.packing import packed_size
 
 BYTES_16_BIT = 2
 FLOAT32 = 4
-# A block in training: full-precision weights, rounding targets, fake-quantized weights, and two gradients in flight.
+LIBRARIES = 600_000_000  # PyTorch, transformers and Lightning, loaded
+# A block in training: full-precision and fake-quantized weights, what autograd keeps of them, and two gradients.
 BLOCK_COPIES = 5
+LOGITS_COPIES = 4  # the model's, in float32, and the metric's probabilities
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,10 @@ class Plan:
         quantized_weights: number of weights in packed layers.
         packed_linear_bytes: everything stored for them, biases apart.
         other_bytes: the rest of the model, at 16 bits.
-        host_bytes: rough peak of main memory: the model, two sets of block inputs, two blocks.
-        device_bytes: rough peak on the device: one block in training, embedding and head.
+        host_bytes: rough peak of main memory, where the device is the CPU: the model, and the larger of one block in
+            training beside three sets of hidden states, and one window's logits.
+        device_bytes: rough peak on the device: embedding and head, and the larger of one block in training and one
+            window's logits.
     """
 
     architecture: str
@@ -70,8 +74,8 @@ class Plan:
             "effective bits per weight": f"{self.bits_per_weight:.3f} (scales, zero points and indices counted)",
             "size": f"{gigabytes(self.full_bytes)} at 16 bit -> {gigabytes(self.packed_bytes)} packed "
             f"({self.full_bytes / self.packed_bytes:.1f} times smaller)",
-            "peak memory estimate": f"{gigabytes(self.host_bytes)} main memory, "
-            f"of which or on the device {gigabytes(self.device_bytes)}",
+            "peak memory estimate": f"{gigabytes(self.host_bytes)} main memory; on a GPU, if there is one, "
+            f"{gigabytes(self.device_bytes)}",
         }
         return "\n".join(f"{name:<26} {value}" for name, value in rows.items())
 
@@ -81,15 +85,17 @@ def gigabytes(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
-def make_plan(model: PreTrainedModel, bits: int, group_size: int, samples: int, sequence_length: int) -> Plan:
+def make_plan(
+    model: PreTrainedModel, bits: int, group_size: int, calibration: tuple[int, int], evaluation_length: int
+) -> Plan:
     """Plan for `model`, which may lie on the meta device.
 
     Args:
         model: the full-precision model.
         bits: average width. A group one bit narrower and one wider take what two groups of the average take.
         group_size: columns a group.
-        samples: calibration windows.
-        sequence_length: tokens in each.
+        calibration: number of windows, and tokens in each.
+        evaluation_length: tokens in an evaluation window.
     """
     blocks = find_blocks(model)
     prefix = blocks_path(model.config)
@@ -102,9 +108,10 @@ def make_plan(model: PreTrainedModel, bits: int, group_size: int, samples: int, 
     quantized = sum(layer.weight.numel() for layer in layers.values())
     total = sum(parameter.numel() for parameter in model.parameters())
     block_weights = max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
-    hidden = samples * sequence_length * model.config.hidden_size * FLOAT32
-    outside = total - sum(parameter.numel() for parameter in blocks.parameters())
-    device = BLOCK_COPIES * block_weights * FLOAT32 + outside * FLOAT32
+    hidden = calibration[0] * calibration[1] * model.config.hidden_size * FLOAT32
+    outside = FLOAT32 * (total - sum(parameter.numel() for parameter in blocks.parameters()))
+    logits = LOGITS_COPIES * evaluation_length * model.config.vocab_size * FLOAT32
+    training = BLOCK_COPIES * block_weights * FLOAT32
     return Plan(
         architecture=model.config.model_type,
         blocks=len(blocks),
@@ -116,6 +123,6 @@ def make_plan(model: PreTrainedModel, bits: int, group_size: int, samples: int, 
             packed_size(layer.out_features, {bits: groups[name]}, group_size) for name, layer in layers.items()
         ),
         other_bytes=(total - quantized) * BYTES_16_BIT,
-        host_bytes=total * BYTES_16_BIT + 3 * hidden + device,
-        device_bytes=device,
+        host_bytes=LIBRARIES + total * BYTES_16_BIT + outside + max(training + 3 * hidden, logits),
+        device_bytes=outside + max(training, logits),
     )
