@@ -49,7 +49,8 @@ def dry_run(recipe: Recipe) -> str:
     source, settings = model_source(recipe), recipe.quantization
     config = source.config_of(recipe.model.config) if recipe.model.config else source.config()
     model = build_on_meta(config)
-    return str(make_plan(model, settings.bits, settings.group_size, recipe.data.samples, recipe.data.sequence_length))
+    calibration, length = (recipe.data.samples, recipe.data.sequence_length), recipe.data.evaluation.sequence_length
+    return str(make_plan(model, settings.bits, settings.group_size, calibration, length))
 
 
 def measure_full_precision(job: Job) -> None:
