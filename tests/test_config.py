@@ -216,7 +216,7 @@ def test_whatever_is_typed_gives_a_recipe_or_a_recipe_error(key: str, text: str)
         ("run_dir=''", "run_dir: expected text, got ''"),
         ("seed=2024-99-99", "seed: '2024-99-99' is not valid YAML; quote it"),
         ("seed=[", "seed: '[' is not valid YAML; quote it"),
-        ("data.samples.x=1", "data.samples.x: data.samples holds 64, which has no keys inside"),
+        ("data.samples.x=1", "data.samples.x: data.samples holds 32, which has no keys inside"),
         ("training=3", "training: expected keys such as training.epochs, got 3"),
         ("model.path", "'model.path' is not of the form key=value"),
         ("=3", "'=3' is not of the form key=value"),

@@ -18,7 +18,7 @@ from slimplus.nn import FakeQuantizedLinear, PackedLinear
 from slimplus.quantization.affine import QuantizedWeight, choose_qparams, quantize, storable_scale, storable_zero_point
 from slimplus.quantization.linear import QuantizationConfig
 from slimplus.training.block import (
-    SharedInputs,
+    BlockData,
     fake_quantized_block,
     load_packed_block,
     packed_block,
@@ -107,7 +107,8 @@ def _quantize(
     block, inputs = block_and_inputs
     config = QuantizationConfig(method, 2, GROUP_SIZE)  # type: ignore[arg-type]
     original = RUNNER.load(block)
-    result = quantize_block(original, inputs.hidden, inputs.arguments[0], config, RUNNER, lambda total: total, bits)
+    data = BlockData(original, inputs.hidden, inputs.arguments[0], RUNNER, lambda total: total)
+    result = quantize_block(data, config, bits)
     return original, result.weights
 
 
@@ -120,10 +121,10 @@ def test_layers_that_read_the_same_tensor_share_a_hessian(
     block_and_inputs: tuple[nn.Module, BlockInputs],
 ) -> None:
     block, inputs = block_and_inputs
-    shared = SharedInputs.find(RUNNER.load(block), inputs.hidden, inputs.arguments[0], RUNNER)
-    assert shared.leader["self_attn.k_proj"] == shared.leader["self_attn.v_proj"] == "self_attn.q_proj"
-    assert shared.leader["mlp.up_proj"] == "mlp.gate_proj"
-    assert shared.leaders == {"self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"}
+    data = BlockData(RUNNER.load(block), inputs.hidden, inputs.arguments[0], RUNNER, lambda total: total)
+    assert data.leader["self_attn.k_proj"] == data.leader["self_attn.v_proj"] == "self_attn.q_proj"
+    assert data.leader["mlp.up_proj"] == "mlp.gate_proj"
+    assert len(set(data.leader.values())) == 4
 
 
 def test_each_method_is_better_than_the_one_before(block_and_inputs: tuple[nn.Module, BlockInputs]) -> None:

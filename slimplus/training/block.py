@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -27,46 +26,53 @@ Reduce = Callable[[Tensor], Tensor]
 InputHook = Callable[[Tensor], None]
 
 
-@contextmanager
-def watch_inputs(layers: Mapping[str, nn.Module], hooks: Mapping[str, InputHook]) -> Iterator[None]:
-    """While open, call `hooks[name]` with the input of `layers[name]` at each of its forwards."""
-    handles = [
-        layers[name].register_forward_pre_hook(lambda _, args, hook=hook: hook(args[0])) for name, hook in hooks.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@dataclass
-class SharedInputs:
-    """Which linear layers of a block read the same tensor (q, k and v; gate and up): they share one Hessian.
+@dataclass(frozen=True)
+class BlockData:
+    """A full-precision block and what it is calibrated on.
 
     Attributes:
-        leader: layer → the first layer that reads the same input.
+        block: float32, on the device; left as it is.
+        hidden: this rank's share of the block's inputs, `[windows, sequence_length, hidden]`.
+        arguments: the block's other arguments.
+        runner: runs the block.
+        reduce: sums a tensor over ranks.
     """
 
-    leader: dict[str, str] = field(default_factory=dict)
+    block: nn.Module
+    hidden: Tensor
+    arguments: BlockArguments
+    runner: BlockRunner
+    reduce: Reduce
 
-    @classmethod
-    @torch.no_grad()
-    def find(cls, block: nn.Module, hidden: Tensor, arguments: BlockArguments, runner: BlockRunner) -> SharedInputs:
-        """Run one window and compare the inputs' identity."""
-        layers, seen, shared = find_linears(block), {}, cls()
+    @cached_property
+    def layers(self) -> dict[str, nn.Linear]:
+        """The linear layers by name."""
+        return find_linears(self.block)
+
+    def watch(self, hooks: Mapping[str, InputHook], windows: int | None = None) -> None:
+        """Run the block on the first `windows` (default: all), calling `hooks[name]` with each input of that layer."""
+        handles = [
+            self.layers[name].register_forward_pre_hook(lambda _, inputs, hook=hook: hook(inputs[0]))
+            for name, hook in hooks.items()
+        ]
+        try:
+            self.runner.run(self.block, self.hidden[:windows], self.arguments)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @cached_property
+    def leader(self) -> dict[str, str]:
+        """Layer → the first layer that reads the same tensor (q, k and v; gate and up): they share one Hessian."""
+        seen: dict[str, Tensor] = {}
+        leader: dict[str, str] = {}
 
         def note(name: str, inputs: Tensor) -> None:
             seen[name] = inputs  # kept alive, so that no address is used twice
-            shared.leader[name] = next(other for other, tensor in seen.items() if tensor is inputs)
+            leader[name] = next(other for other, tensor in seen.items() if tensor is inputs)
 
-        with watch_inputs(layers, {name: partial(note, name) for name in layers}):
-            runner.run(block, hidden[:1], arguments)
-        return shared
-
-    @property
-    def leaders(self) -> set[str]:
-        return set(self.leader.values())
+        self.watch({name: partial(note, name) for name in self.layers}, windows=1)
+        return leader
 
 
 @dataclass(frozen=True)
@@ -85,90 +91,57 @@ class BlockResult:
 
 
 def quantize_block(
-    block: nn.Module,
-    hidden: Tensor,
-    arguments: BlockArguments,
-    config: QuantizationConfig,
-    runner: BlockRunner,
-    reduce: Reduce,
-    bits: Mapping[str, Tensor] | None = None,
+    data: BlockData, config: QuantizationConfig, bits: Mapping[str, Tensor] | None = None
 ) -> BlockResult:
-    """Quantize every linear layer of `block` (float32, on the device; left as it is) without training.
+    """Quantize every linear layer of a block, without training.
 
     Args:
-        block: the full-precision block.
-        hidden: this rank's share of the block's inputs, `[windows, sequence_length, hidden]`.
-        arguments: the block's other arguments.
+        data: the block and its inputs.
         config: method and constants.
-        runner: runs the block.
-        reduce: sums a tensor over ranks.
         bits: widths of each layer's groups, if they are not to be searched.
     """
-    layers = find_linears(block)
-    shared = SharedInputs.find(block, hidden, arguments, runner)
-    hessians = _hessians(block, shared, hidden, arguments, config, runner, reduce)
+    hessians = _hessians(data, config)
     inverses = {name: invert_hessian(hessian, config.percdamp) for name, hessian in hessians.items()}
     divergence: dict[str, list[float]] = {}
     if bits is None and config.mixes_bits:
-        bits, divergence = _search(block, shared, inverses, hidden, arguments, config, runner, reduce)
+        bits, divergence = _search(data, inverses, config)
     weights = {}
-    for name, layer in layers.items():
-        leader = shared.leader[name]
-        layer_bits = uniform_bits(layer.in_features, config.group_size, config.bits) if bits is None else bits[name]
-        weights[name] = quantize_linear(layer.weight, layer_bits, hessians[leader], inverses[leader], config)
-    return BlockResult(weights, divergence, {name: inverses[shared.leader[name]].percdamp for name in layers})
+    for name, layer in data.layers.items():
+        leader = data.leader[name]
+        widths = uniform_bits(layer.in_features, config.group_size, config.bits) if bits is None else bits[name]
+        weights[name] = quantize_linear(layer.weight, widths, hessians[leader], inverses[leader], config)
+    return BlockResult(weights, divergence, {name: inverses[data.leader[name]].percdamp for name in data.layers})
 
 
-def _hessians(
-    block: nn.Module,
-    shared: SharedInputs,
-    hidden: Tensor,
-    arguments: BlockArguments,
-    config: QuantizationConfig,
-    runner: BlockRunner,
-    reduce: Reduce,
-) -> dict[str, Tensor]:
-    layers = find_linears(block)
+def _hessians(data: BlockData, config: QuantizationConfig) -> dict[str, Tensor]:
+    """By leader."""
+    columns = {name: data.layers[name].in_features for name in data.leader.values()}
     if config.method == "rtn":  # rounding to nearest looks at no input
-        return {name: torch.eye(layers[name].in_features, device=runner.device) for name in shared.leaders}
-    sums = {name: HessianAccumulator(layers[name].in_features, runner.device) for name in shared.leaders}
-    with watch_inputs(layers, {name: accumulator.add for name, accumulator in sums.items()}):
-        runner.run(block, hidden, arguments)
-    return {
-        name: reduce(accumulator.hessian) / reduce(torch.ones((), device=runner.device))
-        for name, accumulator in sums.items()
-    }
+        return {name: torch.eye(count, device=data.runner.device) for name, count in columns.items()}
+    sums = {name: HessianAccumulator(count, data.runner.device) for name, count in columns.items()}
+    data.watch({name: accumulator.add for name, accumulator in sums.items()})
+    ranks = data.reduce(torch.ones((), device=data.runner.device))
+    return {name: data.reduce(accumulator.hessian) / ranks for name, accumulator in sums.items()}
 
 
 def _search(
-    block: nn.Module,
-    shared: SharedInputs,
-    inverses: Mapping[str, InverseHessian],
-    hidden: Tensor,
-    arguments: BlockArguments,
-    config: QuantizationConfig,
-    runner: BlockRunner,
-    reduce: Reduce,
+    data: BlockData, inverses: Mapping[str, InverseHessian], config: QuantizationConfig
 ) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
-    layers = find_linears(block)
+    size = config.group_size
     salience = {
-        name: group_salience(layer.weight, inverses[shared.leader[name]], config.group_size)
-        for name, layer in layers.items()
+        name: group_salience(layer.weight, inverses[data.leader[name]], size) for name, layer in data.layers.items()
     }
     searches = {
-        name: AllocationSearch(layer.weight, salience[name], config.bits, config.group_size)
-        for name, layer in layers.items()
+        name: AllocationSearch(layer.weight, salience[name], config.bits, size) for name, layer in data.layers.items()
     }
-    windows = max(SEARCH_TOKENS // hidden.shape[1], 1)
-    with watch_inputs(layers, {name: search.add for name, search in searches.items()}):
-        runner.run(block, hidden[:windows], arguments)
+    windows = max(SEARCH_TOKENS // data.hidden.shape[1], 1)
+    data.watch({name: search.add for name, search in searches.items()}, windows)
     bits, divergence = {}, {}
     for name, search in searches.items():
-        total = reduce(search.divergence)
+        total = data.reduce(search.divergence)
         divergence[name] = total.tolist()
-        bits[name] = paired_bits(
-            salience[name], int(total.argmin()), config.bits, layers[name].in_features, config.group_size
-        )
+        pairs = int(total.argmin())
+        bits[name] = paired_bits(salience[name], pairs, config.bits, data.layers[name].in_features, size)
     return bits, divergence
 
 

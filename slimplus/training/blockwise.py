@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from slimplus.models.streaming import BlockArguments, BlockRunner
 from slimplus.quantization.affine import QuantizedWeight
 from slimplus.quantization.linear import QuantizationConfig
-from slimplus.training.block import fake_quantized_block, quantize_block, trained_weights
+from slimplus.training.block import BlockData, fake_quantized_block, quantize_block, trained_weights
 from slimplus.training.fit import FitConfig, fit_block
 from slimplus.training.reconstruction import BlockReconstruction, ReconstructionConfig
 
@@ -61,9 +61,8 @@ class BlockQuantizer:
     def __call__(self, task: BlockTask) -> tuple[dict[str, QuantizedWeight], dict[str, Any]]:
         """The quantized weights by the layers' names in the block, and a record of how they came about."""
         start = time.perf_counter()
-        result = quantize_block(
-            task.block, task.hidden, task.arguments, self.quantization, self.runner, self._sum, task.bits
-        )
+        data = BlockData(task.block, task.hidden, task.arguments, self.runner, self._sum)
+        result = quantize_block(data, self.quantization, task.bits)
         record: dict[str, Any] = {
             "divergence": result.divergence,
             "percdamp": result.percdamp,
