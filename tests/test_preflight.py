@@ -155,7 +155,7 @@ def test_a_short_text_names_the_keys_and_numbers(tmp_path: Path) -> None:
     text.write_text("word " * 400)
     arguments = ["model.path=org/name", f"data.calibration.path={text}", f"data.evaluation.path={text}"]
     calibration, evaluation = input_problems(*arguments)
-    assert "2,000 bytes, too few for data.samples=64 windows of data.sequence_length=256 (16,384 tokens)" in calibration
+    assert "2,000 bytes, too few for data.samples=32 windows of data.sequence_length=256 (8,192 tokens)" in calibration
     assert "too few for one window of data.evaluation.sequence_length=2048 (2,048 tokens)" in evaluation
     check_inputs(load_recipe([DEMO, *arguments, "data.samples=7", "data.evaluation.sequence_length=2000"]))
 
