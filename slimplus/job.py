@@ -252,9 +252,11 @@ def _windows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -
 
 def _inputs(recipe: Recipe, calibration: Windows, config: PretrainedConfig, precision: str) -> dict[str, Any]:
     """All that finished blocks depend on."""
-    keys = {key: value for key, value in flatten(recipe).items() if not key.startswith(FREE_KEYS)}
-    # The text's fingerprint says more than its path, and the resolved precision more than `auto`.
-    keys |= {"data.calibration.path": calibration.fingerprint, "trainer.precision": precision}
+    free = FREE_KEYS if recipe.quantization.method == "slimllm_plus" else (*FREE_KEYS, "training")
+    keys = {key: value for key, value in flatten(recipe).items() if not key.startswith(free)}
+    # The windows' fingerprint says more than the path of their text, and the resolved precision more than `auto`.
+    del keys["data.calibration.path"]
+    keys |= {"calibration windows": calibration.fingerprint, "trainer.precision": precision}
     architecture = json.dumps(config.to_dict(), sort_keys=True, default=str)
     return keys | {"model.config": hashlib.sha256(architecture.encode()).hexdigest()}
 

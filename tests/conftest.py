@@ -77,7 +77,8 @@ def _make_model(folder: Path, model_type: str, blocks: int, sizes: dict[str, int
     model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     for parameter in model.parameters():
         if parameter.dim() > 1:
-            parameter.data *= 4  # random weights of the usual size give logits that say nothing
+            # Larger than usual, or the logits say nothing; columns of different size, or mixing bits never pays.
+            parameter.data *= 4 * torch.exp(torch.randn(parameter.shape[1]))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

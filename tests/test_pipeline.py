@@ -36,7 +36,7 @@ SMALL = (
     "data.sequence_length=32",
     "data.evaluation.sequence_length=64",
     "data.evaluation.windows=2",
-    "quantization.group_size=32",
+    "quantization.group_size=16",
     "training.epochs=2",
     "trainer.precision=32-true",
 )
@@ -203,7 +203,9 @@ def test_another_evaluation_text_is_measured_anew(
 
 
 def test_changed_inputs_are_refused(finished: Path, arguments: Arguments) -> None:
-    with pytest.raises(InputError, match=r"other values of quantization\.group_size, seed; restore"):
+    with pytest.raises(
+        InputError, match=r"other values of calibration windows, quantization\.group_size, seed; restore"
+    ):
         run(arguments(finished, "quantization.group_size=64", "seed=1", "data.samples=8"))
 
 
@@ -235,7 +237,7 @@ def test_an_allocation_can_be_imported(finished: Path, arguments: Arguments, tmp
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("quantization.group_size=64",), r"is for group_size 32, not 64; set quantization\.group_size=32"),
+        (("quantization.group_size=64",), r"is for group_size 16, not 64; set quantization\.group_size=16"),
         (("model",), r"quantization\.allocation: model\.layers\.\d.* groups there"),
     ],
 )
@@ -381,7 +383,10 @@ def test_two_processes(arguments: Arguments, tmp_path: Path, strategy: str) -> N
 def test_memory_does_not_grow_with_the_number_of_blocks(
     arguments: Arguments, make_model: ModelMaker, tmp_path: Path
 ) -> None:
-    """Beyond the model in its stored dtype: a leak of blocks in float32 would take at least twice as much."""
+    """Beyond the model in its stored dtype, once in memory and once as pages of its file that the kernel keeps mapped.
+
+    One float32 copy of each block that is not freed would add as much again.
+    """
     sizes = {"hidden_size": 512, "intermediate_size": 1408}
     stored_block = 2 * (2 * 512 * 512 + 2 * 512 * 256 + 3 * 512 * 1408)
     peaks = {}
@@ -393,4 +398,4 @@ def test_memory_does_not_grow_with_the_number_of_blocks(
         )
         assert done.returncode == 0, done.stderr
         peaks[blocks] = int(_metrics(folder)["peak_memory_bytes"])
-    assert peaks[8] - peaks[2] < 6 * stored_block * 1.5, peaks
+    assert peaks[8] - peaks[2] < 6 * stored_block * 3, peaks

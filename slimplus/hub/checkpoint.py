@@ -29,7 +29,6 @@ def write_checkpoint(
     tokenizer: PreTrainedTokenizerBase,
     generation: GenerationConfig | None,
     model_card: str,
-    shard_bytes: int = SHARD_BYTES,
 ) -> int:
     """Write a checkpoint that `from_pretrained` loads; the folder appears whole or not at all.
 
@@ -41,7 +40,6 @@ def write_checkpoint(
         tokenizer: saved beside the weights.
         generation: saved beside the weights.
         model_card: content of README.md.
-        shard_bytes: size at which another shard begins.
 
     Returns:
         Bytes of all the tensors.
@@ -49,7 +47,7 @@ def write_checkpoint(
     staging = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    size = _write_shards(staging, tensors, shard_bytes)
+    size = _write_shards(staging, tensors)
     packed_config = type(config).from_dict(config.to_dict())
     packed_config.quantization_config = quantization.to_dict()
     packed_config.save_pretrained(staging)
@@ -63,7 +61,7 @@ def write_checkpoint(
     return size
 
 
-def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> int:
+def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> int:
     """Greedy shards; their names hold their number, which is known only at the end."""
     shards: list[list[str]] = []
     pending: dict[str, Tensor] = {}
@@ -75,7 +73,7 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
         pending.clear()
 
     for name, tensor in tensors:
-        if pending and pending_bytes + tensor.nbytes > shard_bytes:
+        if pending and pending_bytes + tensor.nbytes > SHARD_BYTES:
             flush()
             pending_bytes = 0
         pending[name] = tensor.contiguous()

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from slimplus.training.reconstruction import BlockReconstruction
 from slimplus.training.strategies import build_strategy
 
-CHECKPOINT = "last.ckpt"
+CHECKPOINT = Path("last.ckpt")  # one an epoch, each in the place of the one before
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _loggers(folder: Path, name: str) -> list[Logger]:
 def _callbacks(checkpoints: Path) -> list[Callback]:
     return [
         LearningRateMonitor(logging_interval="step"),
-        ModelCheckpoint(checkpoints, save_last=True, save_top_k=0, enable_version_counter=False),
+        ModelCheckpoint(checkpoints, filename=CHECKPOINT.stem, enable_version_counter=False),
         TQDMProgressBar(refresh_rate=10, process_position=1, leave=False),
     ]
 
@@ -122,6 +122,7 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             for message in (
                 ".*does not have many workers.*",
+                ".*in eval mode.*",  # blocks stay in it: dropout has no place in a reconstruction
                 ".*exists and is not empty.*",
                 ".*will be overwritten.*",
                 ".*LeafSpec.*",  # Lightning's use of a name that PyTorch is about to retire
