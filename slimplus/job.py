@@ -107,6 +107,12 @@ class Job:
             self.run.save_block(index, tensors, record)
         self.fabric.barrier()
 
+    def forget_checkpoint(self) -> None:
+        """Drop the figures of a checkpoint whose blocks are about to change."""
+        for key in ("size_bytes", "sentence"):
+            self.metrics.pop(key, None)
+        self.metrics["perplexity"].pop("quantized", None)
+
     def packed_layout(self) -> PackedLayout:
         """Widths and sizes of all the packed layers, from the block files; one block in memory at a time."""
         layout, group_size = PackedLayout({}), self.quantizer.quantization.group_size

@@ -71,6 +71,7 @@ def quantize_blocks(job: Job) -> None:
         logger.info("blocks: %d of %d found in %s, skipped", sum(found), len(found), job.run.blocks)
     if all(found):
         return
+    job.forget_checkpoint()
     with job.stage("blocks"):
         inputs = job.model.block_inputs(job.shard(job.calibration.tokens), job.runner)
         full = quantized = inputs.hidden

@@ -217,13 +217,15 @@ def test_resume_never_refuses_a_used_folder(finished: Path, arguments: Arguments
 def test_a_damaged_block_is_named(finished: Path, arguments: Arguments, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
-    shutil.rmtree(copy / "packed")
     block = copy / "blocks" / "block_001.safetensors"
     block.write_bytes(block.read_bytes()[:1000])
+    (copy / "blocks" / "block_000.safetensors").unlink()
     with pytest.raises(InputError, match=r"block_001\.safetensors is damaged .* delete it"):
         run(arguments(copy))
     block.unlink()
-    run(arguments(copy))
+    (copy / "packed" / "model.safetensors").unlink()
+    run(arguments(copy))  # makes both blocks again, and with them the checkpoint
+    assert _metrics(copy)["perplexity"] == _metrics(finished)["perplexity"]
     ours, theirs = load_file(block), load_file(finished / "blocks" / "block_001.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
