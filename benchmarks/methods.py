@@ -40,12 +40,13 @@ def main() -> None:
         texts = (f"data.calibration.path={arguments.calibration}", f"data.evaluation.path={arguments.evaluation}")
         command = [f"recipe={RECIPE}", *texts, "data.evaluation.windows=16", *keys, f"quantization.method={method}"]
         _reuse_full_precision(folder, arguments.runs)
+        commit = _note_commit(folder)
         subprocess.run(
             [sys.executable, ROOT / "train.py", *command, f"run_dir={folder}", *overrides], check=True, cwd=ROOT
         )
         metrics = json.loads((folder / "metrics.json").read_text())
-        rows[method] = {"settings": [*keys, *overrides], **metrics}
-    result = {"recipe": RECIPE, "machine": _machine(), "commit": _commit(), "methods": rows}
+        rows[method] = {"settings": [*keys, *overrides], "commit": commit, **metrics}
+    result = {"recipe": RECIPE, "machine": _machine(), "methods": rows}
     file = ROOT / "benchmarks" / "results" / "smollm2_135m_methods.json"
     file.write_text(json.dumps(result, indent=2) + "\n")
     sys.stdout.write(table(rows) + "\n")
@@ -90,10 +91,14 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _commit() -> str:
-    return subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
+def _note_commit(folder: Path) -> str:
+    """The commit a run was begun with, kept beside it: a finished run may be collected by a later one."""
+    note = folder / "commit"
+    if not note.exists():
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        note.write_text(head.stdout.strip())
+    return note.read_text()
 
 
 if __name__ == "__main__":
