@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+import torch
+
 from slimplus import report
 from slimplus.config import Recipe, to_yaml
 from slimplus.evaluation import continue_text, perplexity
@@ -130,7 +132,7 @@ def measure_packed(job: Job) -> str:
         return str(job.metrics["sentence"])
     job.release_model()
     with job.stage("packed"):
-        model = load(job.run.packed, dtype=job.runner.compute_dtype)
+        model = load(job.run.packed, dtype=torch.float32)  # what is not packed; autocast makes the rest
         streamed = StreamedModel(model, job.runner.device)
         job.metrics["perplexity"]["quantized"] = perplexity(
             streamed, job.shard(job.evaluation.tokens), job.runner, "packed"

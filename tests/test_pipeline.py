@@ -279,6 +279,15 @@ def test_every_architecture_loads_back(
     assert perplexity["quantized"] == pytest.approx(perplexity["full"], rel=0.05)
 
 
+def test_a_whole_run_in_bfloat16(arguments: Arguments, make_model: ModelMaker, tmp_path: Path) -> None:
+    """Biases, layer norms and tied weights included: OPT has them all."""
+    run(arguments(tmp_path / "run", "trainer.precision=bf16-mixed", model=make_model("opt")))
+    metrics = _metrics(tmp_path / "run")
+    assert metrics["precision"] == "bf16-mixed"
+    assert metrics["average_bits"] == 2.0
+    assert metrics["perplexity"]["quantized"] == pytest.approx(metrics["perplexity"]["full"], rel=0.5)
+
+
 def test_shards(arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from slimplus.hub import checkpoint
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimplus.models.architectures import blocks_path, find_blocks
-from slimplus.models.precision import AUTOCAST_DTYPES, autocast
+from slimplus.models.precision import autocast
 from slimplus.nn import PackedLinear
 
 BlockArguments = dict[str, Any]
@@ -56,11 +56,6 @@ class BlockRunner:
     device: torch.device
     precision: str
     windows: int = 1
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """Of the matrix products."""
-        return AUTOCAST_DTYPES[self.precision] or torch.float32
 
     @property
     def hidden_dtype(self) -> torch.dtype:
