@@ -33,6 +33,7 @@ from slimplus.models.streaming import BlockRunner, StreamedModel
 from slimplus.quantization.affine import group_count
 from slimplus.quantization.linear import QuantizationConfig
 from slimplus.run import Record, RunDirectory, read_allocation
+from slimplus.training.block import layer_tensors
 from slimplus.training.blockwise import BlockQuantizer
 from slimplus.training.fit import FitConfig
 from slimplus.training.reconstruction import ReconstructionConfig
@@ -115,18 +116,13 @@ class Job:
 
     def packed_layout(self) -> PackedLayout:
         """Widths and sizes of all the packed layers, from the block files; one block in memory at a time."""
-        layout, group_size = PackedLayout({}), self.quantizer.quantization.group_size
+        layout, group_size = PackedLayout(), self.quantizer.quantization.group_size
         for index, (block_name, block) in enumerate(zip(self.block_names, self.model.blocks, strict=True)):
-            tensors, _ = self.run.require_block(index)
+            tensors, record = self.run.require_block(index)
+            layout.records.append({key: value for key, value in record.items() if key != "divergence"})
             for name, linear in find_linears(block).items():
-                packed = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
-                layout.add(f"{block_name}.{name}", packed, linear.weight.shape, group_size)
+                layout.add(f"{block_name}.{name}", layer_tensors(tensors, name), linear.weight.shape, group_size)
         return layout
-
-    def block_records(self) -> list[Record]:
-        """How each block came about, for metrics.json: losses, damping, seconds."""
-        records = (self.run.require_block(index)[1] for index in range(self.block_count))
-        return [{key: value for key, value in record.items() if key != "divergence"} for record in records]
 
     def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the packed model by its name, block by block."""

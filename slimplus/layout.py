@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,12 +21,14 @@ class PackedLayout:
         weights: number of weights, without padding.
         weight_bits: their widths, summed.
         packed_bytes: all that is stored for them, biases apart.
+        records: how each block came about: losses, damping, seconds.
     """
 
-    bits: dict[str, list[int]]
+    bits: dict[str, list[int]] = field(default_factory=dict)
     weights: int = 0
     weight_bits: int = 0
     packed_bytes: int = 0
+    records: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, name: str, packed: dict[str, Tensor], shape: torch.Size, group_size: int) -> None:
         """Count one layer of `shape` `[out, in]`."""
@@ -49,4 +51,5 @@ class PackedLayout:
             "size_bytes": size_bytes,
             "full_size_bytes": full_bytes,
             "compression": full_bytes / size_bytes,
+            "blocks": self.records,
         }

@@ -121,7 +121,6 @@ def export(job: Job) -> None:
                 card,
             )
             job.metrics |= layout.figures(size, job.model.full_bytes)
-            job.metrics["blocks"] = job.block_records()
         job.fabric.barrier()
 
 

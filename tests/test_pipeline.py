@@ -315,18 +315,6 @@ def test_bad_input_found_late_is_still_one_sentence(
         run(arguments(tmp_path, override))
 
 
-def test_dry_run_of_llama7b_needs_no_network() -> None:
-    plan = pipeline.dry_run(load_recipe(["recipe=llama7b_2bit", "dry_run=true"]))
-    assert "13.48 GB at 16 bit -> 2.30 GB packed" in plan
-    for expected in ("blocks                     32", "linear layers              224", "2.18"):
-        assert expected in plan
-
-
-@pytest.mark.parametrize("recipe", ["llama7b_3bit", "llama2_7b_2bit", "llama3_8b_2bit", "opt_1.3b_2bit"])
-def test_dry_run_of_the_paper_models(recipe: str) -> None:
-    assert "times smaller" in pipeline.dry_run(load_recipe([f"recipe={recipe}", "dry_run=true"]))
-
-
 # Real processes
 
 

@@ -46,11 +46,15 @@ def binary_qparams(tile: Tensor) -> tuple[Tensor, Tensor]:
     return 2 * half_step, 0.5 - tile.mean(dim=-1) / (2 * half_step)
 
 
+def tile_qparams(tile: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Round-to-nearest scale and zero point `[out]` of a tile: min-max, or mean ± mean magnitude at 1 bit."""
+    return binary_qparams(tile) if bits == 1 else minmax_qparams(tile, bits)
+
+
 def choose_qparams(weight: Tensor, bits: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Round-to-nearest scale and zero point `[out, groups]`: min-max, or mean ± mean magnitude at 1 bit."""
+    """Round-to-nearest scale and zero point `[out, groups]`, group by group."""
     pairs = [
-        binary_qparams(tile) if width == 1 else minmax_qparams(tile, width)
-        for tile, width in zip(weight.split(group_size, dim=1), bits.tolist(), strict=True)
+        tile_qparams(tile, width) for tile, width in zip(weight.split(group_size, dim=1), bits.tolist(), strict=True)
     ]
     return torch.stack([s for s, _ in pairs], dim=1), torch.stack([z for _, z in pairs], dim=1)
 
@@ -94,11 +98,6 @@ def dequantize(integers: Tensor, scale: Tensor, zero_point: Tensor, group_size: 
     columns = integers.shape[1]
     zero_point = per_column(zero_point, group_size, columns)
     return (integers.to(scale.dtype) - zero_point) * per_column(scale, group_size, columns)
-
-
-def round_straight_through(x: Tensor) -> Tensor:
-    """Round, with the gradient of the identity (the straight-through estimator, arXiv 1308.3432)."""
-    return x + (torch.round(x) - x).detach()
 
 
 @dataclass(frozen=True)

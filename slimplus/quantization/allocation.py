@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from slimplus.quantization.affine import choose_qparams, dequantize, quantize
+from slimplus.quantization.affine import choose_qparams, dequantize, group_count, quantize
 
 SMALLEST_PROBABILITY = 1e-6
 
@@ -27,7 +27,7 @@ def largest_pair_count(in_features: int, group_size: int) -> int:
 
 def uniform_bits(in_features: int, group_size: int, target_bits: int) -> Tensor:
     """`[groups]`, all at the target."""
-    return torch.full((-(-in_features // group_size),), target_bits, dtype=torch.int32)
+    return torch.full((group_count(in_features, group_size),), target_bits, dtype=torch.int32)
 
 
 def _ranked(salience: Tensor, in_features: int, group_size: int) -> Tensor:

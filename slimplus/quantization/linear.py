@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from slimplus.quantization.affine import QuantizedWeight, binary_qparams, minmax_qparams
+from slimplus.quantization.affine import QuantizedWeight, tile_qparams
 from slimplus.quantization.calibration import calibrate_group
 from slimplus.quantization.gptq import quantize_weight
 from slimplus.quantization.refit import refit_qparams
@@ -69,7 +69,7 @@ def quantize_linear(
 
 
 def _minmax(tile: Tensor, salience: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    return binary_qparams(tile) if bits == 1 else minmax_qparams(tile, bits)
+    return tile_qparams(tile, bits)
 
 
 class _Given:

@@ -180,10 +180,15 @@ def packed_tensors(block: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def layer_tensors(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Those of one layer among what `packed_tensors` gave, by their names in the layer."""
+    return {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+
+
 def load_packed_block(block: nn.Module, tensors: Mapping[str, Tensor], group_size: int) -> nn.Module:
     """A copy of `block` with the packed layers that `packed_tensors` gave."""
     copy = deepcopy(block)
     for name, layer in find_linears(copy).items():
-        own = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+        own = layer_tensors(tensors, name)
         copy.set_submodule(name, PackedLinear.from_tensors(own, layer.in_features, layer.out_features, group_size))
     return copy
