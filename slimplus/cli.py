@@ -13,9 +13,10 @@ from typing import TextIO
 
 import yaml
 
-from slimplus.config import describe_type, keys, load_recipe, recipe_file, recipe_names
+from slimplus.config import keys
 from slimplus.errors import InputError
 from slimplus.preflight import check_inputs
+from slimplus.reading import describe_type, load_recipe, recipe_file, recipe_names
 
 WIDTH = 110  # columns of the help text
 BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses: argparse's, and a shell's for Ctrl-C

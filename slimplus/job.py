@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from slimplus.config import Recipe, flatten, resolve_model_folder, to_yaml
+from slimplus.config import Recipe, flatten, to_yaml
 from slimplus.data.text import load_text
 from slimplus.data.windows import Windows, calibration_windows, evaluation_windows
 from slimplus.errors import InputError
@@ -32,6 +32,7 @@ from slimplus.models.precision import resolve_precision
 from slimplus.models.streaming import BlockRunner, StreamedModel
 from slimplus.quantization.affine import group_count
 from slimplus.quantization.linear import QuantizationConfig
+from slimplus.reading import resolve_model_folder
 from slimplus.run import Record, RunDirectory, read_allocation
 from slimplus.training.block import layer_tensors
 from slimplus.training.blockwise import BlockQuantizer

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from slimplus.config import ModelConfig, Recipe, RecipeError, resolve_model_folder
+from slimplus.config import ModelConfig, Recipe, RecipeError
 from slimplus.data.text import HUB_SOURCES, OFFLINE, Split, TextError, check_source
+from slimplus.reading import resolve_model_folder
 
 
 def _model_problem(model: ModelConfig) -> str | None:

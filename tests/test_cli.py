@@ -12,8 +12,9 @@ import pytest
 
 import slimplus
 from slimplus.cli import main, train
-from slimplus.config import Recipe, keys, recipe_names
+from slimplus.config import Recipe, keys
 from slimplus.errors import InputError
+from slimplus.reading import recipe_names
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = [str(ROOT / "train.py")]

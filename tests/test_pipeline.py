@@ -23,10 +23,11 @@ from safetensors.torch import load_file
 
 import slimplus
 from slimplus import pipeline
-from slimplus.config import load_recipe, to_yaml
+from slimplus.config import to_yaml
 from slimplus.errors import InputError
 from slimplus.models.architectures import BLOCKS
 from slimplus.nn import PackedLinear
+from slimplus.reading import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from slimplus import pipeline
-from slimplus.config import load_recipe
+from slimplus.reading import load_recipe
 
 
 def test_dry_run_of_llama7b_needs_no_network() -> None:

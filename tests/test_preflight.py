@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from slimplus.config import RecipeError, load_recipe, resolve_model_folder
+from slimplus.config import RecipeError
 from slimplus.preflight import check_inputs
+from slimplus.reading import load_recipe, resolve_model_folder
 
 DEMO = "recipe=smollm2_135m_2bit"
 
