@@ -118,12 +118,16 @@ class TrainingConfig(Section):
     """Block reconstruction; only quantization.method=slimllm_plus trains."""
 
     epochs: int = Field(8, ge=1, description="passes over the calibration windows for each block")
-    batch_size: int = Field(1, ge=1, description="windows per step and device")
+    batch_size: int = Field(
+        1, ge=1, description="windows per step, of all devices together; a multiple of their number"
+    )
     learning_rate: Number = Field(
         0.01, gt=0, description="AdamW learning rate of the ends of each grid, in steps of its scale"
     )
     weight_decay: Number = Field(0.0, ge=0, description="AdamW weight decay")
-    accumulate_grad_batches: int = Field(1, ge=1, description="batches whose gradients are summed before a step")
+    accumulate_grad_batches: int = Field(
+        1, ge=1, description="parts in which a device takes its share of a step, to save memory"
+    )
 
 
 class TrainerConfig(Section):

@@ -44,6 +44,7 @@ from slimplus.training.strategies import launch
 FREE_KEYS = (
     *("run_dir", "resume", "dry_run", "data.evaluation"),
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
+    "training.accumulate_grad_batches",  # in how many parts a device takes its share of a step
 )
 
 
@@ -207,6 +208,18 @@ def _check_shares(recipe: Recipe, processes: int) -> None:
             f"data.samples: {samples} windows cannot be shared evenly by {processes} processes; "
             f"give a multiple of {processes}"
         )
+    if recipe.quantization.method == "slimllm_plus":
+        step, parts = recipe.training.batch_size, recipe.training.accumulate_grad_batches
+        if step % (processes * parts):
+            raise InputError(
+                f"training.batch_size: {step} windows a step cannot be shared evenly by {processes} processes in "
+                f"{parts} parts each (training.accumulate_grad_batches); give a multiple of {processes * parts}"
+            )
+        if samples % step:
+            raise InputError(
+                f"data.samples: {samples} windows are no whole number of steps of {step} "
+                f"(training.batch_size); give a multiple of {step}"
+            )
     if windows < processes:
         raise InputError(f"data.evaluation.windows: {windows} is less than one for each of {processes} processes")
 

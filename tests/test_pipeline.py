@@ -305,6 +305,8 @@ def test_shards(arguments: Arguments, tmp_path: Path, monkeypatch: pytest.Monkey
     ("override", "message"),
     [
         ("data.samples=100000", r"fewer than data\.samples=100000"),
+        ("training.batch_size=3", r"8 windows are no whole number of steps of 3 .* give a multiple of 3"),
+        ("training.accumulate_grad_batches=2", r"training\.batch_size: 1 windows a step cannot be shared evenly"),
         ("data.evaluation.sequence_length=200000", "shorter than one window"),
         ("model.path=nobody/no-such-model", "cannot load 'nobody/no-such-model'"),
     ],
@@ -371,7 +373,10 @@ def test_a_killed_run_resumes_and_ends_the_same(arguments: Arguments, make_model
 @pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_2"])
 def test_two_processes(arguments: Arguments, tmp_path: Path, strategy: str) -> None:
     done = _train(
-        arguments(tmp_path / "run", "trainer.accelerator=cpu", "trainer.devices=2", f"trainer.strategy={strategy}")
+        arguments(
+            tmp_path / "run",
+            *("trainer.accelerator=cpu", "trainer.devices=2", "training.batch_size=2", f"trainer.strategy={strategy}"),
+        )
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("average bits") == 1

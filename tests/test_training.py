@@ -107,7 +107,7 @@ def _quantize(
     block, inputs = block_and_inputs
     config = QuantizationConfig(method, 2, GROUP_SIZE)  # type: ignore[arg-type]
     original = RUNNER.load(block)
-    data = BlockData(original, inputs.hidden, inputs.arguments[0], RUNNER, lambda total: total)
+    data = BlockData(original, inputs.hidden, inputs.arguments[0], RUNNER)
     result = quantize_block(data, config, bits)
     return original, result.weights
 
@@ -121,7 +121,7 @@ def test_layers_that_read_the_same_tensor_share_a_hessian(
     block_and_inputs: tuple[nn.Module, BlockInputs],
 ) -> None:
     block, inputs = block_and_inputs
-    data = BlockData(RUNNER.load(block), inputs.hidden, inputs.arguments[0], RUNNER, lambda total: total)
+    data = BlockData(RUNNER.load(block), inputs.hidden, inputs.arguments[0], RUNNER)
     assert data.leader["self_attn.k_proj"] == data.leader["self_attn.v_proj"] == "self_attn.q_proj"
     assert data.leader["mlp.up_proj"] == "mlp.gate_proj"
     assert len(set(data.leader.values())) == 4

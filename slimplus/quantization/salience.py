@@ -12,23 +12,31 @@ logger = logging.getLogger(__name__)
 
 
 class HessianAccumulator:
-    """Running `H = 2/N Σ x xᵀ` over the N tokens that a linear layer sees, in float32."""
+    """Running `H = 2/N Σ x xᵀ` over the N tokens that a linear layer sees.
+
+    Products are float32 and their sum is float64, so that the order in which windows are added, which depends on how
+    they are shared by ranks, does not show in the float32 Hessian.
+
+    Attributes:
+        total: `Σ x xᵀ`, `[in, in]`, float64. A sum, so that ranks may add theirs up.
+        tokens: N.
+    """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
-        self.total = torch.zeros(in_features, in_features, device=device)
+        self.total = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
         self.tokens = 0
 
     def add(self, inputs: Tensor) -> None:
         """Add inputs `[..., in]`. Autocast is off here: in bfloat16 the sum is not positive definite."""
         with torch.autocast(inputs.device.type, enabled=False):
             flat = inputs.reshape(-1, inputs.shape[-1]).float()
-            self.total.addmm_(flat.T, flat)
+            self.total += flat.T @ flat
         self.tokens += flat.shape[0]
 
     @property
     def hessian(self) -> Tensor:
         """`[in, in]`, float32."""
-        return self.total * (2 / max(self.tokens, 1))
+        return (self.total * (2 / max(self.tokens, 1))).float()
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,13 @@ from torch import Tensor, nn
 from slimplus.models.architectures import find_linears
 from slimplus.models.streaming import BlockArguments, BlockRunner
 from slimplus.nn import FakeQuantizedLinear, PackedLinear
-from slimplus.quantization.affine import QuantizedWeight
+from slimplus.quantization.affine import QuantizedWeight, group_count
 from slimplus.quantization.allocation import AllocationSearch, paired_bits, uniform_bits
 from slimplus.quantization.linear import QuantizationConfig, quantize_linear
 from slimplus.quantization.salience import HessianAccumulator, InverseHessian, group_salience, invert_hessian
+from slimplus.training.ranks import Ranks
 
 SEARCH_TOKENS = 8192  # the allocation search ranks a handful of candidates: more tokens cost time and change nothing
-
-Reduce = Callable[[Tensor], Tensor]
-"""Sum of a tensor over all ranks."""
 
 InputHook = Callable[[Tensor], None]
 
@@ -32,17 +30,17 @@ class BlockData:
 
     Attributes:
         block: float32, on the device; left as it is.
-        hidden: this rank's share of the block's inputs, `[windows, sequence_length, hidden]`.
+        hidden: this rank's share of the block's inputs, `[windows, sequence_length, hidden]`; all shares are equal.
         arguments: the block's other arguments.
         runner: runs the block.
-        reduce: sums a tensor over ranks.
+        ranks: those that quantize the block together.
     """
 
     block: nn.Module
     hidden: Tensor
     arguments: BlockArguments
     runner: BlockRunner
-    reduce: Reduce
+    ranks: Ranks = Ranks()
 
     @cached_property
     def layers(self) -> dict[str, nn.Linear]:
@@ -51,6 +49,8 @@ class BlockData:
 
     def watch(self, hooks: Mapping[str, InputHook], windows: int | None = None) -> None:
         """Run the block on the first `windows` (default: all), calling `hooks[name]` with each input of that layer."""
+        if windows == 0:
+            return
         handles = [
             self.layers[name].register_forward_pre_hook(lambda _, inputs, hook=hook: hook(inputs[0]))
             for name, hook in hooks.items()
@@ -74,6 +74,21 @@ class BlockData:
         self.watch({name: partial(note, name) for name in self.layers}, windows=1)
         return leader
 
+    @cached_property
+    def owner(self) -> dict[str, int]:
+        """Layer → the rank that inverts its Hessian and quantizes it; layers that share a Hessian share a rank."""
+        costs = dict.fromkeys(self.leader.values(), 0)
+        for name, layer in self.layers.items():  # error compensation takes out · in² operations, an inversion in³
+            own = self.leader[name] == name
+            costs[self.leader[name]] += (layer.out_features + own * layer.in_features) * layer.in_features**2
+        owners = self.ranks.owners(costs)
+        return {name: owners[leader] for name, leader in self.leader.items()}
+
+    @property
+    def own_layers(self) -> dict[str, nn.Linear]:
+        """The layers that this rank quantizes."""
+        return {name: layer for name, layer in self.layers.items() if self.owner[name] == self.ranks.rank}
+
 
 @dataclass(frozen=True)
 class BlockResult:
@@ -93,7 +108,7 @@ class BlockResult:
 def quantize_block(
     data: BlockData, config: QuantizationConfig, bits: Mapping[str, Tensor] | None = None
 ) -> BlockResult:
-    """Quantize every linear layer of a block, without training.
+    """Quantize every linear layer of a block, without training; each rank does some, and all get the same result.
 
     Args:
         data: the block and its inputs.
@@ -105,44 +120,83 @@ def quantize_block(
     divergence: dict[str, list[float]] = {}
     if bits is None and config.mixes_bits:
         bits, divergence = _search(data, inverses, config)
-    weights = {}
-    for name, layer in data.layers.items():
+    if bits is None:
+        bits = {
+            name: uniform_bits(layer.in_features, config.group_size, config.bits) for name, layer in data.layers.items()
+        }
+    own = {}
+    for name, layer in data.own_layers.items():
         leader = data.leader[name]
-        widths = uniform_bits(layer.in_features, config.group_size, config.bits) if bits is None else bits[name]
-        weights[name] = quantize_linear(layer.weight, widths, hessians[leader], inverses[leader], config)
-    return BlockResult(weights, divergence, {name: inverses[data.leader[name]].percdamp for name in data.layers})
+        own[name] = quantize_linear(layer.weight, bits[name], hessians[leader], inverses[leader], config)
+    weights = {name: _hand_out(data, name, bits[name], own.get(name), config.group_size) for name in data.layers}
+    return BlockResult(weights, divergence, _percdamp(data, inverses))
 
 
 def _hessians(data: BlockData, config: QuantizationConfig) -> dict[str, Tensor]:
-    """By leader."""
+    """By leader, those that this rank owns."""
     columns = {name: data.layers[name].in_features for name in data.leader.values()}
     if config.method == "rtn":  # rounding to nearest looks at no input
-        return {name: torch.eye(count, device=data.runner.device) for name, count in columns.items()}
+        return {
+            name: torch.eye(columns[name], device=data.runner.device) for name in columns if name in data.own_layers
+        }
     sums = {name: HessianAccumulator(count, data.runner.device) for name, count in columns.items()}
     data.watch({name: accumulator.add for name, accumulator in sums.items()})
-    ranks = data.reduce(torch.ones((), device=data.runner.device))
-    return {name: data.reduce(accumulator.hessian) / ranks for name, accumulator in sums.items()}
+    hessians = {}
+    for name in columns:
+        accumulator = sums.pop(name)  # freed one by one
+        data.ranks.sum_on(data.owner[name], accumulator.total)
+        accumulator.tokens *= data.ranks.count
+        if name in data.own_layers:
+            hessians[name] = accumulator.hessian
+    return hessians
 
 
 def _search(
     data: BlockData, inverses: Mapping[str, InverseHessian], config: QuantizationConfig
 ) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
+    """Every rank tries the candidates of all layers on its share of the search's windows."""
     size = config.group_size
-    salience = {
-        name: group_salience(layer.weight, inverses[data.leader[name]], size) for name, layer in data.layers.items()
-    }
+    salience = {}
+    for name, layer in data.layers.items():
+        inverse = inverses.get(data.leader[name])
+        own = torch.empty(group_count(layer.in_features, size), device=data.runner.device)
+        own = own if inverse is None else group_salience(layer.weight, inverse, size)
+        salience[name] = data.ranks.send(data.owner[name], own)
     searches = {
         name: AllocationSearch(layer.weight, salience[name], config.bits, size) for name, layer in data.layers.items()
     }
-    windows = max(SEARCH_TOKENS // data.hidden.shape[1], 1)
+    windows = data.ranks.windows(max(SEARCH_TOKENS // data.hidden.shape[1], 1))
     data.watch({name: search.add for name, search in searches.items()}, windows)
     bits, divergence = {}, {}
     for name, search in searches.items():
-        total = data.reduce(search.divergence)
+        total = data.ranks.sum(search.divergence)
         divergence[name] = total.tolist()
         pairs = int(total.argmin())
         bits[name] = paired_bits(salience[name], pairs, config.bits, data.layers[name].in_features, size)
     return bits, divergence
+
+
+def _hand_out(
+    data: BlockData, name: str, bits: Tensor, own: QuantizedWeight | None, group_size: int
+) -> QuantizedWeight:
+    """What the owner of a layer made of it, on every rank."""
+    weight = data.layers[name].weight
+    if own is None:
+        grid = weight.new_empty(len(weight), len(bits))
+        own = QuantizedWeight(torch.empty_like(weight, dtype=torch.uint8), grid, grid.clone(), bits, group_size)
+    integers, scale, zero_point = (
+        data.ranks.send(data.owner[name], tensor.contiguous()) for tensor in (own.integers, own.scale, own.zero_point)
+    )
+    return QuantizedWeight(integers, scale, zero_point, bits, group_size)
+
+
+def _percdamp(data: BlockData, inverses: Mapping[str, InverseHessian]) -> dict[str, float]:
+    needed = {}
+    for name, leader in data.leader.items():
+        own = inverses[leader].percdamp if leader in inverses else 0.0
+        sent = data.ranks.send(data.owner[name], torch.tensor(own, dtype=torch.float64, device=data.runner.device))
+        needed[name] = float(sent)
+    return needed
 
 
 def fake_quantized_block(block: nn.Module, weights: Mapping[str, QuantizedWeight]) -> nn.Module:

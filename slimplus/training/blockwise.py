@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
@@ -17,6 +16,7 @@ from slimplus.quantization.affine import QuantizedWeight
 from slimplus.quantization.linear import QuantizationConfig
 from slimplus.training.block import BlockData, fake_quantized_block, quantize_block, trained_weights
 from slimplus.training.fit import FitConfig, fit_block
+from slimplus.training.ranks import Ranks
 from slimplus.training.reconstruction import BlockReconstruction, ReconstructionConfig
 
 
@@ -58,10 +58,15 @@ class BlockQuantizer:
         """Whether blocks are trained after their calibration."""
         return self.quantization.method == "slimllm_plus"
 
+    @property
+    def ranks(self) -> Ranks:
+        """The processes of the job."""
+        return Ranks(self.fabric.global_rank, self.fabric.world_size)
+
     def __call__(self, task: BlockTask) -> tuple[dict[str, QuantizedWeight], dict[str, Any]]:
         """The quantized weights by the layers' names in the block, and a record of how they came about."""
         start = time.perf_counter()
-        data = BlockData(task.block, task.hidden, task.arguments, self.runner, self._sum)
+        data = BlockData(task.block, task.hidden, task.arguments, self.runner, self.ranks)
         result = quantize_block(data, self.quantization, task.bits)
         record: dict[str, Any] = {
             "divergence": result.divergence,
@@ -78,8 +83,3 @@ class BlockQuantizer:
         )
         record["seconds"]["training"] = time.perf_counter() - start
         return trained_weights(module.to(self.runner.device).block), record
-
-    def _sum(self, tensor: Tensor) -> Tensor:
-        summed = self.fabric.all_reduce(tensor, reduce_op="sum")
-        assert isinstance(summed, torch.Tensor)
-        return summed

@@ -14,9 +14,11 @@ from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
+from slimplus.training.ranks import Ranks
 from slimplus.training.reconstruction import BlockReconstruction
+from slimplus.training.sampling import StepSampler
 from slimplus.training.strategies import build_strategy
 
 CHECKPOINT = Path("last.ckpt")  # one an epoch, each in the place of the one before
@@ -60,13 +62,12 @@ def fit_block(
         config: where and how to train.
 
     Returns:
-        The mean loss of the last epoch on this rank; None if the checkpoint was that of a finished training.
+        The mean loss of the last epoch; None if the checkpoint was that of a finished training.
     """
-    # The order of an epoch depends on its number alone, so that a resumed epoch sees the same windows.
-    sampler: DistributedSampler[tuple[Tensor, ...]] = DistributedSampler(
-        TensorDataset(hidden), num_replicas=1, rank=0, seed=config.seed
-    )
-    loader = DataLoader(TensorDataset(hidden, targets), batch_size=module.config.batch_size, sampler=sampler)
+    ranks, step = Ranks(fabric.global_rank, fabric.world_size), module.config.batch_size
+    sampler = StepSampler(len(hidden) * ranks.count, step, ranks, config.seed)
+    share = step // (ranks.count * module.config.accumulate_grad_batches)
+    loader = DataLoader(TensorDataset(hidden, targets), batch_size=share, sampler=sampler)
     last = checkpoints / CHECKPOINT
     with _quiet():
         trainer = L.Trainer(

@@ -19,8 +19,8 @@ class ReconstructionConfig:
 
     Attributes:
         epochs: passes over the calibration windows.
-        batch_size: windows a step, on each device.
-        accumulate_grad_batches: batches whose gradients are added up before a step.
+        batch_size: windows a step, of all devices together.
+        accumulate_grad_batches: parts in which a device takes its share of a step, one after the other.
         learning_rate: peak; it falls to zero along a cosine.
         weight_decay: of AdamW.
     """
@@ -69,7 +69,7 @@ class BlockReconstruction(L.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         hidden, target = batch
         loss = normalized_error(self(hidden), target)
-        self.log("loss", loss, prog_bar=True, on_step=True, on_epoch=True)
+        self.log("loss", loss, prog_bar=True, on_step=True, on_epoch=True, sync_dist=True)
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
