@@ -27,7 +27,7 @@ def group_count(in_features: int, group_size: int) -> int:
 
 def per_column(values: Tensor, group_size: int, in_features: int) -> Tensor:
     """Spread per-group values `[..., groups]` over their columns: `[..., in_features]`."""
-    return values.repeat_interleave(group_size, dim=-1)[..., :in_features]
+    return values[..., None].expand(*values.shape, group_size).flatten(-2)[..., :in_features]
 
 
 def minmax_qparams(tile: Tensor, bits: int, shrink: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
@@ -95,9 +95,11 @@ def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: Tensor, gr
 
 def dequantize(integers: Tensor, scale: Tensor, zero_point: Tensor, group_size: int) -> Tensor:
     """Weight `[out, in]` in the dtype of `scale`; exact in float32 for storable scales and zero points."""
-    columns = integers.shape[1]
-    zero_point = per_column(zero_point, group_size, columns)
-    return (integers.to(scale.dtype) - zero_point) * per_column(scale, group_size, columns)
+    in_features = integers.shape[1]
+    if missing := -in_features % group_size:
+        integers = torch.nn.functional.pad(integers, (0, missing))
+    levels = integers.unflatten(1, (-1, group_size)).to(scale.dtype, copy=True)
+    return levels.sub_(zero_point[..., None]).mul_(scale[..., None]).flatten(1)[:, :in_features]
 
 
 @dataclass(frozen=True)

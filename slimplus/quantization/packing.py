@@ -74,7 +74,7 @@ def packed_size(out_features: int, counts: BitCounts, group_size: int) -> int:
 
 
 def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
-    """The tensors of the packed format, on the CPU.
+    """The tensors of the packed format, on the CPU; worked out on the device of `weight`.
 
     Raises:
         ValueError: if the group size is no multiple of 16.
@@ -82,29 +82,29 @@ def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
     group_size = weight.group_size
     if group_size % COLUMNS_PER_CONTAINER:
         raise ValueError(f"group_size {group_size} cannot be packed: it must be a multiple of {COLUMNS_PER_CONTAINER}")
-    bits = weight.bits.cpu()
     out_features, in_features = weight.integers.shape
+    bits = weight.bits.to(weight.integers.device)
     groups, rows = len(bits), padded_rows(out_features)
     order = torch.argsort(bits, stable=True)
-    padded = torch.zeros(rows, groups * group_size, dtype=torch.uint8)
-    padded[:out_features, :in_features] = weight.integers.cpu()
+    missing = (0, groups * group_size - in_features, 0, rows - out_features)
+    columns = torch.nn.functional.pad(weight.integers, missing).T.contiguous()
     # [stored group, i, j, h, rows], see the module's docstring
-    columns = padded.view(rows, groups, 8, group_size // COLUMNS_PER_CONTAINER, 2).permute(1, 2, 3, 4, 0)[order]
+    stored = columns.view(groups, 8, group_size // COLUMNS_PER_CONTAINER, 2, rows)[order]
     packed: dict[str, Tensor] = {}
     for plane in PLANES:
         parts = [
-            _pack_plane((columns[start:stop] >> _offset(width, plane)) & (2**plane - 1), plane)
+            _pack_plane(stored[start:stop], plane, _offset(width, plane))
             for width, start, stop in segments(count_bits(bits))
             if width & plane
         ]
         if parts:
-            packed[f"qplane{plane}"] = torch.cat(parts).contiguous()
+            packed[f"qplane{plane}"] = torch.cat(parts)
     steps = torch.exp2((MAX_BITS - bits).float())
-    packed["scales"] = _stored(weight.scale.cpu(), rows)[order].to(torch.float16).contiguous()
-    packed["zeros"] = (_stored(weight.zero_point.cpu() * steps, rows))[order].to(torch.uint8).contiguous()
+    packed["scales"] = _stored(weight.scale, rows)[order].to(torch.float16)
+    packed["zeros"] = _stored(weight.zero_point * steps, rows)[order].to(torch.uint8)
     packed["group_index"] = order.to(torch.int16)
     packed["group_bits"] = bits[order].to(torch.uint8)
-    return packed
+    return {name: tensor.cpu().contiguous() for name, tensor in packed.items()}
 
 
 def unpack(packed: Mapping[str, Tensor], out_features: int, in_features: int, group_size: int) -> QuantizedWeight:
@@ -118,12 +118,9 @@ def unpack(packed: Mapping[str, Tensor], out_features: int, in_features: int, gr
         segment = torch.zeros(stop - start, *shape, dtype=torch.uint8, device=index.device)
         for plane in PLANES:
             if width & plane:
-                words = (stop - start) * _word_rows(plane) * shape[1]
                 first = taken[plane]
-                taken[plane] += words
-                segment |= _unpack_plane(packed[f"qplane{plane}"][first : first + words], plane, shape) << _offset(
-                    width, plane
-                )
+                taken[plane] += (stop - start) * _word_rows(plane) * shape[1]
+                _unpack_plane(packed[f"qplane{plane}"][first : taken[plane]], plane, _offset(width, plane), segment)
         columns[index[start:stop]] = segment
     inverse = torch.argsort(index)
     bits = stored_bits[inverse]
@@ -166,24 +163,44 @@ def _offset(width: int, plane: int) -> int:
     return sum(narrower for narrower in PLANES if narrower < plane and width & narrower)
 
 
-def _shifts(plane: int, device: torch.device) -> Tensor:
-    """`[columns per half, 1, 2, 1]`: where a column's bits lie in its word."""
-    half = torch.arange(2, device=device).view(1, 1, 2, 1) * (8 if plane == 1 else 16)
-    return half + plane * torch.arange(_columns_per_half(plane), device=device).view(-1, 1, 1, 1)
+def _bytes_per_half(plane: int) -> int:
+    return 1 if plane == 1 else 2
 
 
-def _pack_plane(fields: Tensor, plane: int) -> Tensor:
-    """`[n, 8, J, 2, rows]` → words `[n · word rows, rows]`."""
-    split = fields.to(torch.int32).unflatten(1, (_word_rows(plane), _columns_per_half(plane)))
-    words = (split << _shifts(plane, fields.device).to(torch.int32)).sum(dim=(2, 4), dtype=torch.int32)
-    return words.flatten(0, 2).to(_container(plane))
+def _split_columns(integers: Tensor, plane: int) -> Tensor:
+    """`[n, 8, J, 2, rows]`, uint8 → `[n, word rows, bytes a half, columns a byte, J, 2, rows / 8]`, a view.
+
+    Eight rows make one int64: shifts and masks that keep inside each byte treat them at once.
+    """
+    return integers.view(torch.int64).unflatten(1, (_word_rows(plane), _bytes_per_half(plane), 8 // plane))
 
 
-def _unpack_plane(words: Tensor, plane: int, shape: tuple[int, int, int, int]) -> Tensor:
-    """Words `[n · word rows, rows]` → `[n, 8, J, 2, rows]`, uint8."""
-    split = words.view(-1, _word_rows(plane), 1, shape[1], 1, shape[3])
-    fields = (split >> _shifts(plane, words.device).to(words.dtype)) & (2**plane - 1)
-    return fields.to(torch.uint8).view(-1, *shape)
+def _mask(plane: int) -> int:
+    """The plane's bits at the lower end of each byte of an int64."""
+    return int.from_bytes(bytes([2**plane - 1] * 8), "little", signed=True)
+
+
+def _pack_plane(integers: Tensor, plane: int, offset: int) -> Tensor:
+    """The bits from `offset` of integers `[n, 8, J, 2, rows]` → words `[n · word rows · J, rows]`."""
+    columns, mask = _split_columns(integers, plane), _mask(plane)
+    packed = (columns[:, :, :, 0] >> offset) & mask
+    for position in range(1, 8 // plane):
+        packed |= ((columns[:, :, :, position] >> offset) & mask) << plane * position
+    fields = packed.view(torch.uint8)
+    words = torch.empty(*fields[:, :, 0, :, 0].shape, 2, fields.shape[2], dtype=torch.uint8, device=fields.device)
+    for half in range(2):  # one permuted copy would run along the innermost four bytes: ten times slower
+        for byte in range(fields.shape[2]):
+            words[..., half, byte] = fields[:, :, byte, :, half]
+    return words.flatten(-2).view(_container(plane)).view(-1, integers.shape[-1])
+
+
+def _unpack_plane(words: Tensor, plane: int, offset: int, integers: Tensor) -> None:
+    """Put words `[n · word rows · J, rows]` as the bits from `offset` into `integers` `[n, 8, J, 2, rows]`."""
+    columns, mask = _split_columns(integers, plane), _mask(plane)
+    shape = (len(integers), _word_rows(plane), integers.shape[2], -1, 2, _bytes_per_half(plane))
+    packed = words.contiguous().view(torch.uint8).view(shape).permute(0, 1, 5, 2, 4, 3).contiguous().view(torch.int64)
+    for position in range(8 // plane):
+        columns[:, :, :, position] |= ((packed >> plane * position) & mask) << offset
 
 
 def _stored(values: Tensor, rows: int) -> Tensor:

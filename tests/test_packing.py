@@ -1,0 +1,66 @@
+"""The packed layout of the wide planes, and that packing costs no Python per weight."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+import pytest
+import torch
+
+from slimplus.quantization.affine import QuantizedWeight
+from slimplus.quantization.packing import pack, unpack
+
+GROUP_SIZE = 32
+
+
+def _weight(rows: int, columns: int, widths: tuple[int, ...] = (1, 2, 3, 8)) -> QuantizedWeight:
+    bits = torch.tensor([widths[group % len(widths)] for group in range(columns // GROUP_SIZE)], dtype=torch.int32)
+    largest = (2**bits - 1).repeat_interleave(GROUP_SIZE)
+    generator = torch.Generator().manual_seed(0)
+    integers = (torch.rand(rows, columns, generator=generator) * (largest + 1)).to(torch.uint8)
+    qparams = torch.ones(rows, len(bits))
+    return QuantizedWeight(integers, qparams, qparams, bits, GROUP_SIZE)
+
+
+@pytest.mark.parametrize(("plane", "per_half", "width"), [(4, 4, 4), (8, 2, 8), (4, 4, 7)])
+def test_wide_planes_lie_as_documented(plane: int, per_half: int, width: int) -> None:
+    weight = _weight(16, GROUP_SIZE, (width,))
+    words, containers = pack(weight)[f"qplane{plane}"], GROUP_SIZE // 16
+    for column in range(GROUP_SIZE):
+        i, j, h = column // (2 * containers), column % (2 * containers) // 2, column % 2
+        shift = 16 * h + plane * (i % per_half)
+        field = (words[(i // per_half) * containers + j] >> shift) & (2**plane - 1)
+        assert torch.equal(field.to(torch.uint8), weight.integers[:, column] >> (width - plane)), column
+
+
+def _python_calls(function: Callable[[], object]) -> int:
+    """How many Python functions and C functions `function` calls."""
+    calls = 0
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def test_packing_runs_no_python_per_weight_or_group() -> None:
+    def calls(weight: QuantizedWeight) -> tuple[int, int, int]:
+        rows, columns = weight.integers.shape
+        packed = pack(weight)
+        return (
+            _python_calls(lambda: pack(weight)),
+            _python_calls(lambda: unpack(packed, rows, columns, GROUP_SIZE)),
+            _python_calls(unpack(packed, rows, columns, GROUP_SIZE).dequantize),
+        )
+
+    small, large = _weight(16, 4 * GROUP_SIZE), _weight(256, 64 * GROUP_SIZE)
+    assert calls(small) == calls(large)
+    assert min(calls(small)) > 4  # or nothing was counted
