@@ -18,6 +18,7 @@ class PackedLayout:
 
     Attributes:
         bits: layer → width of each group, in column order.
+        shapes: layer → rows and columns.
         weights: number of weights, without padding.
         weight_bits: their widths, summed.
         packed_bytes: all that is stored for them, biases apart.
@@ -25,6 +26,7 @@ class PackedLayout:
     """
 
     bits: dict[str, list[int]] = field(default_factory=dict)
+    shapes: dict[str, list[int]] = field(default_factory=dict)
     weights: int = 0
     weight_bits: int = 0
     packed_bytes: int = 0
@@ -34,6 +36,7 @@ class PackedLayout:
         """Count one layer of `shape` `[out, in]`."""
         widths = packed["group_bits"][torch.argsort(packed["group_index"])].int()
         self.bits[name] = widths.tolist()
+        self.shapes[name] = list(shape)
         self.weights += shape.numel()
         self.weight_bits += shape[0] * int(per_column(widths, group_size, shape[1]).sum())
         self.packed_bytes += sum(tensor.nbytes for key, tensor in packed.items() if key != "bias")

@@ -115,7 +115,7 @@ def export(job: Job) -> None:
                 job.run.packed,
                 job.checkpoint_tensors(),
                 job.model.model.config,
-                SlimplusConfig(settings.bits, settings.group_size, layout.bit_counts, settings.method),
+                SlimplusConfig(settings.bits, settings.group_size, layout.bit_counts, settings.method, layout.shapes),
                 job.tokenizer,
                 job.model.model.generation_config,
                 card,

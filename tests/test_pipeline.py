@@ -121,9 +121,11 @@ def test_allocation_is_readable_and_exact(finished: Path) -> None:
     for widths in allocation["bits"].values():
         assert sum(widths) == 2 * len(widths)
     assert any(width != 2 for widths in allocation["bits"].values() for width in widths)
-    modules = json.loads((finished / "packed/config.json").read_text())["quantization_config"]["modules"]
+    quantization = json.loads((finished / "packed/config.json").read_text())["quantization_config"]
     for name, widths in allocation["bits"].items():
-        assert modules[name] == {str(width): widths.count(width) for width in set(widths)}
+        assert quantization["modules"][name] == {str(width): widths.count(width) for width in set(widths)}
+    assert quantization["shapes"].keys() == allocation["bits"].keys()
+    assert quantization["shapes"]["model.layers.0.mlp.down_proj"] == [64, 160]
 
 
 def test_loaded_weights_are_those_of_the_blocks(finished: Path) -> None:

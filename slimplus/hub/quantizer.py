@@ -6,7 +6,7 @@ only what `transformers.quantizers` itself rests on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ class SlimplusConfig(QuantizationConfigMixin):
         modules: name of each packed layer → number of its groups of each width. Shapes follow from it, and they are
             needed before any tensor is read.
         method: how the weights were quantized.
+        shapes: name of each packed layer → rows and columns of its weight, which the packed tensors hold only rounded
+            up; for what reads a checkpoint without building the model.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class SlimplusConfig(QuantizationConfigMixin):
         group_size: int,
         modules: Mapping[str, Mapping[Any, int]],
         method: str,
+        shapes: Mapping[str, Sequence[int]],
         **_: Any,
     ) -> None:
         self.quant_method: Any = METHOD
@@ -49,6 +52,7 @@ class SlimplusConfig(QuantizationConfigMixin):
         self.modules = {
             name: {int(width): count for width, count in counts.items()} for name, counts in modules.items()
         }
+        self.shapes = {name: list(shape) for name, shape in shapes.items()}
 
 
 class SlimplusQuantizer(HfQuantizer):
