@@ -88,7 +88,7 @@ def train(arguments: list[str]) -> int:
         write(str(error), sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
-        command = "the same command" if recipe.resume == "auto" else "the same command with resume=auto"
+        command = "the same command" if recipe.resume.start == "auto" else "the same command with resume=auto"
         write(f"Interrupted; {command} goes on from what {recipe.run_dir} holds.", sys.stderr)
         return INTERRUPTED
     return 0

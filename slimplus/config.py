@@ -7,7 +7,7 @@ line: every error found there comes before PyTorch is loaded.
 from __future__ import annotations
 
 import contextlib
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import (
@@ -17,6 +17,7 @@ from pydantic import (
     Field,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 from pydantic.fields import FieldInfo
 
@@ -39,9 +40,19 @@ Number = Annotated[float, BeforeValidator(_number)]
 
 
 class Section(BaseModel):
-    """Base of every part of a recipe: frozen, no unknown keys, no silent conversions."""
+    """Base of every part of a recipe: frozen, no unknown keys, no silent conversions.
+
+    Attributes:
+        shorthand: the key that a plain value in the place of the section sets.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    shorthand: ClassVar[str | None] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, value: object) -> object:
+        return value if cls.shorthand is None or isinstance(value, (dict, Section)) else {cls.shorthand: value}
 
 
 class ModelConfig(Section):
@@ -144,6 +155,22 @@ class TrainerConfig(Section):
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = Field(
         "auto", description="training precision; auto is bf16-mixed where that is the faster"
     )
+    checkpoint_seconds: int = Field(
+        120, ge=0, description="training time between two checkpoints of a block; there is also one each epoch"
+    )
+
+
+class ResumeConfig(Section):
+    """What to do with a run_dir that already holds something; `resume=VALUE` sets `resume.start`."""
+
+    shorthand = "start"
+    start: str = Field(
+        "auto",
+        min_length=1,
+        description="auto goes on from the newest intact state in run_dir; never refuses a used run_dir; "
+        "or the last.ckpt of the block in training; resume=VALUE for short",
+    )
+    force: bool = Field(False, description="go on although run_dir was made with another recipe, model or text")
 
 
 class Recipe(Section):
@@ -157,7 +184,7 @@ class Recipe(Section):
     run_dir: str = Field(
         min_length=1, description="folder for all that the run writes; runs/NAME if the recipe sets none"
     )
-    resume: Literal["auto", "never"] = Field("auto", description="auto skips what run_dir already holds of this run")
+    resume: ResumeConfig = ResumeConfig()
     seed: int = Field(0, ge=0, description="seed of the windows and of training")
     dry_run: bool = Field(False, description="print the plan and sizes without loading weights, then stop")
 

@@ -1,11 +1,13 @@
-"""Files that are either whole or absent."""
+"""Files and folders that are either whole or absent."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 TEMPORARY_SUFFIX = ".tmp"
+REPLACED_SUFFIX = ".replaced"
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -23,9 +25,47 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     sync_folder(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def staging_folder(folder: Path) -> Path:
+    """Where to write what is to become `folder`."""
+    return folder.with_name(f".{folder.name}{TEMPORARY_SUFFIX}")
+
+
+def replace_folder(folder: Path) -> None:
+    """Put `staging_folder(folder)` in the place of `folder`; what a crash in between leaves, `clean` mends."""
+    staging, replaced = staging_folder(folder), folder.with_name(f".{folder.name}{REPLACED_SUFFIX}")
+    for path in (*staging.rglob("*"), staging):
+        sync_folder(path)
+    if folder.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        folder.rename(replaced)
+    staging.rename(folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def clean(root: Path) -> None:
+    """Remove what a killed process left half-written below `root`, and put back a folder it was about to replace."""
+    for replaced in list(root.rglob(f".*{REPLACED_SUFFIX}")):
+        folder = replaced.with_name(replaced.name.removeprefix(".").removesuffix(REPLACED_SUFFIX))
+        if folder.exists():
+            shutil.rmtree(replaced)
+        else:
+            replaced.rename(folder)
+    for leftover in list(root.rglob(f".*{TEMPORARY_SUFFIX}")):
+        remove(leftover)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync_folder(path: Path) -> None:
+    """Make what is in a file, or renames inside a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

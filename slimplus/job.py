@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import resource
 import time
@@ -18,13 +16,14 @@ import lightning as L
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from slimplus.config import Recipe, flatten, to_yaml
+from slimplus.config import Recipe, to_yaml
 from slimplus.data.text import load_text
 from slimplus.data.windows import Windows, calibration_windows, evaluation_windows
 from slimplus.errors import InputError
+from slimplus.fingerprint import differences, fingerprint, library_versions
 from slimplus.layout import PackedLayout
 from slimplus.models.architectures import blocks_path, find_blocks, find_linears
 from slimplus.models.loading import ModelSource, build_on_meta
@@ -33,19 +32,16 @@ from slimplus.models.streaming import BlockRunner, StreamedModel
 from slimplus.quantization.affine import group_count
 from slimplus.quantization.linear import QuantizationConfig
 from slimplus.reading import resolve_model_folder
-from slimplus.run import Record, RunDirectory, read_allocation
+from slimplus.run import Record, RunDirectory, chain, read_allocation
 from slimplus.training.block import layer_tensors
 from slimplus.training.blockwise import BlockQuantizer
 from slimplus.training.fit import FitConfig
 from slimplus.training.reconstruction import ReconstructionConfig
 from slimplus.training.strategies import launch
 
-# Keys that may change between the starts of one run: they say where it runs, or what is measured at the end.
-FREE_KEYS = (
-    *("run_dir", "resume", "dry_run", "data.evaluation"),
-    *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
-    "training.accumulate_grad_batches",  # in how many parts a device takes its share of a step
-)
+logger = logging.getLogger(__name__)
+
+UNREPORTED = ("divergence", "made_from", "chain")  # of a block's record: too long, or of no interest to a reader
 
 
 def model_source(recipe: Recipe) -> ModelSource:
@@ -104,24 +100,50 @@ class Job:
             if name.startswith(prefix)
         }
 
-    def save_block(self, index: int, tensors: dict[str, Tensor], record: Record) -> None:
+    def stored_block(self, index: int, made_from: str) -> dict[str, Tensor] | None:
+        """The tensors of a finished block, if it was made from the blocks before it, whose `chain` is `made_from`."""
+        if not self.run.has_block(index):
+            return None
+        tensors, record = self.run.load_block(index)
+        if record["made_from"] == made_from:
+            return tensors
+        self.note(f"block {index} was made from other blocks than those before it now; it is made again")
+        return None
+
+    def save_block(self, index: int, tensors: dict[str, Tensor], record: Record, made_from: str) -> None:
         """Keep a finished block, from the first rank: all ranks hold the same."""
         if self.fabric.is_global_zero:
-            self.run.save_block(index, tensors, record)
+            links = {"made_from": made_from, "chain": chain(made_from, tensors)}
+            self.run.save_block(index, tensors, record | links)
         self.fabric.barrier()
 
+    def note(self, event: str) -> None:
+        """Warn of something that a reader of the results should know, and keep it in metrics.json."""
+        logger.warning("%s", event)
+        self.metrics["events"].append(event)
+
+    def save_metrics(self) -> None:
+        """Write metrics.json, from the first rank."""
+        if self.fabric.is_global_zero:
+            self.run.write("metrics.json", self.metrics)
+
     def forget_checkpoint(self) -> None:
-        """Drop the figures of a checkpoint whose blocks are about to change."""
+        """Drop the checkpoint and its figures: its blocks are about to change."""
         for key in ("size_bytes", "sentence"):
             self.metrics.pop(key, None)
         self.metrics["perplexity"].pop("quantized", None)
+        self.save_metrics()
+        if self.fabric.is_global_zero:
+            self.run.manifest.forget(self.run.packed)
 
     def packed_layout(self) -> PackedLayout:
         """Widths and sizes of all the packed layers, from the block files; one block in memory at a time."""
         layout, group_size = PackedLayout(), self.quantizer.quantization.group_size
         for index, (block_name, block) in enumerate(zip(self.block_names, self.model.blocks, strict=True)):
-            tensors, record = self.run.require_block(index)
-            layout.records.append({key: value for key, value in record.items() if key != "divergence"})
+            tensors, record = self.run.load_block(index)
+            layout.records.append(
+                {key: value for key, value in record.items() if key not in ("divergence", "made_from", "chain")}
+            )
             for name, linear in find_linears(block).items():
                 layout.add(f"{block_name}.{name}", layer_tensors(tensors, name), linear.weight.shape, group_size)
         return layout
@@ -130,7 +152,7 @@ class Job:
         """Every tensor of the packed model by its name, block by block."""
         yield from self.model.outer_tensors()
         for index, (name, block) in enumerate(zip(self.block_names, self.model.blocks, strict=True)):
-            packed, _ = self.run.require_block(index)
+            packed, _ = self.run.load_block(index)
             linears = find_linears(block)
             for key, tensor in block.state_dict().items():
                 if key.rpartition(".")[0] not in linears:
@@ -147,8 +169,7 @@ class Job:
         self.metrics["peak_memory_bytes"] = max(self.metrics.get("peak_memory_bytes", 0), peak_memory())
         if self.runner.device.type == "cuda":
             self.metrics["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated(self.runner.device)
-        if self.fabric.is_global_zero:
-            self.run.write("metrics.json", self.metrics)
+        self.save_metrics()
 
 
 def peak_memory() -> int:
@@ -162,29 +183,32 @@ def prepare(recipe: Recipe) -> Job:
     Raises:
         InputError: for input the user can put right.
     """
-    run = RunDirectory(recipe.run_dir, recipe.resume)
+    run = RunDirectory(recipe.run_dir, recipe.resume.start)
     trainer = recipe.trainer
     fabric = launch(trainer.accelerator, trainer.devices, trainer.num_nodes, trainer.strategy)
     logging.getLogger("slimplus").setLevel(logging.INFO if fabric.is_global_zero else logging.WARNING)
     L.seed_everything(recipe.seed, verbose=False)
     _check_shares(recipe, fabric.world_size)
-    if fabric.is_global_zero:
-        run.create()
-    fabric.barrier()
     runner = BlockRunner(fabric.device, resolve_precision(trainer.precision, fabric.device))
     source = model_source(recipe)
     config = source.config()
     block_names, allocation = _check_model(build_on_meta(config), recipe)
     tokenizer = source.tokenizer()
+    text = load_text(recipe.data.calibration.path, "calibration")
+    made_from = fingerprint(recipe, text, tokenizer, source, config, runner.precision)
+    events = _look_into(run, recipe, made_from, len(block_names)) if fabric.is_global_zero else []
+    fabric.barrier()
+    run.open()
     with fabric.rank_zero_first():
-        calibration, evaluation = _windows(recipe, tokenizer, run.tokens)
-    inputs = _inputs(recipe, calibration, config, runner.precision)
-    run.check_inputs(inputs)
-    metrics = _metrics(recipe, run, evaluation, runner.precision)
+        calibration, evaluation = _windows(recipe, text, tokenizer, run.tokens)
+    metrics = _metrics(recipe, run, evaluation, runner.precision, made_from)
+    metrics["events"] += events
     fabric.barrier()
     if fabric.is_global_zero:
-        run.write("inputs.json", inputs)
+        run.manifest.add(run.tokens)
+        run.write("fingerprint.json", made_from)
         run.write("recipe.yaml", to_yaml(recipe))
+        run.write("metrics.json", metrics)
     return Job(
         recipe=recipe,
         run=run,
@@ -199,6 +223,20 @@ def prepare(recipe: Recipe) -> Job:
         allocation=allocation,
         metrics=metrics,
     )
+
+
+def _look_into(run: RunDirectory, recipe: Recipe, made_from: dict[str, Any], blocks: int) -> list[str]:
+    """Check and repair what an earlier start left in `run`; returns what it had to do, for metrics.json."""
+    run.open()
+    run.check_start(blocks)
+    changes = run.check_fingerprint(made_from, recipe.resume.force)
+    events = [f"resume.force: {change}" for change in changes] + run.repair()
+    upgrades = differences(run.read("metrics.json").get("libraries", {}), library_versions())
+    if upgrades and any(run.blocks.glob("*")):
+        # Whether an upgrade changes a byte cannot be known, and a machine's image is not always the user's choice.
+        events.append(f"libraries changed during the run: {', '.join(upgrades)}")
+        logger.warning("%s; the checkpoint may differ from that of an undisturbed run", events[-1])
+    return events
 
 
 def _check_shares(recipe: Recipe, processes: int) -> None:
@@ -246,10 +284,10 @@ def _check_model(model: PreTrainedModel, recipe: Recipe) -> tuple[list[str], dic
     return names, allocation
 
 
-def _windows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[Windows, Windows]:
+def _windows(recipe: Recipe, text: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[Windows, Windows]:
     data = recipe.data
     calibration = calibration_windows(
-        load_text(data.calibration.path, "calibration"),
+        text,
         tokenizer,
         data.samples,
         data.sequence_length,
@@ -266,37 +304,28 @@ def _windows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -
     return calibration, evaluation
 
 
-def _inputs(recipe: Recipe, calibration: Windows, config: PretrainedConfig, precision: str) -> dict[str, Any]:
-    """All that finished blocks depend on."""
-    free = FREE_KEYS if recipe.quantization.method == "slimllm_plus" else (*FREE_KEYS, "training")
-    keys = {key: value for key, value in flatten(recipe).items() if not key.startswith(free)}
-    # The windows' fingerprint says more than the path of their text, and the resolved precision more than `auto`.
-    del keys["data.calibration.path"]
-    keys |= {"calibration windows": calibration.fingerprint, "trainer.precision": precision}
-    architecture = json.dumps(config.to_dict(), sort_keys=True, default=str)
-    return keys | {"model.config": hashlib.sha256(architecture.encode()).hexdigest()}
-
-
-def _metrics(recipe: Recipe, run: RunDirectory, evaluation: Windows, precision: str) -> dict[str, Any]:
-    """The figures so far; perplexities only if they were measured on the same windows."""
+def _metrics(
+    recipe: Recipe, run: RunDirectory, evaluation: Windows, precision: str, made_from: dict[str, Any]
+) -> dict[str, Any]:
+    """The figures so far; perplexities only if they were measured on the same windows and model."""
     fresh: dict[str, Any] = {
         "method": recipe.quantization.method,
         "model": recipe.model.path,
         "precision": precision,
+        "libraries": library_versions(),
         "evaluation": {
             "text": recipe.data.evaluation.path,
             "windows": len(evaluation.tokens),
             "sequence_length": evaluation.tokens.shape[1],
             "fingerprint": evaluation.fingerprint,
         },
-        "perplexity": {},
-        "seconds": {},
     }
-    before = run.read_metrics()
-    if before.get("evaluation", {}).get("fingerprint") == evaluation.fingerprint:
-        return fresh | before
-    kept = {key: value for key, value in before.items() if key not in (*fresh, "sentence")}
-    return fresh | kept | ({"seconds": before["seconds"]} if "seconds" in before else {})
+    before, made_before = run.read("metrics.json"), run.read("fingerprint.json")
+    measured = ("perplexity", "sentence")
+    same = all(made_before.get(key) == made_from[key] for key in ("model.path", "model.dtype", "trainer.precision"))
+    if not same or before.get("evaluation", {}).get("fingerprint") != evaluation.fingerprint:
+        before = {key: value for key, value in before.items() if key not in measured}
+    return {"perplexity": {}, "seconds": {}, "events": []} | before | fresh
 
 
 def _quantizer(recipe: Recipe, fabric: Fabric, runner: BlockRunner, logs: Path) -> BlockQuantizer:

@@ -9,6 +9,7 @@ import torch
 from slimplus import report
 from slimplus.config import Recipe, to_yaml
 from slimplus.evaluation import continue_text, perplexity
+from slimplus.files import staging_folder
 from slimplus.hub.checkpoint import load, write_checkpoint
 from slimplus.hub.quantizer import SlimplusConfig
 from slimplus.job import Job, model_source, prepare
@@ -16,7 +17,7 @@ from slimplus.models.loading import build_on_meta
 from slimplus.models.streaming import StreamedModel
 from slimplus.plan import make_plan
 from slimplus.progress import track
-from slimplus.run import write_allocation
+from slimplus.run import chain, write_allocation
 from slimplus.training.block import load_packed_block, packed_block, packed_tensors
 from slimplus.training.blockwise import BlockTask
 
@@ -68,12 +69,13 @@ def measure_full_precision(job: Job) -> None:
 
 def quantize_blocks(job: Job) -> None:
     """Quantize the blocks in order, each on what the quantized ones before it give; finished ones are replayed."""
-    found = [job.run.has_block(index) for index in range(job.block_count)]
+    found = job.run.finished_blocks(job.block_count)
     if any(found):
         logger.info("blocks: %d of %d found in %s, skipped", sum(found), len(found), job.run.blocks)
     if all(found):
         return
     job.forget_checkpoint()
+    made_from = ""
     with job.stage("blocks"):
         inputs = job.model.block_inputs(job.shard(job.calibration.tokens), job.runner)
         full = quantized = inputs.hidden
@@ -81,8 +83,8 @@ def quantize_blocks(job: Job) -> None:
             arguments = inputs.arguments[index]
             original = job.runner.load(block)
             targets = job.runner.run(original, full, arguments) if job.quantizer.trains else full
-            if (stored := job.run.load_block(index)) is not None:
-                packed = load_packed_block(block, stored[0], job.quantizer.quantization.group_size)
+            if (stored := job.stored_block(index, made_from)) is not None:
+                packed = load_packed_block(block, stored, job.quantizer.quantization.group_size)
             else:
                 weights, record = job.quantizer(
                     BlockTask(
@@ -96,14 +98,15 @@ def quantize_blocks(job: Job) -> None:
                     )
                 )
                 packed = packed_block(block, weights)
-                job.save_block(index, packed_tensors(packed), record)
+                job.save_block(index, packed_tensors(packed), record, made_from)
+            made_from = chain(made_from, packed_tensors(packed))
             quantized = job.runner.run(job.runner.load(packed), quantized, arguments)
             full = targets
 
 
 def export(job: Job) -> None:
     """Write the packed checkpoint from the block files and the tensors that are not quantized."""
-    if job.run.packed.is_dir() and "size_bytes" in job.metrics:
+    if job.run.has_checkpoint and "size_bytes" in job.metrics:
         logger.info("checkpoint: found in %s, skipped", job.run.packed)
         return
     with job.stage("export"):
@@ -112,7 +115,7 @@ def export(job: Job) -> None:
             write_allocation(job.run, layout.bits, settings.bits, settings.group_size)
             card = report.model_card(job.recipe.model.path, settings.bits, to_yaml(job.recipe))
             size = write_checkpoint(
-                job.run.packed,
+                staging_folder(job.run.packed),
                 job.checkpoint_tensors(),
                 job.model.model.config,
                 SlimplusConfig(settings.bits, settings.group_size, layout.bit_counts, settings.method, layout.shapes),
@@ -120,6 +123,7 @@ def export(job: Job) -> None:
                 job.model.model.generation_config,
                 card,
             )
+            job.run.manifest.replace_folder(job.run.packed)
             job.metrics |= layout.figures(size, job.model.full_bytes)
         job.fabric.barrier()
 
@@ -148,5 +152,5 @@ def finish(job: Job, sentence: str) -> str | None:
         return None
     summary = report.summary(job.metrics, str(job.run.packed), sentence)
     job.run.write("summary.txt", summary)
-    report.add_figures(job.run.packed / "README.md", job.metrics)
+    job.run.write("packed/README.md", report.with_figures((job.run.packed / "README.md").read_text(), job.metrics))
     return summary

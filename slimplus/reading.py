@@ -23,6 +23,12 @@ from pydantic_core import ErrorDetails
 
 from slimplus.config import Recipe, RecipeError, Section, keys
 
+_SHORTHANDS = {
+    name: f"{name}.{field.annotation.shorthand}"
+    for name, field in Recipe.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section) and field.annotation.shorthand
+}
+
 
 def describe_type(field: FieldInfo) -> str:
     """What a key takes, in words: `integer >= 1`, `auto | never`, `text | null`."""
@@ -41,7 +47,7 @@ def describe_type(field: FieldInfo) -> str:
 
 def _suggestion(path: str) -> str:
     """What to do about a wrong key. Often the section is what was forgotten: ends of keys match as well."""
-    known = keys()
+    known = [*keys(), *_SHORTHANDS]
     ends = difflib.get_close_matches(_end(path), dict.fromkeys(map(_end, known)), n=1)
     close = (
         difflib.get_close_matches(path, known, n=1, cutoff=0.8)
@@ -119,6 +125,7 @@ def _read_document(file: Traversable) -> dict[str, Any]:
 
 def _override(document: dict[str, Any], key: str, text: str) -> str | None:
     """Sets one dotted path in the document; returns what is wrong, if anything is."""
+    key = _SHORTHANDS.get(key, key)
     try:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError):  # ValueError: such as the date 2024-99-99
@@ -152,6 +159,9 @@ def load_recipe(arguments: Sequence[str]) -> Recipe:
         names = ", ".join(recipe_names())
         raise RecipeError("\n".join([*problems, f"recipe: missing; give recipe=NAME, one of {names}"]))
     document = _read_document(recipe_file(name))
+    for section, key in _SHORTHANDS.items():
+        if section in document and not isinstance(document[section], dict):
+            document[section] = {key.removeprefix(f"{section}."): document[section]}
     problems += filter(None, [_override(document, key, text) for key, text in overrides.items()])
     document.setdefault("run_dir", f"runs/{re.sub(r'[.]ya?ml$', '', Path(name).name)}")
     for section, field in Recipe.model_fields.items():

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from slimplus.files import write_atomic
 from slimplus.plan import gigabytes
 
 Metrics = Mapping[str, Any]
@@ -44,7 +42,7 @@ FIGURES = "<!-- figures -->"
 
 
 def model_card(source: str, bits: float, recipe: str) -> str:
-    """README.md of a packed checkpoint; `add_figures` completes it once perplexity has been measured."""
+    """README.md of a packed checkpoint; `with_figures` completes it once perplexity has been measured."""
     return f"""---
 library_name: transformers
 tags:
@@ -74,7 +72,7 @@ model = AutoModelForCausalLM.from_pretrained("PATH")
 """
 
 
-def add_figures(card: Path, metrics: Metrics) -> None:
-    """Put the table of results into a model card."""
+def with_figures(card: str, metrics: Metrics) -> str:
+    """A model card with the table of results in it."""
     rows = "\n".join(f"| {name} | {value} |" for name, value in results_table(metrics))
-    write_atomic(card, card.read_text().replace(FIGURES, f"| | |\n|---|---|\n{rows}"))
+    return card.replace(FIGURES, f"| | |\n|---|---|\n{rows}")

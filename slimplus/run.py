@@ -1,11 +1,12 @@
 """The run directory: what one job has written, and what another start of it may reuse.
 
 recipe.yaml            the resolved recipe
-inputs.json            fingerprints of the texts, tokenizer and settings that finished blocks depend on
+manifest.json          size and checksum of every complete file
+fingerprint.json       the recipe's keys and hashes of model, tokenizer and text that the rest depends on
 tokens/*.safetensors   calibration and evaluation windows
 blocks/*.safetensors   one packed block each, with its record
 checkpoints/           Lightning checkpoints of the block in training
-logs/                  TensorBoard and CSV
+logs/                  TensorBoard and CSV; the only files that may be incomplete
 allocation.json        bits per group per linear layer
 metrics.json           figures
 packed/                the checkpoint to ship
@@ -14,35 +15,47 @@ summary.txt
 
 from __future__ import annotations
 
+import hashlib
 import json
-import shutil
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import safe_open
+from safetensors.torch import load, save
 from torch import Tensor
 
 from slimplus.errors import InputError
-from slimplus.files import TEMPORARY_SUFFIX, write_atomic
+from slimplus.files import clean
+from slimplus.fingerprint import differences
+from slimplus.manifest import Manifest
+
+logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
+
+CHECKPOINT = "last.ckpt"
 
 
 class RunDirectory:
     """Reads and writes one run directory.
 
+    `open` it before anything else. Only the first process of a job writes.
+
     Args:
-        root: the folder; created if absent.
-        resume: `never` refuses a folder that already holds something.
+        root: the folder; created by `repair`.
+        resume: `auto`, `never` (refuse a folder that already holds something), or the path of the checkpoint of the
+            block in training.
 
     Raises:
         InputError: for a folder that is not empty, with `never`.
     """
 
+    manifest: Manifest
+
     def __init__(self, root: str | Path, resume: str) -> None:
-        self.root = Path(root).expanduser()
+        self.root, self.resume = Path(root).expanduser(), resume
         if resume == "never" and self.root.is_dir() and any(self.root.iterdir()):
             raise InputError(
                 f"run_dir: {self.root} is not empty; give another run_dir, or resume=auto to go on from what it holds"
@@ -50,71 +63,137 @@ class RunDirectory:
         self.packed, self.checkpoints, self.logs = (self.root / name for name in ("packed", "checkpoints", "logs"))
         self.tokens, self.blocks = self.root / "tokens", self.root / "blocks"
 
-    def create(self) -> None:
-        """Make the folder and clear what a killed run left half-written."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        for leftover in self.root.rglob(f".*{TEMPORARY_SUFFIX}"):
-            leftover.unlink()
-
-    def check_inputs(self, inputs: Mapping[str, Any]) -> None:
-        """Refuse to go on from blocks that were made from something else.
+    def open(self) -> None:
+        """Read which files are complete.
 
         Raises:
-            InputError: naming every input that differs.
+            InputError: if manifest.json is damaged.
         """
-        file = self.root / "inputs.json"
-        if file.is_file() and any(self.blocks.glob("*.safetensors")):
-            before = json.loads(file.read_text())
-            different = sorted(key for key in before.keys() | inputs.keys() if before.get(key) != inputs.get(key))
-            if different:
-                raise InputError(
-                    f"run_dir: the blocks in {self.root} were made with other values of {', '.join(different)}; "
-                    "restore them, or give another run_dir"
-                )
+        self.manifest = Manifest(self.root)
 
-    def read_metrics(self) -> dict[str, Any]:
-        """The figures of an earlier start, or none."""
-        file = self.root / "metrics.json"
-        return json.loads(file.read_text()) if file.is_file() else {}
+    def repair(self) -> list[str]:
+        """Make the folder, mend what a killed process left, and drop every file that is not as it was written.
+
+        Returns:
+            What was dropped, each in a sentence. What was made from it stays: see `load_block`.
+
+        Raises:
+            InputError: if manifest.json is damaged.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        clean(self.root)
+        self.open()
+        dropped = dict([*self._unnamed(), *self._damaged()])
+        for path, problem in dropped.items():
+            logger.warning("%s; it is made again", problem)
+            self.manifest.forget(path)
+        return list(dropped.values())
+
+    def _unnamed(self) -> Iterator[tuple[Path, str]]:
+        for folder in (self.tokens, self.blocks, self.checkpoints):
+            for path in sorted(folder.rglob("*")):
+                if path.is_file() and not self.manifest.names(path):
+                    yield path, f"{path} is incomplete or from elsewhere: manifest.json does not name it"
+
+    def _damaged(self) -> Iterator[tuple[Path, str]]:
+        whole = {"packed": 1, "checkpoints": 2}  # one bad file spoils all below that depth
+        for path in self.manifest.named():
+            inside = path.relative_to(self.root).parts
+            if (path.exists() or inside[0] in whole) and (problem := self.manifest.problem(path)):
+                yield self.root.joinpath(*inside[: whole.get(inside[0], len(inside))]), problem
+
+    def check_start(self, blocks: int) -> None:
+        """Check `resume` where it is a path.
+
+        Raises:
+            InputError: if that is not the intact checkpoint of the block in training.
+        """
+        if self.resume in ("auto", "never"):
+            return
+        given = Path(self.resume).expanduser()
+        index = next((index for index in range(blocks) if not self.has_block(index)), blocks)
+        expected = self.checkpoint_folder(index) / CHECKPOINT
+        held = f"{self.root} holds {expected}" if expected.exists() else f"{self.root} holds none"
+        problem = None
+        if given.resolve() != expected.resolve() or not expected.exists():
+            problem = f"{given} is not the checkpoint of the block in training ({held})"
+        problem = problem or self.manifest.problem(expected)
+        if problem:
+            raise InputError(f"resume: {problem}; give that of this run_dir, or resume=auto")
+
+    def check_fingerprint(self, now: Mapping[str, Any], force: bool) -> list[str]:
+        """Refuse to go on from blocks that were made from something else.
+
+        Returns:
+            What differs, with `force`.
+
+        Raises:
+            InputError: naming every key that differs, with its old and new value.
+        """
+        before = self.read("fingerprint.json")
+        different = differences(before, now) if before else []
+        if not different or not (any(self.blocks.glob("*")) or any(self.checkpoints.glob("*"))):
+            return []
+        changes = ", ".join(different)
+        if not force:
+            raise InputError(
+                f"run_dir: what {self.root} holds was made with other values: {changes}; restore them, give another "
+                "run_dir, or go on regardless with resume.force=true"
+            )
+        logger.warning("resume.force: going on although values differ: %s", changes)
+        return different
+
+    def read(self, name: str) -> dict[str, Any]:
+        """A JSON file of an earlier start; empty if it is not there."""
+        file = self.root / name
+        return json.loads(file.read_text()) if self.manifest.names(file) and file.is_file() else {}
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether the packed checkpoint and the allocation, which are written together, are complete."""
+        return self.manifest.names(self.packed) and self.manifest.names(self.root / "allocation.json")
 
     def has_block(self, index: int) -> bool:
         """Whether a block is finished."""
-        return self._block_file(index).is_file()
+        file = self._block_file(index)
+        return self.manifest.names(file) and file.is_file()
+
+    def finished_blocks(self, count: int) -> list[bool]:
+        """Of each block, whether it is finished and, where the one before it is too, was made from that."""
+        records = [self._read_record(index) if self.has_block(index) else None for index in range(count)]
+        return [
+            record is not None and (before is None or record["made_from"] == before["chain"])
+            for before, record in zip([{"chain": ""}, *records], records, strict=False)
+        ]
+
+    def _read_record(self, index: int) -> Record:
+        with safe_open(self._block_file(index), framework="pt") as file:
+            record: Record = json.loads(file.metadata()["record"])
+            return record
 
     def _block_file(self, index: int) -> Path:
         return self.blocks / f"block_{index:03d}.safetensors"
 
     def save_block(self, index: int, tensors: Mapping[str, Tensor], record: Record) -> None:
         """Keep a finished block; its training checkpoints are no longer needed."""
-        write_atomic(self._block_file(index), save(dict(tensors), metadata={"record": json.dumps(record)}))
-        shutil.rmtree(self.checkpoints / f"block_{index:03d}", ignore_errors=True)
+        data = save(dict(tensors), metadata={"record": json.dumps(record)})
+        self.manifest.write(self._block_file(index), data)
+        self.manifest.forget(self.checkpoint_folder(index))
 
-    def load_block(self, index: int) -> tuple[dict[str, Tensor], Record] | None:
-        """A finished block and its record, or None if it is not there.
-
-        Raises:
-            InputError: if the file is damaged.
-        """
-        file = self._block_file(index)
-        if not file.is_file():
-            return None
-        try:
-            with safe_open(file, framework="pt") as stored:
-                record = json.loads((stored.metadata() or {})["record"])
-                return {name: stored.get_tensor(name) for name in stored.keys()}, record  # noqa: SIM118
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise InputError(f"run_dir: {file} is damaged ({error}); delete it to have the block made again") from error
-
-    def require_block(self, index: int) -> tuple[dict[str, Tensor], Record]:
+    def load_block(self, index: int) -> tuple[dict[str, Tensor], Record]:
         """A finished block and its record.
 
         Raises:
-            InputError: if the file is damaged or gone.
+            InputError: if the file is gone or damaged.
         """
-        block = self.load_block(index)
-        if block is None:
-            raise InputError(f"run_dir: {self._block_file(index)} is gone; start again to have the block made again")
-        return block
+        file = self._block_file(index)
+        problem = f"{file} is gone"
+        if file.is_file():
+            problem = f"{file} is damaged"
+            data = file.read_bytes()
+            if self.manifest.accepts(file, data):
+                return load(data), self._read_record(index)
+        raise InputError(f"run_dir: {problem}; start again to have the block made again")
 
     def checkpoint_folder(self, index: int) -> Path:
         """Where the training of a block keeps its Lightning checkpoints."""
@@ -122,7 +201,17 @@ class RunDirectory:
 
     def write(self, name: str, content: str | Mapping[str, Any]) -> None:
         """Write a text file, or a mapping as JSON."""
-        write_atomic(self.root / name, content if isinstance(content, str) else _json(content))
+        self.manifest.write(self.root / name, content if isinstance(content, str) else _json(content))
+
+
+def chain(before: str, tensors: Mapping[str, Tensor]) -> str:
+    """Hash of a finished block's tensors and of those before it, whose hash is `before`.
+
+    A block is made from the outputs of the ones before it: it stays valid as long as they have the same bytes.
+    """
+    digest = hashlib.sha256(before.encode())
+    digest.update(save({name: tensors[name].cpu().contiguous() for name in sorted(tensors)}))
+    return digest.hexdigest()[:16]
 
 
 def _json(content: Mapping[str, Any]) -> str:

@@ -92,3 +92,36 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text("\n".join(topics[name] for name in sorted(topics))[:60_000])
     return file
+
+
+SMALL = (
+    "model.gguf_file=null",
+    "model.dtype=auto",
+    "data.samples=8",
+    "data.sequence_length=32",
+    "data.evaluation.sequence_length=64",
+    "data.evaluation.windows=2",
+    "quantization.group_size=16",
+    "training.epochs=2",
+    "trainer.precision=32-true",
+)
+
+Arguments = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="session")
+def arguments(make_model: ModelMaker, text_file: Path) -> Arguments:
+    """`arguments(run_dir, *overrides)` of a small run."""
+
+    def build(run_dir: Path, *overrides: str, model: Path | None = None) -> list[str]:
+        return [
+            "recipe=smollm2_135m_2bit",
+            f"model.path={model or make_model('llama')}",
+            f"data.calibration.path={text_file}",
+            f"data.evaluation.path={text_file}",
+            *SMALL,
+            f"run_dir={run_dir}",
+            *overrides,
+        ]
+
+    return build

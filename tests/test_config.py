@@ -103,7 +103,7 @@ def test_overrides_set_dotted_paths_to_yaml_values() -> None:
     assert recipe.training.learning_rate == 0.001
     assert recipe.training.weight_decay == 1.0
     assert recipe.dry_run is True
-    assert recipe.resume == "never"
+    assert recipe.resume.start == "never"
 
 
 def test_a_recipe_is_frozen() -> None:

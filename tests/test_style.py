@@ -16,14 +16,16 @@ MAX_LINES = 400
 GROUND = {"errors", "files"}  # know nobody
 LAYERS: dict[str, set[str]] = {
     **{part: set() for part in GROUND},
+    "manifest": GROUND,
+    "signals": set(),
     "kernels": {"quantization"},
     "quantization": {"kernels"},
     "nn": {"kernels", "quantization"} | GROUND,
     "models": {"nn"} | GROUND,
     "data": {"nn"} | GROUND,
-    "training": {"kernels", "quantization", "nn", "models", "data"} | GROUND,
+    "training": {"kernels", "quantization", "nn", "models", "data", "manifest", "signals"} | GROUND,
 }
-SEES_THE_RECIPE = {"config", "reading", "preflight", "cli", "run", "job", "pipeline", "train"}
+SEES_THE_RECIPE = {"config", "reading", "preflight", "fingerprint", "cli", "run", "job", "pipeline", "train"}
 SEES_THE_PIPELINE = {"cli", "train"}
 
 

@@ -93,13 +93,13 @@ def _cut(text: str, tokenizer: PreTrainedTokenizerBase, sequence_length: int) ->
 
 def _fingerprint(text: str, tokenizer: PreTrainedTokenizerBase, sizes: dict[str, int]) -> str:
     digest = hashlib.sha256()
-    for part in (json.dumps(sizes), _identity(tokenizer), text):
+    for part in (json.dumps(sizes), tokenizer_identity(tokenizer), text):
         # Each part is hashed on its own, so that nothing can move from one part to the next unnoticed.
         digest.update(hashlib.sha256(part.encode()).digest())
     return digest.hexdigest()
 
 
-def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
     """All that decides how a text becomes tokens: vocabulary, merges, normalization, special tokens."""
     if tokenizer.is_fast:
         return str(tokenizer.backend_tokenizer.to_str())

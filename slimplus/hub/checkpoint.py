@@ -15,7 +15,6 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from slimplus.errors import InputError
-from slimplus.files import sync_folder
 from slimplus.hub.quantizer import METHOD, SlimplusConfig, register
 
 SHARD_BYTES = 2 * 2**30  # what is held in memory while a checkpoint is written
@@ -30,10 +29,10 @@ def write_checkpoint(
     generation: GenerationConfig | None,
     model_card: str,
 ) -> int:
-    """Write a checkpoint that `from_pretrained` loads; the folder appears whole or not at all.
+    """Write a checkpoint that `from_pretrained` loads.
 
     Args:
-        folder: replaced if it exists.
+        folder: where to; emptied if it exists.
         tensors: names as in the model's state dict, in the order in which they are written; one shard is in memory.
         config: of the full-precision model.
         quantization: which layers are packed, and how.
@@ -44,20 +43,16 @@ def write_checkpoint(
     Returns:
         Bytes of all the tensors.
     """
-    staging = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    size = _write_shards(staging, tensors)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    size = _write_shards(folder, tensors)
     packed_config = type(config).from_dict(config.to_dict())
     packed_config.quantization_config = quantization.to_dict()
-    packed_config.save_pretrained(staging)
-    tokenizer.save_pretrained(staging)
+    packed_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     if generation is not None:
-        generation.save_pretrained(staging)
-    (staging / "README.md").write_text(model_card)
-    shutil.rmtree(folder, ignore_errors=True)
-    staging.rename(folder)
-    sync_folder(folder.parent)
+        generation.save_pretrained(folder)
+    (folder / "README.md").write_text(model_card)
     return size
 
 

@@ -1,0 +1,90 @@
+"""What the results of a run depend on, so that another start does not go on from what was made of something else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from slimplus.config import Recipe, flatten
+from slimplus.data.windows import tokenizer_identity
+from slimplus.models.loading import ModelSource
+
+# Keys that may change between the starts of one run: they say where it runs, or what is measured at the end.
+FREE_KEYS = (
+    *("run_dir", "resume", "dry_run", "data.evaluation", "trainer.checkpoint_seconds"),
+    *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
+    "training.accumulate_grad_batches",  # in how many parts a device takes its share of a step
+)
+LIBRARIES = ("torch", "transformers", "lightning", "deepspeed", "safetensors", "tokenizers")
+WEIGHTS = ("*.safetensors", "*.gguf", "*.bin")
+WHOLE = 2**26  # files up to this size are hashed whole, larger ones by samples
+SAMPLE, SAMPLES = 2**16, 256
+
+
+def digest(content: bytes | str) -> str:
+    """Short SHA-256, in hexadecimal."""
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:16]
+
+
+def fingerprint(
+    recipe: Recipe,
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    source: ModelSource,
+    config: PretrainedConfig,
+    precision: str,
+) -> dict[str, Any]:
+    """All that finished blocks depend on: recipe keys by their names, the rest as hashes."""
+    free = FREE_KEYS if recipe.quantization.method == "slimllm_plus" else (*FREE_KEYS, "training")
+    keys = {key: value for key, value in flatten(recipe).items() if not key.startswith(free)}
+    # What is in a file says more than its path, and the resolved precision more than `auto`.
+    keys["data.calibration.path"] = digest(text)
+    keys["model.path"] = weights_digest(source, config)
+    keys["trainer.precision"] = precision
+    if recipe.quantization.allocation is not None:
+        keys["quantization.allocation"] = digest(Path(recipe.quantization.allocation).expanduser().read_bytes())
+    values = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
+    architecture = json.dumps(values, sort_keys=True, default=str)
+    return keys | {"tokenizer": digest(tokenizer_identity(tokenizer)), "model configuration": digest(architecture)}
+
+
+def weights_digest(source: ModelSource, config: PretrainedConfig) -> str:
+    """Hash of the model's weights: of the hub's commit, or of the local files.
+
+    Of a file above 64 MiB, the size and 256 evenly spaced samples of 64 KiB, the first of which holds its header: any
+    other training changes every tensor, and 140 GB are sampled in a second.
+    """
+    folder = Path(source.path)
+    if not folder.is_dir():
+        return f"{source.path}@{getattr(config, '_commit_hash', None)}"
+    files = (
+        [folder / source.gguf_file] if source.gguf_file else sorted(p for kind in WEIGHTS for p in folder.glob(kind))
+    )
+    hashed = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        hashed.update(f"{file.name} {size}".encode())
+        with file.open("rb") as stream:
+            for number in range(SAMPLES if size > WHOLE else 1):
+                stream.seek(number * (size - SAMPLE) // (SAMPLES - 1) if size > WHOLE else 0)
+                hashed.update(stream.read(SAMPLE if size > WHOLE else WHOLE))
+    return hashed.hexdigest()[:16]
+
+
+def library_versions() -> dict[str, str]:
+    """Version of every library whose change may change a result."""
+    return {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """`key old -> new` of every key that differs."""
+    keys = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
+    return [f"{key} {before.get(key)} -> {after.get(key)}" for key in keys]

@@ -1,0 +1,247 @@
+"""What a run directory holds may be damaged, stale or from elsewhere: it is named, and made again to the same bytes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Arguments
+from safetensors.torch import load_file, save_file
+
+from slimplus import files, fingerprint, pipeline
+from slimplus.errors import InputError
+from slimplus.files import clean, replace_folder, staging_folder
+from slimplus.manifest import Manifest
+from slimplus.reading import load_recipe
+
+PACKED = "packed/model.safetensors"
+
+
+def run(arguments: list[str]) -> None:
+    pipeline.run(load_recipe(arguments))
+
+
+def metrics(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(arguments: Arguments, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    run(arguments(folder))
+    return folder
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+# The manifest
+
+
+def test_every_complete_file_is_named(finished: Path) -> None:
+    manifest = Manifest(finished)
+    named = {str(path.relative_to(finished)) for path in manifest.named()}
+    found = {str(p.relative_to(finished)) for p in finished.rglob("*") if p.is_file() and "logs" not in p.parts}
+    assert named == found - {"manifest.json"}
+    assert all(manifest.problem(path) is None for path in manifest.named())
+
+
+@pytest.mark.parametrize("moment", range(4))
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_kill_at_any_moment_leaves_the_old_or_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int, folder: bool
+) -> None:
+    """Every step that changes a name is a rename: stop before each of them in turn."""
+    manifest, path = Manifest(tmp_path), tmp_path / "thing"
+
+    def put(content: str) -> None:
+        if folder:
+            staging = staging_folder(path)
+            staging.mkdir(exist_ok=True)
+            (staging / "file").write_text(content)
+            manifest.replace_folder(path)
+        else:
+            manifest.write(path, content)
+
+    put("old")
+    renames = 0
+
+    class Killed(RuntimeError):
+        pass
+
+    def counted(name: str) -> None:
+        original = getattr(Path, name)
+
+        def rename(self: Path, target: Path) -> Path:
+            nonlocal renames
+            if renames == moment:
+                raise Killed
+            renames += 1
+            return original(self, target)
+
+        monkeypatch.setattr(Path, name, rename)
+
+    counted("rename")
+    counted("replace")
+    try:
+        put("new")
+    except Killed:
+        pass
+    else:
+        assert moment >= 3
+    monkeypatch.undo()
+    clean(tmp_path)
+    assert Manifest(tmp_path).problem(path) is None
+    assert (path / "file" if folder else path).read_text() in ("old", "new")
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_a_damaged_manifest_is_refused(copy: Path, arguments: Arguments) -> None:
+    (copy / "manifest.json").write_text("{")
+    with pytest.raises(InputError, match=r"manifest\.json is damaged .*; restore it, or give another run_dir"):
+        run(arguments(copy))
+
+
+def test_bytes_are_on_the_disk_before_a_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(files.os, "fsync", lambda descriptor: calls.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    (staging := staging_folder(tmp_path / "thing")).mkdir()
+    (staging / "file").write_text("x")
+    replace_folder(tmp_path / "thing")
+    assert [Path(call).name for call in calls] == ["file", staging.name, tmp_path.name]
+
+
+# Damage
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "problem"),
+    [
+        ("blocks/block_000.safetensors", flip, "differs from its checksum"),
+        ("blocks/block_001.safetensors", truncate, "has 1,000 bytes instead of"),
+        ("tokens/calibration.safetensors", flip, "differs from its checksum"),
+        ("packed/model.safetensors", flip, "differs from its checksum"),
+        ("packed/config.json", Path.unlink, "is missing"),
+        ("metrics.json", truncate, "has 1,000 bytes instead of"),
+        ("allocation.json", flip, "differs from its checksum"),
+    ],
+)
+def test_a_damaged_file_is_named_and_made_again(
+    finished: Path,
+    copy: Path,
+    arguments: Arguments,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    damage: Any,
+    problem: str,
+) -> None:
+    kept = {path: path.stat().st_ino for path in (copy / "blocks").iterdir() if path != copy / name}
+    damage(copy / name)
+    run(arguments(copy))
+    assert f"{copy / name} {problem}" in caplog.text
+    assert any(str(copy / name) in event for event in metrics(copy)["events"])
+    assert Manifest(copy).problem(copy / name) is None
+    assert (copy / PACKED).read_bytes() == (finished / PACKED).read_bytes()
+    assert (copy / "allocation.json").read_bytes() == (finished / "allocation.json").read_bytes()
+    assert {path: path.stat().st_ino for path in kept} == kept, "a sound block was made again"
+
+
+def test_a_foreign_block_is_named_and_what_was_made_from_others_is_made_again(
+    finished: Path, copy: Path, arguments: Arguments, caplog: pytest.LogCaptureFixture
+) -> None:
+    foreign = copy / "blocks/block_000.safetensors"
+    save_file({"x": torch.zeros(1)}, copy / "blocks/block_007.safetensors")
+    manifest = Manifest(copy)
+    other = {name: tensor.clone() for name, tensor in load_file(foreign).items()}
+    other["mlp.up_proj.scales"] += 1
+    save_file(other, foreign, metadata={"record": json.dumps({"made_from": "", "chain": "another"})})
+    manifest.add(foreign)  # as if it had been made by another version of a library
+    run(arguments(copy))
+    assert "block_007.safetensors is incomplete or from elsewhere" in caplog.text
+    assert not (copy / "blocks/block_007.safetensors").exists()
+    assert "block 1 was made from other blocks than those before it now; it is made again" in caplog.text
+    assert (copy / PACKED).read_bytes() != (finished / PACKED).read_bytes()
+
+
+# Changes
+
+
+def test_a_changed_recipe_goes_on_with_force(
+    copy: Path, arguments: Arguments, caplog: pytest.LogCaptureFixture
+) -> None:
+    (copy / "blocks/block_001.safetensors").unlink()
+    changed = arguments(copy, "training.epochs=1", "resume.force=true")
+    run(changed)
+    assert "resume.force: training.epochs 2 -> 1" in metrics(copy)["events"]
+    before = len(metrics(copy)["events"])
+    run(changed[:-1])  # once forced, this is what the run is made with
+    assert len(metrics(copy)["events"]) == before
+
+
+def test_other_weights_under_the_same_name_are_refused(copy: Path, arguments: Arguments, tmp_path: Path) -> None:
+    recipe = load_recipe(arguments(copy))
+    model = Path(shutil.copytree(recipe.model.path, tmp_path / "model"))
+    flip(model / "model.safetensors")
+    with pytest.raises(InputError, match=r"made with other values: model\.path \w{16} -> \w{16}; restore"):
+        run(arguments(copy, model=model))
+    shutil.copy(Path(recipe.model.path) / "model.safetensors", model)
+    run(arguments(copy, model=model))  # another folder with the same weights is the same model
+
+
+def test_an_upgraded_library_is_a_warning(
+    copy: Path, arguments: Arguments, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(fingerprint, "version", lambda name: "99" if name == "torch" else "1")
+    run(arguments(copy))
+    assert "torch 2" in caplog.text
+    assert any("libraries changed" in event and "-> 99" in event for event in metrics(copy)["events"])
+
+
+def test_large_weights_are_sampled_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from slimplus.models.loading import ModelSource
+
+    monkeypatch.setattr(fingerprint, "WHOLE", 1000)
+    monkeypatch.setattr(fingerprint, "SAMPLE", 10)
+    monkeypatch.setattr(fingerprint, "SAMPLES", 5)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(bytes(5000))
+    digests = {fingerprint.weights_digest(ModelSource(str(tmp_path)), None)}  # type: ignore[arg-type]
+    for position in (0, 1250, 4999):
+        content = bytearray(5000)
+        content[position] = 1
+        file.write_bytes(content)
+        digests.add(fingerprint.weights_digest(ModelSource(str(tmp_path)), None))  # type: ignore[arg-type]
+    assert len(digests) == 4
+
+
+def test_resume_from_what_is_no_checkpoint_of_this_run(copy: Path, arguments: Arguments, tmp_path: Path) -> None:
+    foreign = tmp_path / "last.ckpt"
+    foreign.write_bytes(b"x")
+    message = rf"resume: {foreign} is not the checkpoint of the block in training \({copy} holds none\); give that"
+    with pytest.raises(InputError, match=message):
+        run(arguments(copy, f"resume={foreign}"))
+
+
+def test_the_log_says_what_was_found(copy: Path, arguments: Arguments, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "slimplus")
+    run(arguments(copy))
+    assert caplog.text.count("skipped") == 4
+    assert metrics(copy)["events"] == []
