@@ -106,6 +106,16 @@ class QuantizationConfig(Section):
     group_size: Literal[16, 32, 64, 128, 256, 512, 1024] = Field(
         128, description="columns sharing a bit width; the packed format stores 16 a container"
     )
+    embedding_bits: int | None = Field(
+        None, ge=1, le=8, description="bits of the token embedding, and of a head tied to it; null leaves 16 bits"
+    )
+    head_bits: int | None = Field(
+        None,
+        ge=1,
+        le=8,
+        description="bits of the output head; null leaves 16 bits; "
+        "where it is tied to the embedding, needs embedding_bits, and the two are then stored apart",
+    )
     percdamp: Number = Field(0.01, gt=0, le=1, description="Hessian damping, as a part of the mean of its diagonal")
     allocation: str | None = Field(
         None,

@@ -21,6 +21,7 @@ from slimplus.models.loading import ModelSource
 FREE_KEYS = (
     *("run_dir", "resume", "dry_run", "data.evaluation", "trainer.checkpoint_seconds"),
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
+    *("quantization.embedding_bits", "quantization.head_bits"),  # quantized after the blocks
     "training.accumulate_grad_batches",  # in how many parts a device takes its share of a step
 )
 LIBRARIES = ("torch", "transformers", "lightning", "deepspeed", "safetensors", "tokenizers")

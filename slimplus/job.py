@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +25,7 @@ from slimplus.data.windows import Windows, calibration_windows, evaluation_windo
 from slimplus.errors import InputError
 from slimplus.fingerprint import differences, fingerprint, library_versions
 from slimplus.layout import PackedLayout
-from slimplus.models.architectures import blocks_path, find_blocks, find_linears
+from slimplus.models.architectures import blocks_path, find_blocks, find_linears, outer_bits
 from slimplus.models.loading import ModelSource, build_on_meta
 from slimplus.models.precision import resolve_precision
 from slimplus.models.streaming import BlockRunner, StreamedModel
@@ -57,6 +57,7 @@ class Job:
     Attributes:
         metrics: the content of metrics.json, written after every stage.
         allocation: widths imported from another run, by layer, or None.
+        outer_bits: name → bits of the layers outside the blocks that get packed.
     """
 
     recipe: Recipe
@@ -70,6 +71,7 @@ class Job:
     quantizer: BlockQuantizer
     block_names: list[str]
     allocation: dict[str, list[int]] | None
+    outer_bits: dict[str, int]
     metrics: dict[str, Any]
 
     @cached_property
@@ -148,9 +150,14 @@ class Job:
                 layout.add(f"{block_name}.{name}", layer_tensors(tensors, name), linear.weight.shape, group_size)
         return layout
 
-    def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the packed model by its name, block by block."""
-        yield from self.model.outer_tensors()
+    def checkpoint_tensors(self, outer: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the packed model by its name, block by block; `outer` are those packed outside the blocks."""
+        for name, tensor in self.model.outer_tensors():
+            if name.removesuffix(".weight") not in outer:
+                yield name, tensor
+        for name, tensors in outer.items():
+            for key, tensor in tensors.items():
+                yield f"{name}.{key}", tensor
         for index, (name, block) in enumerate(zip(self.block_names, self.model.blocks, strict=True)):
             packed, _ = self.run.load_block(index)
             linears = find_linears(block)
@@ -192,7 +199,9 @@ def prepare(recipe: Recipe) -> Job:
     runner = BlockRunner(fabric.device, resolve_precision(trainer.precision, fabric.device))
     source = model_source(recipe)
     config = source.config()
-    block_names, allocation = _check_model(build_on_meta(config), recipe)
+    skeleton = build_on_meta(config)
+    block_names, allocation = _check_model(skeleton, recipe)
+    outer = outer_bits(skeleton, recipe.quantization.embedding_bits, recipe.quantization.head_bits)
     tokenizer = source.tokenizer()
     text = load_text(recipe.data.calibration.path, "calibration")
     made_from = fingerprint(recipe, text, tokenizer, source, config, runner.precision)
@@ -221,6 +230,7 @@ def prepare(recipe: Recipe) -> Job:
         quantizer=_quantizer(recipe, fabric, runner, run.logs),
         block_names=block_names,
         allocation=allocation,
+        outer_bits=outer,
         metrics=metrics,
     )
 

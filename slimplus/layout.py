@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,9 @@ class PackedLayout:
         weights: number of weights, without padding.
         weight_bits: their widths, summed.
         packed_bytes: all that is stored for them, biases apart.
+        outer_bits: name → bits of the packed layers outside the blocks, which the sums above leave out.
+        outer_counts: name → number of their groups of each width.
+        outer_bytes: all that is stored for them.
         records: how each block came about: losses, damping, seconds.
     """
 
@@ -30,6 +34,9 @@ class PackedLayout:
     weights: int = 0
     weight_bits: int = 0
     packed_bytes: int = 0
+    outer_bits: dict[str, int] = field(default_factory=dict)
+    outer_counts: dict[str, dict[int, int]] = field(default_factory=dict)
+    outer_bytes: int = 0
     records: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, name: str, packed: dict[str, Tensor], shape: torch.Size, group_size: int) -> None:
@@ -41,16 +48,25 @@ class PackedLayout:
         self.weight_bits += shape[0] * int(per_column(widths, group_size, shape[1]).sum())
         self.packed_bytes += sum(tensor.nbytes for key, tensor in packed.items() if key != "bias")
 
+    def add_outer(self, name: str, packed: Mapping[str, Tensor], shape: torch.Size) -> None:
+        """Count the embedding or the head, of `shape` `[vocabulary, hidden]`."""
+        self.shapes[name] = list(shape)
+        self.outer_counts[name] = count_bits(packed["group_bits"])
+        self.outer_bits[name] = max(self.outer_counts[name])
+        self.outer_bytes += sum(tensor.nbytes for tensor in packed.values())
+
     @property
     def bit_counts(self) -> dict[str, dict[int, int]]:
         """Layer → number of groups of each width."""
-        return {name: count_bits(torch.tensor(widths)) for name, widths in self.bits.items()}
+        return {name: count_bits(torch.tensor(widths)) for name, widths in self.bits.items()} | self.outer_counts
 
     def figures(self, size_bytes: int, full_bytes: int) -> dict[str, Any]:
         """For metrics.json: the checkpoint of `size_bytes` against the model at 16 bit, `full_bytes`."""
         return {
             "average_bits": self.weight_bits / self.weights,
             "bits_per_weight": 8 * self.packed_bytes / self.weights,
+            "outer_bits": self.outer_bits,
+            "outer_bytes": self.outer_bytes,
             "size_bytes": size_bytes,
             "full_size_bytes": full_bytes,
             "compression": full_bytes / size_bytes,

@@ -13,8 +13,10 @@ from slimplus.files import staging_folder
 from slimplus.hub.checkpoint import load, write_checkpoint
 from slimplus.hub.quantizer import SlimplusConfig
 from slimplus.job import Job, model_source, prepare
+from slimplus.models.architectures import outer_bits
 from slimplus.models.loading import build_on_meta
 from slimplus.models.streaming import StreamedModel
+from slimplus.outer import packed_config, quantize_outer_layers
 from slimplus.plan import make_plan
 from slimplus.progress import track
 from slimplus.run import chain, write_allocation
@@ -53,7 +55,8 @@ def dry_run(recipe: Recipe) -> str:
     config = source.config_of(recipe.model.config) if recipe.model.config else source.config()
     model = build_on_meta(config)
     calibration, length = (recipe.data.samples, recipe.data.sequence_length), recipe.data.evaluation.sequence_length
-    return str(make_plan(model, settings.bits, settings.group_size, calibration, length))
+    outer = outer_bits(model, settings.embedding_bits, settings.head_bits)
+    return str(make_plan(model, settings.bits, settings.group_size, outer, calibration, length))
 
 
 def measure_full_precision(job: Job) -> None:
@@ -106,18 +109,23 @@ def quantize_blocks(job: Job) -> None:
 
 def export(job: Job) -> None:
     """Write the packed checkpoint from the block files and the tensors that are not quantized."""
+    if job.metrics.get("outer_bits", {}) != job.outer_bits:
+        job.forget_checkpoint()
     if job.run.has_checkpoint and "size_bytes" in job.metrics:
         logger.info("checkpoint: found in %s, skipped", job.run.packed)
         return
     with job.stage("export"):
+        outer = quantize_outer_layers(job)
         if job.fabric.is_global_zero:
             layout, settings = job.packed_layout(), job.quantizer.quantization
-            write_allocation(job.run, layout.bits, settings.bits, settings.group_size)
+            for name, tensors in outer.items():
+                layout.add_outer(name, tensors, job.model.model.get_parameter(f"{name}.weight").shape)
+            write_allocation(job.run, layout.bits, layout.outer_bits, settings.bits, settings.group_size)
             card = report.model_card(job.recipe.model.path, settings.bits, to_yaml(job.recipe))
             size = write_checkpoint(
                 staging_folder(job.run.packed),
-                job.checkpoint_tensors(),
-                job.model.model.config,
+                job.checkpoint_tensors(outer),
+                packed_config(job),
                 SlimplusConfig(settings.bits, settings.group_size, layout.bit_counts, settings.method, layout.shapes),
                 job.tokenizer,
                 job.model.model.generation_config,

@@ -31,6 +31,9 @@ class Plan:
         bits: average width.
         quantized_weights: number of weights in packed layers.
         packed_linear_bytes: everything stored for them, biases apart.
+        outer_bits: name → bits of the layers outside the blocks that get packed.
+        outer_weights: number of their weights, a tied one counted once.
+        outer_bytes: everything stored for them.
         other_bytes: the rest of the model, at 16 bits.
         host_bytes: rough peak of main memory, where the device is the CPU: the model, and the larger of one block in
             training beside three sets of hidden states, and one window's logits.
@@ -45,6 +48,9 @@ class Plan:
     bits: int
     quantized_weights: int
     packed_linear_bytes: int
+    outer_bits: dict[str, int]
+    outer_weights: int
+    outer_bytes: int
     other_bytes: int
     host_bytes: int
     device_bytes: int
@@ -52,17 +58,22 @@ class Plan:
     @property
     def full_bytes(self) -> int:
         """The model at 16 bits."""
-        return self.quantized_weights * BYTES_16_BIT + self.other_bytes
+        return (self.quantized_weights + self.outer_weights) * BYTES_16_BIT + self.other_bytes
 
     @property
     def packed_bytes(self) -> int:
         """The packed checkpoint."""
-        return self.packed_linear_bytes + self.other_bytes
+        return self.packed_linear_bytes + self.outer_bytes + self.other_bytes
 
     @property
     def bits_per_weight(self) -> float:
         """Everything stored for the packed layers, over their weights."""
         return 8 * self.packed_linear_bytes / self.quantized_weights
+
+    @property
+    def _outside(self) -> str:
+        packed = [f"{name} {bits} bits" for name, bits in self.outer_bits.items()]
+        return ", ".join([*packed, f"{gigabytes(self.other_bytes)} at 16 bit"])
 
     def __str__(self) -> str:
         rows = {
@@ -72,6 +83,7 @@ class Plan:
             "groups": f"{self.groups:,}",
             "average bits": f"{self.bits:.3f}",
             "effective bits per weight": f"{self.bits_per_weight:.3f} (scales, zero points and indices counted)",
+            "outside the blocks": self._outside,
             "size": f"{gigabytes(self.full_bytes)} at 16 bit -> {gigabytes(self.packed_bytes)} packed "
             f"({self.full_bytes / self.packed_bytes:.1f} times smaller)",
             "peak memory estimate": f"{gigabytes(self.host_bytes)} main memory; on a GPU, if there is one, "
@@ -86,7 +98,12 @@ def gigabytes(size: int) -> str:
 
 
 def make_plan(
-    model: PreTrainedModel, bits: int, group_size: int, calibration: tuple[int, int], evaluation_length: int
+    model: PreTrainedModel,
+    bits: int,
+    group_size: int,
+    outer_bits: dict[str, int],
+    calibration: tuple[int, int],
+    evaluation_length: int,
 ) -> Plan:
     """Plan for `model`, which may lie on the meta device.
 
@@ -94,6 +111,7 @@ def make_plan(
         model: the full-precision model.
         bits: average width. A group one bit narrower and one wider take what two groups of the average take.
         group_size: columns a group.
+        outer_bits: name → bits of the layers outside the blocks that get packed.
         calibration: number of windows, and tokens in each.
         evaluation_length: tokens in an evaluation window.
     """
@@ -106,6 +124,8 @@ def make_plan(
     }
     groups = {name: group_count(layer.in_features, group_size) for name, layer in layers.items()}
     quantized = sum(layer.weight.numel() for layer in layers.values())
+    outer = {name: model.get_parameter(f"{name}.weight") for name in outer_bits}
+    outer_weights = sum(weight.numel() for weight in {id(weight): weight for weight in outer.values()}.values())
     total = sum(parameter.numel() for parameter in model.parameters())
     block_weights = max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
     hidden = calibration[0] * calibration[1] * model.config.hidden_size * FLOAT32
@@ -122,7 +142,13 @@ def make_plan(
         packed_linear_bytes=sum(
             packed_size(layer.out_features, {bits: groups[name]}, group_size) for name, layer in layers.items()
         ),
-        other_bytes=(total - quantized) * BYTES_16_BIT,
+        outer_bits=outer_bits,
+        outer_weights=outer_weights,
+        outer_bytes=sum(
+            packed_size(len(weight), {outer_bits[name]: group_count(weight.shape[1], group_size)}, group_size)
+            for name, weight in outer.items()
+        ),
+        other_bytes=(total - quantized - outer_weights) * BYTES_16_BIT,
         host_bytes=LIBRARIES + total * BYTES_16_BIT + outside + max(training + 3 * hidden, logits),
         device_bytes=outside + max(training, logits),
     )

@@ -21,6 +21,7 @@ def results_table(metrics: Metrics) -> list[tuple[str, str]]:
         ),
         ("average bits", f"{metrics['average_bits']:.3f}"),
         ("bits per weight, all that is stored", f"{metrics['bits_per_weight']:.3f}"),
+        *_outer_row(metrics),
         (
             "checkpoint",
             f"{gigabytes(metrics['size_bytes'])}, {metrics['compression']:.2f} times smaller than at 16 bit",
@@ -28,6 +29,11 @@ def results_table(metrics: Metrics) -> list[tuple[str, str]]:
         ("peak memory", gigabytes(metrics["peak_memory_bytes"])),
         ("time", ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in metrics["seconds"].items())),
     ]
+
+
+def _outer_row(metrics: Metrics) -> list[tuple[str, str]]:
+    bits = ", ".join(f"{name} {bits} bits" for name, bits in metrics["outer_bits"].items())
+    return [("packed outside the blocks", f"{bits}: {gigabytes(metrics['outer_bytes'])}")] if bits else []
 
 
 def summary(metrics: Metrics, packed: str, sentence: str) -> str:

@@ -218,12 +218,19 @@ def _json(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=2) + "\n"
 
 
-def write_allocation(run: RunDirectory, bits: Mapping[str, list[int]], target_bits: int, group_size: int) -> None:
-    """Write `allocation.json`: bits per group, in column order, of each linear layer."""
+def write_allocation(
+    run: RunDirectory,
+    bits: Mapping[str, list[int]],
+    outer_bits: Mapping[str, int],
+    target_bits: int,
+    group_size: int,
+) -> None:
+    """Write `allocation.json`: bits per group, in column order, of each linear layer, and what else is packed."""
     lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(widths)}" for name, widths in bits.items())
     run.write(
         "allocation.json",
-        f'{{\n  "target_bits": {target_bits},\n  "group_size": {group_size},\n  "bits": {{\n{lines}\n  }}\n}}\n',
+        f'{{\n  "target_bits": {target_bits},\n  "group_size": {group_size},\n'
+        f'  "outer_bits": {json.dumps(dict(outer_bits))},\n  "bits": {{\n{lines}\n  }}\n}}\n',
     )
 
 

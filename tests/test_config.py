@@ -52,6 +52,8 @@ def test_paper_recipes_hold_the_papers_settings(name: str, bits: int) -> None:
         "bits": bits,
         "group_size": 128,
         "percdamp": 0.01,
+        "embedding_bits": None,
+        "head_bits": None,
         "allocation": None,
     }
     assert (recipe.data.samples, recipe.data.sequence_length) == (128, 2048)

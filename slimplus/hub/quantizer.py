@@ -7,7 +7,7 @@ only what `transformers.quantizers` itself rests on.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,7 +20,10 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from slimplus.nn import PackedLinear
+from slimplus.nn import PackedEmbedding, PackedLinear, TiedHead
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 METHOD = "slimplus"
 
@@ -32,7 +35,8 @@ class SlimplusConfig(QuantizationConfigMixin):
         bits: average bits of the groups.
         group_size: columns a group.
         modules: name of each packed layer → number of its groups of each width. Shapes follow from it, and they are
-            needed before any tensor is read.
+            needed before any tensor is read. An embedding is packed if it is named; a head that is tied to it then
+            shares its packed weight.
         method: how the weights were quantized.
         shapes: name of each packed layer → rows and columns of its weight, which the packed tensors hold only rounded
             up; for what reads a checkpoint without building the model.
@@ -61,7 +65,7 @@ class SlimplusQuantizer(HfQuantizer):
     requires_calibration = True
     quantization_config: SlimplusConfig
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         swap_packed_layers(model, self.quantization_config)
 
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:
@@ -73,32 +77,34 @@ class SlimplusQuantizer(HfQuantizer):
         return False
 
 
-def swap_packed_layers(model: nn.Module, config: SlimplusConfig) -> None:
-    """Replace the linear layers that `config` names by empty packed ones, on the meta device.
+def swap_packed_layers(model: PreTrainedModel, config: SlimplusConfig) -> None:
+    """Replace the linear layers and embeddings that `config` names by empty packed ones, on the meta device.
 
     Raises:
-        ValueError: where the model has no such linear layer, or its size does not fit.
+        ValueError: where the model has no such layer, or its size does not fit.
     """
     for name, counts in config.modules.items():
         try:
-            linear = model.get_submodule(name)
-        except AttributeError:
-            linear = None
-        if not isinstance(linear, nn.Linear):
-            raise ValueError(f"quantization_config.modules: the model has no linear layer {name}")
-        try:
             with torch.device("meta"):
-                packed = PackedLinear(
-                    linear.in_features,
-                    linear.out_features,
-                    config.group_size,
-                    counts,
-                    bias=linear.bias is not None,
-                    dtype=linear.weight.dtype,
-                )
+                packed = _empty_packed(model.get_submodule(name), config.group_size, counts)
+        except AttributeError:
+            raise ValueError(f"quantization_config.modules: the model has no layer {name}") from None
         except ValueError as error:
             raise ValueError(f"quantization_config.modules: {name}: {error}") from error
         model.set_submodule(name, packed)
+    embedding = model.get_input_embeddings()
+    if model.config.tie_word_embeddings and isinstance(embedding, PackedEmbedding):
+        model.set_output_embeddings(TiedHead(embedding, model.get_output_embeddings().bias))
+        model._tied_weights_keys, model.all_tied_weights_keys = {}, {}  # transformers' tying needs weights
+
+
+def _empty_packed(layer: nn.Module, group_size: int, counts: Mapping[int, int]) -> PackedLinear | PackedEmbedding:
+    if isinstance(layer, nn.Embedding):
+        return PackedEmbedding(layer.num_embeddings, layer.embedding_dim, group_size, counts, layer.weight.dtype)
+    if not isinstance(layer, nn.Linear):
+        raise ValueError(f"a {type(layer).__name__} cannot be packed, only a linear layer or an embedding")
+    bias, dtype = layer.bias is not None, layer.weight.dtype
+    return PackedLinear(layer.in_features, layer.out_features, group_size, counts, bias, dtype)
 
 
 def register() -> None:

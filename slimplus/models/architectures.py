@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -45,3 +47,57 @@ def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
 def find_linears(block: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers of one block by their dotted name in it: everything that gets quantized."""
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
+@dataclass(frozen=True)
+class OuterLayers:
+    """The two large layers outside the blocks.
+
+    Attributes:
+        embedding: name of the token embedding.
+        head: name of the output head.
+        tied: whether they share one weight.
+    """
+
+    embedding: str
+    head: str
+    tied: bool
+
+
+def find_outer_layers(model: PreTrainedModel) -> OuterLayers:
+    """Embedding and head of `model`.
+
+    Raises:
+        UnsupportedModelError: if they are no plain embedding and linear layer.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    # A subclass may scale what it looks up, and max_norm changes it: the packed embedding does neither.
+    plain = type(embedding) is nn.Embedding and embedding.max_norm is None and type(head) is nn.Linear
+    if not plain:
+        raise UnsupportedModelError(
+            f"quantization.embedding_bits, head_bits: the model's {type(embedding).__name__} and {type(head).__name__} "
+            "cannot be packed; leave both keys null"
+        )
+    names = {id(module): name for name, module in model.named_modules()}
+    return OuterLayers(names[id(embedding)], names[id(head)], tied=head.weight is embedding.weight)
+
+
+def outer_bits(model: PreTrainedModel, embedding_bits: int | None, head_bits: int | None) -> dict[str, int]:
+    """Name → bits of the layers outside the blocks that get packed.
+
+    A head tied to the embedding is packed with it, once, unless it has bits of its own: then the two are stored apart.
+
+    Raises:
+        InputError: if the model has no such layers, or `head_bits` alone would split a tied weight for nothing.
+    """
+    if embedding_bits is None and head_bits is None:
+        return {}
+    layers = find_outer_layers(model)
+    if layers.tied and embedding_bits is None:
+        raise InputError(
+            "quantization.head_bits: the head of this model is its embedding; packed apart from a 16-bit one it would "
+            "only add to the checkpoint; set quantization.embedding_bits, alone to pack the two as one, "
+            "or with head_bits to store them apart"
+        )
+    bits = {layers.embedding: embedding_bits, layers.head: head_bits}
+    return {name: width for name, width in bits.items() if width is not None}

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from slimplus.models.architectures import blocks_path, find_blocks
 from slimplus.models.precision import autocast
-from slimplus.nn import PackedLinear
+from slimplus.nn import PackedEmbedding, PackedLinear
 
 BlockArguments = dict[str, Any]
 
@@ -80,12 +80,17 @@ class BlockRunner:
         return outputs
 
 
+def _float32(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`, as float32 if it holds real numbers."""
+    return tensor.data.to(device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
+
+
 class StreamedModel:
     """Splits the forward of `model` into embedding, blocks, and head, whatever the architecture.
 
     The blocks' forward is replaced while the model's own forward runs around them, so that masks and positions are
     made by the model's own code. All but the blocks becomes float32 on `device`, where autocast makes of it what the
-    precision says; the blocks stay on the CPU in their stored dtype.
+    precision says; packed tensors keep their dtypes. The blocks stay on the CPU in their stored dtype.
     """
 
     def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
@@ -94,10 +99,13 @@ class StreamedModel:
         inside = {id(module) for module in self.blocks.modules()}
         for module in model.modules():
             if id(module) not in inside:
-                for tensor in (*module._parameters.values(), *module._buffers.values()):
+                packed = isinstance(module, PackedEmbedding | PackedLinear)
+                for tensor in module._buffers.values():
                     if tensor is not None:
-                        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-                        tensor.data = tensor.data.to(device, dtype)
+                        tensor.data = tensor.data.to(device) if packed else _float32(tensor, device)
+                for parameter in module._parameters.values():
+                    if parameter is not None:
+                        parameter.data = _float32(parameter, device)
 
     @contextmanager
     def _replaced(self, forward: Callable[..., Tensor]) -> Iterator[None]:
@@ -121,6 +129,13 @@ class StreamedModel:
             if not name.startswith(prefix) and tensor.data_ptr() not in seen:
                 seen.add(tensor.data_ptr())
                 yield name, tensor.to("cpu", self.dtype if tensor.is_floating_point() else tensor.dtype)
+
+    @property
+    def head(self) -> nn.Linear:
+        """The output head."""
+        head = self.model.get_output_embeddings()
+        assert isinstance(head, nn.Linear)
+        return head
 
     @property
     def full_bytes(self) -> int:
@@ -157,3 +172,18 @@ class StreamedModel:
 
         with self._replaced(replay), autocast(runner.device, runner.precision):
             return self.model(input_ids=tokens.to(runner.device), use_cache=False).logits
+
+    def watch_head(self, tokens: Tensor, hidden: Tensor, runner: BlockRunner, hook: Callable[[Tensor], None]) -> None:
+        """Call `hook` with the head's input for each window of `tokens`; `hidden` are the last block's outputs."""
+
+        def stop(_: nn.Module, inputs: tuple[Tensor]) -> None:
+            hook(inputs[0])
+            raise _Captured
+
+        handle = self.head.register_forward_pre_hook(stop)
+        try:
+            for window, output in zip(tokens.split(1), hidden.split(1), strict=True):
+                with suppress(_Captured):
+                    self.logits(window, output, runner)
+        finally:
+            handle.remove()

@@ -1,6 +1,7 @@
-"""Linear layers whose weight is quantized: fake-quantized for training, packed for inference."""
+"""Layers whose weight is quantized: fake-quantized for training, packed for inference."""
 
 from slimplus.nn.fake_quantized import FakeQuantizedLinear
 from slimplus.nn.packed import PackedLinear
+from slimplus.nn.packed_embedding import PackedEmbedding, TiedHead
 
-__all__ = ["FakeQuantizedLinear", "PackedLinear"]
+__all__ = ["FakeQuantizedLinear", "PackedEmbedding", "PackedLinear", "TiedHead"]

@@ -12,6 +12,21 @@ from slimplus.quantization.affine import QuantizedWeight
 from slimplus.quantization.packing import check_features, count_bits, pack, packed_shapes, unpack
 
 
+def dequantize_packed(
+    packed: Mapping[str, Tensor],
+    bit_counts: Mapping[int, int],
+    shape: tuple[int, int],
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight of `shape` `[out, in]` that packed tensors hold; exact in float32, rounded once to any other dtype."""
+    if packed["scales"].is_cuda:
+        from slimplus.kernels.dequantize import dequantize  # Triton, which a machine without a GPU may lack
+
+        return dequantize(packed, bit_counts, *shape, group_size, dtype)
+    return unpack(packed, *shape, group_size).dequantize().to(dtype)
+
+
 class PackedLinear(nn.Module):
     """`nn.Linear` for inference over the packed format of `slimplus.quantization.packing`.
 
@@ -76,12 +91,8 @@ class PackedLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight `[out, in]`; exact in float32, rounded once to any other dtype."""
-        if self.scales.is_cuda:
-            from slimplus.kernels.dequantize import dequantize  # Triton, which a machine without a GPU may lack
-
-            shape = (self.out_features, self.in_features)
-            return dequantize(self.packed_tensors(), self.bit_counts, *shape, self.group_size, dtype)
-        return self.quantized_weight().dequantize().to(dtype)
+        shape = (self.out_features, self.in_features)
+        return dequantize_packed(self.packed_tensors(), self.bit_counts, shape, self.group_size, dtype)
 
     def to_linear(self) -> nn.Linear:
         """An ordinary float32 layer with the same weight."""

@@ -6,17 +6,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from slimplus.quantization.affine import QuantizedWeight, tile_qparams
+from slimplus.quantization.allocation import uniform_bits
 from slimplus.quantization.calibration import calibrate_group
 from slimplus.quantization.gptq import quantize_weight
 from slimplus.quantization.refit import refit_qparams
-from slimplus.quantization.salience import InverseHessian
+from slimplus.quantization.salience import InverseHessian, invert_hessian
 
 Method = Literal["rtn", "gptq", "slimllm", "slimllm_plus"]
 
 REFITS = 3  # rounds of least squares and rounding; the output error falls by 15-40 %, little of it after the third
+
+VOCABULARY_ROWS = 16384  # quantized at a time, to bound memory
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,25 @@ def quantize_linear(
         if round_ < REFITS - 1:
             quantized = quantize_weight(weight, bits, size, inverse, _Given(scale, zero_point), compensate=True)
     return replace(quantized, scale=scale, zero_point=zero_point)
+
+
+def quantize_vocabulary(weight: Tensor, hessian: Tensor | None, config: QuantizationConfig) -> QuantizedWeight:
+    """Quantize a weight with a row for each token, an embedding or an output head, all of it to `config.bits`.
+
+    Args:
+        weight: `[vocabulary, hidden]`.
+        hessian: `[hidden, hidden]`, of the head's inputs; None, as for a lookup, makes the error of the weight count.
+        config: method and constants.
+    """
+    hidden = weight.shape[1]
+    bits = uniform_bits(hidden, config.group_size, config.bits)
+    hessian = torch.eye(hidden, device=weight.device) if hessian is None else hessian
+    inverse = invert_hessian(hessian, config.percdamp)
+    parts = [quantize_linear(rows.float(), bits, hessian, inverse, config) for rows in weight.split(VOCABULARY_ROWS)]
+    integers, scale, zero_point = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("integers", "scale", "zero_point")
+    )
+    return replace(parts[0], integers=integers, scale=scale, zero_point=zero_point)
 
 
 def _minmax(tile: Tensor, salience: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,324 @@
+"""Packed embedding and head: lookups, the vocabulary's quantizer, whole runs, and what loads back."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ModelMaker
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+
+import slimplus
+from slimplus import pipeline
+from slimplus.errors import InputError
+from slimplus.models.architectures import UnsupportedModelError, find_outer_layers
+from slimplus.models.loading import build_on_meta
+from slimplus.models.streaming import StreamedModel
+from slimplus.nn import PackedEmbedding, PackedLinear, TiedHead
+from slimplus.quantization.linear import QuantizationConfig, quantize_vocabulary
+from slimplus.quantization.packing import packed_size
+from slimplus.quantization.refit import output_error
+from slimplus.reading import RecipeError, load_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = (
+    "model.gguf_file=null",
+    "model.dtype=auto",
+    "data.samples=8",
+    "data.sequence_length=32",
+    "data.evaluation.sequence_length=64",
+    "data.evaluation.windows=2",
+    "quantization.group_size=16",
+    "quantization.method=gptq",
+    "quantization.bits=4",
+    "trainer.precision=32-true",
+)
+BOTH = ("quantization.embedding_bits=8", "quantization.head_bits=4")
+
+Arguments = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def arguments(make_model: ModelMaker, text_file: Path) -> Arguments:
+    """`arguments(model_type, run_dir, *overrides)` of a small run; llama and opt are tied, qwen2 is not."""
+
+    def build(model_type: str, run_dir: Path, *overrides: str) -> list[str]:
+        return [
+            "recipe=smollm2_135m_2bit",
+            f"model.path={make_model(model_type)}",
+            f"data.calibration.path={text_file}",
+            f"data.evaluation.path={text_file}",
+            *SMALL,
+            f"run_dir={run_dir}",
+            *overrides,
+        ]
+
+    return build
+
+
+def _metrics(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def _embedding(rows: int, columns: int, bits: int, group_size: int = 16) -> PackedEmbedding:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    weight[1] = 0  # as a padding row often is
+    return PackedEmbedding.from_quantized(quantize_vocabulary(weight, None, _config(bits, group_size)))
+
+
+def _config(bits: int, group_size: int = 16) -> QuantizationConfig:
+    return QuantizationConfig("slimllm", bits, group_size)
+
+
+def _dense(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy with ordinary layers in place of every packed one."""
+    dense = deepcopy(model)
+    for name, layer in list(dense.named_modules()):
+        if isinstance(layer, PackedLinear):
+            dense.set_submodule(name, layer.to_linear())
+        elif isinstance(layer, PackedEmbedding):
+            dense.set_submodule(name, nn.Embedding.from_pretrained(layer.dequantize()))
+        elif isinstance(layer, TiedHead):
+            weight = layer._embedding[0].dequantize()
+            head = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+            head.weight = nn.Parameter(weight)
+            dense.set_submodule(name, head)
+    return dense
+
+
+# Lookups
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(40, 48), (33, 40), (16, 16)])
+@pytest.mark.parametrize("bits", [1, 3, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_lookup_gives_the_rows_of_the_whole(rows: int, columns: int, bits: int, dtype: torch.dtype) -> None:
+    embedding = _embedding(rows, columns, bits)
+    embedding.dtype = dtype
+    generator = torch.Generator().manual_seed(1)
+    for shape in ((1,), (1, 1), (2, 7), (3, 16), (2, 1, 5)):
+        tokens = torch.randint(0, rows, shape, generator=generator)
+        found = embedding(tokens)
+        assert found.shape == (*shape, columns)
+        assert found.dtype == dtype
+        assert torch.equal(found, embedding.dequantize(dtype)[tokens])
+
+
+def test_a_row_of_zeros_stays_zero() -> None:
+    for bits in (2, 4, 8):
+        assert not _embedding(40, 48, bits)(torch.tensor([1])).any()
+
+
+def test_a_token_outside_the_vocabulary_is_refused() -> None:
+    """Not a padding row that happens to be stored behind the last one."""
+    for token in (40, 48, -1):
+        with pytest.raises((IndexError, RuntimeError), match=r"out of (range|DATA bounds)"):
+            _embedding(40, 48, 8)(torch.tensor([token]))
+
+
+def test_a_lookup_dequantizes_only_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    from slimplus.nn import packed_embedding
+
+    shapes = []
+    whole = packed_embedding.dequantize_packed
+
+    def note(packed: dict[str, Tensor], counts: Any, shape: tuple[int, int], *rest: Any) -> Tensor:
+        shapes.append((shape, packed["scales"].shape[1]))
+        return whole(packed, counts, shape, *rest)
+
+    embedding = _embedding(400, 48, 8)
+    monkeypatch.setattr(packed_embedding, "dequantize_packed", note)
+    embedding(torch.tensor([[3, 5, 300]]))
+    assert shapes == [((3, 48), 16)]
+
+
+# The quantizer
+
+
+def test_the_head_minds_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from slimplus.quantization import linear
+
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(96, 64, generator=generator)
+    inputs = torch.randn(500, 64, generator=generator) @ torch.randn(64, 64, generator=generator)
+    hessian = 2 * inputs.T @ inputs / 500
+    calibrated, plain = (quantize_vocabulary(weight, h, _config(4)) for h in (hessian, None))
+
+    def errors(quantized: Any) -> tuple[float, float]:
+        difference = quantized.dequantize() - weight
+        return float(output_error(difference, hessian).sum()), float(difference.square().sum())
+
+    assert errors(calibrated)[0] < 0.6 * errors(plain)[0]
+    assert errors(plain)[1] < errors(calibrated)[1]
+    # The rows are independent: how many are taken at a time changes nothing but the memory that is needed.
+    monkeypatch.setattr(linear, "VOCABULARY_ROWS", 40)
+    split = quantize_vocabulary(weight, hessian, _config(4))
+    torch.testing.assert_close(split.dequantize(), calibrated.dequantize(), rtol=0, atol=1e-5)
+    assert split.integers.shape == weight.shape
+
+
+def test_packed_tensors_keep_their_dtypes_in_a_streamed_model(packed_tied: Path) -> None:
+    model = slimplus.load(packed_tied / "packed", dtype=torch.float32)
+    before = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    StreamedModel(model, torch.device("cpu"))
+    assert {name: tensor.dtype for name, tensor in model.state_dict().items()} == before
+
+
+# Whole runs
+
+
+@pytest.fixture(scope="module")
+def packed_tied(arguments: Arguments, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on a tied model that stores embedding and head apart."""
+    folder = tmp_path_factory.mktemp("apart") / "run"
+    pipeline.run(load_recipe(arguments("llama", folder, *BOTH)))
+    return folder
+
+
+CASES = {
+    "tied, stored apart": ("llama", BOTH),
+    "tied, shared": ("opt", ("quantization.embedding_bits=8",)),
+    "untied, both": ("qwen2", BOTH),
+    "untied, embedding": ("qwen2", ("quantization.embedding_bits=6",)),
+    "untied, head": ("qwen2", ("quantization.head_bits=8",)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_loads_back_computes_what_dense_weights_would(arguments: Arguments, tmp_path: Path, case: str) -> None:
+    model_type, keys = CASES[case]
+    summary = pipeline.run(load_recipe(arguments(model_type, tmp_path, *keys)))
+    model = slimplus.load(tmp_path / "packed", dtype=torch.float32)
+    tokens = torch.randint(1, 250, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, _dense(model)(tokens).logits)
+        again = deepcopy(model)
+        assert torch.equal(model(tokens).logits, again(tokens).logits)
+    metrics = _metrics(tmp_path)
+    stored = load_file(tmp_path / "packed/model.safetensors")
+    assert metrics["size_bytes"] == sum(tensor.nbytes for tensor in stored.values())
+    assert metrics["perplexity"]["quantized"] == pytest.approx(metrics["perplexity"]["full"], rel=0.3)
+    allocation = json.loads((tmp_path / "allocation.json").read_text())
+    assert allocation["outer_bits"] == metrics["outer_bits"] != {}
+    assert metrics["outer_bytes"] == sum(
+        tensor.nbytes for name, tensor in stored.items() if name.rpartition(".")[0] in metrics["outer_bits"]
+    )
+    assert summary is not None
+    quantization = json.loads((tmp_path / "packed/config.json").read_text())["quantization_config"]
+    for name in metrics["outer_bits"]:
+        assert quantization["shapes"][name] == [257, 64]
+        assert quantization["modules"][name] == {str(metrics["outer_bits"][name]): 4}
+    for name, bits in metrics["outer_bits"].items():
+        assert f"{name} {bits} bits" in summary
+        assert f"{name} {bits} bits" in (tmp_path / "packed/README.md").read_text()
+
+
+def test_a_tied_weight_is_stored_once_unless_the_head_has_bits(
+    arguments: Arguments, packed_tied: Path, tmp_path: Path
+) -> None:
+    config = json.loads((packed_tied / "packed/config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    apart = slimplus.load(packed_tied / "packed")
+    assert isinstance(apart.get_output_embeddings(), PackedLinear)
+    assert _metrics(packed_tied)["outer_bits"] == {"model.embed_tokens": 8, "lm_head": 4}
+
+    pipeline.run(load_recipe(arguments("llama", tmp_path, BOTH[0])))
+    shared = slimplus.load(tmp_path / "packed")
+    assert isinstance(shared.get_output_embeddings(), TiedHead)
+    assert json.loads((tmp_path / "packed/config.json").read_text())["tie_word_embeddings"] is True
+    assert not any(name.startswith("lm_head") for name in shared.state_dict())
+    rows, columns = 257, 64
+    assert _metrics(tmp_path)["outer_bytes"] == packed_size(rows, {8: columns // 16}, 16)
+    assert torch.equal(
+        shared.get_input_embeddings().dequantize(), apart.get_input_embeddings().dequantize()
+    )  # the same quantizer either way
+
+    shared.save_pretrained(tmp_path / "saved")
+    again = slimplus.load(tmp_path / "saved")
+    assert isinstance(again.get_output_embeddings(), TiedHead)
+    for (name, tensor), (other, value) in zip(shared.state_dict().items(), again.state_dict().items(), strict=True):
+        assert name == other
+        assert torch.equal(tensor, value)
+
+
+def test_other_outer_bits_reuse_the_blocks(arguments: Arguments, packed_tied: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "run"
+    shutil.copytree(packed_tied, folder)
+    blocks = {path.name: path.read_bytes() for path in (folder / "blocks").iterdir()}
+    pipeline.run(load_recipe(arguments("llama", folder)))
+    assert _metrics(folder)["outer_bits"] == {}
+    assert _metrics(folder)["size_bytes"] > _metrics(packed_tied)["size_bytes"]
+    assert _metrics(folder)["perplexity"]["quantized"] != _metrics(packed_tied)["perplexity"]["quantized"]
+    assert "outside the blocks" not in (folder / "summary.txt").read_text()
+    assert isinstance(slimplus.load(folder / "packed").get_input_embeddings(), nn.Embedding)
+    pipeline.run(load_recipe(arguments("llama", folder, *BOTH)))
+    assert _metrics(folder)["perplexity"] == _metrics(packed_tied)["perplexity"]
+    assert blocks == {path.name: path.read_bytes() for path in (folder / "blocks").iterdir()}
+
+
+# What is refused, and the plan
+
+
+def test_head_bits_alone_on_a_tied_model(arguments: Arguments, tmp_path: Path) -> None:
+    for extra in ((), ("dry_run=true",)):
+        recipe = load_recipe(arguments("llama", tmp_path / "run", BOTH[1], *extra))
+        with pytest.raises(InputError, match=r"quantization\.head_bits: .* set quantization\.embedding_bits"):
+            (pipeline.dry_run if extra else pipeline.run)(recipe)
+    assert not (tmp_path / "run" / "blocks").exists()
+
+
+@pytest.mark.parametrize("key", ["embedding_bits", "head_bits"])
+@pytest.mark.parametrize("value", ["0", "9", "4.5", "true"])
+def test_bits_that_cannot_be_packed(key: str, value: str) -> None:
+    with pytest.raises(RecipeError, match=rf"quantization\.{key}: expected integer"):
+        load_recipe(["recipe=llama7b_2bit", f"quantization.{key}={value}"])
+
+
+def test_an_embedding_that_is_not_plain() -> None:
+    class Scaled(nn.Embedding):
+        pass
+
+    model = build_on_meta(AutoConfig.for_model("qwen2", hidden_size=64, num_attention_heads=4, num_hidden_layers=1))
+    assert not find_outer_layers(model).tied
+    model.set_input_embeddings(Scaled(16, 64))
+    with pytest.raises(UnsupportedModelError, match="Scaled and Linear cannot be packed"):
+        find_outer_layers(model)
+
+
+def test_llama7b_gets_past_six_times() -> None:
+    plan = pipeline.dry_run(load_recipe(["recipe=llama7b_2bit", "dry_run=true", *BOTH]))
+    assert "13.48 GB at 16 bit -> 1.97 GB packed (6.8 times smaller)" in plan
+    assert "model.embed_tokens 8 bits, lm_head 4 bits, 0.5 MB at 16 bit" in plan
+
+
+@pytest.mark.parametrize("keys", [BOTH, BOTH[:1]])
+def test_the_plan_knows_the_size(arguments: Arguments, tmp_path: Path, keys: tuple[str, ...]) -> None:
+    plan = pipeline.dry_run(load_recipe(arguments("llama", tmp_path, "dry_run=true", *keys)))
+    pipeline.run(load_recipe(arguments("llama", tmp_path, "quantization.method=rtn", *keys)))
+    assert f"-> {_metrics(tmp_path)['size_bytes'] / 1e6:.1f} MB packed" in plan
+
+
+@pytest.mark.slow
+def test_the_command_packs_embedding_and_head(arguments: Arguments, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "train.py"), *arguments("llama", tmp_path, *BOTH)]
+    done = subprocess.run(
+        [*command, "quantization.method=slimllm_plus", "quantization.bits=2"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "model.embed_tokens 8 bits, lm_head 4 bits" in done.stdout
+    assert "It writes:" in done.stdout
