@@ -1,0 +1,314 @@
+"""Matrix products with packed weights of 1 to 4 bits, one launch for all the weights that read the same input.
+
+The weight is the left operand of the tensor cores (`outputs.T = weight @ inputs.T`), so that it goes from its words to
+their registers without a trip through a buffer of 16-bit floats. A program handles some rows of one weight (a *shard*
+of the launch), some tokens, and every `split_k`-th group of columns, whatever widths those have; programs of the same
+rows leave float32 sums behind, and the one that comes last adds them up in a fixed order: the same call gives the same
+bits. Nothing waits for the device or changes an address between calls, so a launch can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from slimplus.kernels.launch import LaunchConfig, choose_launch
+from slimplus.kernels.shards import ONES, FusedShape
+from slimplus.kernels.unpack import as_tile, unpack_group
+from slimplus.quantization.packing import padded_rows
+
+MAX_TOKENS = 256
+"""Tokens from which on it is faster to dequantize the whole weight and multiply."""
+
+FUSED = ("qplane1", "qplane2", "qplane4", "scales", "zeros", "group_index", "shard_table")
+MAX_DECODE_TOKENS = tl.constexpr(16)  # a block; beyond, zero points are subtracted from the weights, not the products
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # Triton's interpreter multiplies bfloat16 bit patterns
+
+
+def packed_matmul(
+    inputs: Tensor,
+    fused: Mapping[str, Tensor],
+    shape: FusedShape,
+    counters: Tensor,
+    bias: Tensor | None = None,
+    launch: LaunchConfig | None = None,
+) -> Tensor:
+    """`inputs @ weight.T + bias` for all the weights of `fused`, side by side.
+
+    Args:
+        inputs: `[tokens, in]`, float16 or bfloat16, at most MAX_TOKENS tokens.
+        fused: as `fuse_shards` made it, on the device of the inputs.
+        shape: of the same call.
+        counters: int32 zeros, `shape.counters` of them; zeros again when the kernel is done. Two launches that may run
+            at the same time must not share them.
+        bias: `[shape.columns]`.
+        launch: to use instead of the one chosen for this GPU and shape.
+
+    Returns:
+        `[tokens, shape.columns]` in the dtype of the inputs; sums are float32.
+
+    Raises:
+        ValueError: for other dtypes, too many tokens, or a launch of more blocks than there are counters.
+    """
+    tokens = inputs.shape[0]
+    if inputs.dtype not in ONES or tokens > MAX_TOKENS:
+        raise ValueError(
+            f"the kernel takes at most {MAX_TOKENS} tokens of float16 or bfloat16, not {tokens} of {inputs.dtype}"
+        )
+    launch = launch or choose_launch(inputs.device, shape.out_features, shape.in_features, shape.group_size, tokens)
+    row_blocks = sum(triton.cdiv(padded_rows(rows), launch.block_n) for rows in shape.out_features)
+    token_blocks = triton.cdiv(tokens, launch.block_m)
+    if row_blocks * token_blocks > counters.numel():
+        raise ValueError(
+            f"{counters.numel()} counters are too few for {row_blocks} x {token_blocks} blocks of {launch}"
+        )
+    outputs = inputs.new_empty(tokens, shape.columns)
+    partials = torch.empty(
+        launch.split_k if launch.split_k > 1 else 0, tokens, shape.columns, dtype=torch.float32, device=inputs.device
+    )
+    packed_matmul_kernel[row_blocks, launch.split_k, token_blocks](
+        inputs.contiguous(),
+        *(fused[name] for name in FUSED),
+        outputs if bias is None else bias,
+        partials,
+        counters,
+        outputs,
+        tokens,
+        shape.in_features,
+        shape.columns,
+        **kernel_constants(shape, launch, bias is not None),
+        num_warps=launch.num_warps,
+    )
+    return outputs
+
+
+def kernel_constants(shape: FusedShape, launch: LaunchConfig, has_bias: bool) -> dict[str, int | bool]:
+    """The compile-time arguments of `packed_matmul_kernel`."""
+    return {
+        "WIDTHS": sum(1 << width for width in shape.widths),
+        "GROUP_SIZE": shape.group_size,
+        "SHARDS": len(shape.out_features),
+        "RAGGED": shape.in_features % shape.group_size != 0,
+        "HAS_BIAS": has_bias,
+        "BLOCK_N": launch.block_n,
+        "BLOCK_M": launch.block_m,
+        "STAGES": launch.num_stages,
+    }
+
+
+@triton.jit
+def _accumulate_width(
+    sums,
+    inputs,
+    plane1,
+    plane2,
+    plane4,
+    scales,
+    zeros,
+    group_index,
+    token,
+    row,
+    tokens,
+    in_features,
+    stride,
+    ones,
+    start,
+    stop,
+    skipped1,
+    skipped2,
+    skipped4,
+    BITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    RAGGED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Add to `sums` `[rows, tokens]` this program's share of the groups `start … stop - 1`, all of BITS bits.
+
+    `skipped` is how many groups before, counted from the first of the shard, have no bits in a plane.
+    """
+    CONTAINERS: tl.constexpr = GROUP_SIZE // 16
+    dtype: tl.constexpr = inputs.dtype.element_ty
+    split_k = tl.num_programs(1)
+    first = start + (tl.program_id(1) + split_k - start % split_k) % split_k
+    inside = row < stride
+    for group in tl.range(first, stop, split_k, num_stages=STAGES):
+        column = tl.load(group_index + group).to(tl.int32) * GROUP_SIZE + tl.arange(0, GROUP_SIZE)
+        exists = token[None, :] < tokens
+        if RAGGED:
+            exists &= column[:, None] < in_features
+        pointers = inputs + token[None, :] * in_features + column[:, None]
+        values = tl.load(pointers, mask=exists, other=0.0, eviction_policy="evict_last")
+        pairs = unpack_group(
+            plane1,
+            plane2,
+            plane4,
+            plane4,
+            (group - skipped1) * CONTAINERS,
+            (group - skipped2) * CONTAINERS,
+            (group - skipped4) * 2 * CONTAINERS,
+            0,
+            stride,
+            row,
+            inside,
+            ones,
+            BITS,
+            GROUP_SIZE,
+            dtype,
+        )
+        scale = tl.load(scales + group * stride + row, mask=inside, other=0.0).to(tl.float32) * (1 << BITS)
+        zero = tl.load(zeros + group * stride + row, mask=inside, other=0).to(tl.float32) * (1 / 256)
+        if token.shape[0] > MAX_DECODE_TOKENS:
+            product = _dot(_centred(pairs, zero, ones, dtype), values)
+        else:
+            product = _dot(as_tile(pairs, dtype), values) - (1 + zero)[:, None] * _column_sums(values, row.shape[0])
+        sums += scale[:, None] * product
+    return sums
+
+
+@triton.jit
+def _dot(left, right):
+    if _INTERPRETED:
+        return tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="ieee")
+    return tl.dot(left, right)
+
+
+_ADD_FLOAT16 = tl.constexpr("fma.rn.f16x2 $0, $1, $2, $3;")
+_ADD_BFLOAT16 = tl.constexpr(
+    "{ .reg .b32 minus, half; xor.b32 minus, $2, 0x80008000; "
+    "fma.rn.bf16x2 half, $1, $2, minus; fma.rn.bf16x2 $0, half, $2, $3; }"
+)
+
+
+@triton.jit
+def _centred(pairs, zero, ones, dtype: tl.constexpr):
+    """Pairs of `1 + q / 2**bits` → `[rows, columns]` of `q / 2**bits - zero`, exact in dtype: `zero` has 8 bits."""
+    if _INTERPRETED:  # which knows no assembly
+        return as_tile(pairs, dtype).to(tl.float32) - 1 - zero[:, None]
+    # In bfloat16 the one must go first: the sum of it and the zero point would need 9 bits.
+    addend = -(1 + zero) if dtype == tl.float16 else -zero
+    bits = addend.to(dtype).to(tl.uint16, bitcast=True).to(tl.int32)
+    addends = tl.broadcast_to((bits | (bits << 16))[:, None, None], pairs.shape)
+    assembly: tl.constexpr = _ADD_FLOAT16 if dtype == tl.float16 else _ADD_BFLOAT16
+    pairs = tl.inline_asm_elementwise(assembly, "=r,r,r,r", [pairs, ones, addends], tl.int32, is_pure=True, pack=1)
+    return as_tile(pairs, dtype)
+
+
+@triton.jit
+def _column_sums(values, ROWS: tl.constexpr):
+    """`[columns, tokens]` → `[ROWS, tokens]`, the sums over the columns in every row.
+
+    A product with ones leaves them in the registers where they are needed; the compiler computes its rows once.
+    """
+    if _INTERPRETED:
+        return tl.sum(values.to(tl.float32), 0)[None, :]
+    half = tl.full((ROWS, values.shape[0] // 2), 1.0, values.dtype)
+    return tl.dot(tl.reshape(tl.join(half, half), (ROWS, values.shape[0])), values)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def packed_matmul_kernel(
+    inputs,
+    plane1,
+    plane2,
+    plane4,
+    scales,
+    zeros,
+    group_index,
+    shard_table,
+    bias,
+    partials,
+    counters,
+    outputs,
+    tokens,
+    in_features,
+    out_features,
+    WIDTHS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    SHARDS: tl.constexpr,
+    RAGGED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Grid: row blocks of all shards, split_k, token blocks. The table is that of `slimplus.kernels.shards`."""
+    entry = shard_table
+    first_block = 0
+    blocks = 0
+    for shard in tl.static_range(1, SHARDS):
+        blocks += tl.cdiv(tl.load(shard_table + (shard - 1) * 16) * 16, BLOCK_N)
+        beyond = tl.program_id(0) >= blocks
+        entry = tl.where(beyond, shard_table + shard * 16, entry)
+        first_block = tl.where(beyond, blocks, first_block)
+    stride = tl.load(entry) * 16
+    rows = tl.load(entry + 1)
+    first_output = tl.load(entry + 2)
+    plane1 += tl.load(entry + 3).to(tl.int64) * 16
+    plane2 += tl.load(entry + 4).to(tl.int64) * 16
+    plane4 += tl.load(entry + 5).to(tl.int64) * 16
+    scales += tl.load(entry + 6).to(tl.int64) * 16
+    zeros += tl.load(entry + 6).to(tl.int64) * 16
+    group_index += tl.load(entry + 7)
+    stop1 = tl.load(entry + 8)
+    stop2 = tl.load(entry + 9)
+    stop3 = tl.load(entry + 10)
+    stop4 = tl.load(entry + 11)
+    ones = tl.load(entry + (12 if inputs.dtype.element_ty == tl.float16 else 13))
+
+    row = (tl.program_id(0) - first_block) * BLOCK_N + tl.arange(0, BLOCK_N)
+    token = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for BITS in tl.static_range(1, 5):
+        if WIDTHS >> BITS & 1:
+            start = 0 if BITS == 1 else stop1 if BITS == 2 else stop2 if BITS == 3 else stop3
+            stop = stop1 if BITS == 1 else stop2 if BITS == 2 else stop3 if BITS == 3 else stop4
+            skipped1 = stop2 - stop1 if BITS == 3 else 0
+            sums = _accumulate_width(
+                sums,
+                inputs,
+                plane1,
+                plane2,
+                plane4,
+                scales,
+                zeros,
+                group_index,
+                token,
+                row,
+                tokens,
+                in_features,
+                stride,
+                ones,
+                start,
+                stop,
+                skipped1,
+                stop1,
+                stop3,
+                BITS,
+                GROUP_SIZE,
+                RAGGED,
+                STAGES,
+            )
+
+    output = first_output + row
+    exists = (row < rows)[:, None] & (token < tokens)[None, :]
+    place = token[None, :] * out_features + output[:, None]
+    split_k = tl.num_programs(1)
+    if split_k > 1:
+        tl.store(partials + tl.program_id(1) * tokens * out_features + place, sums, mask=exists)
+        tl.debug_barrier()  # every thread's sums are written before the counter tells of them
+        counter = counters + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+        arrived = tl.atomic_add(counter, 1, sem="acq_rel")
+        exists &= arrived == split_k - 1
+        if arrived == split_k - 1:
+            tl.store(counter, 0)
+            sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            for split in range(split_k):
+                # around the L1 cache, which may hold what another launch left at the same address
+                sums += tl.load(partials + split * tokens * out_features + place, exists, 0.0, cache_modifier=".cg")
+    if HAS_BIAS:
+        sums += tl.load(bias + output, mask=row < rows, other=0.0).to(tl.float32)[:, None]
+    tl.store(outputs + place, sums.to(outputs.dtype.element_ty), mask=exists)

@@ -1,0 +1,91 @@
+"""Packed words → tiles of 16-bit floats `1 + q / 2**bits`, shared by all the kernels over the packed format.
+
+A word of a plane holds in either half the bits of weights that are neighbours in memory order (see
+`slimplus.quantization.packing`), so one shift and one AND-OR put two weights at once at the top of the mantissas of two
+16-bit ones: no integer is ever converted to a float. Scale and zero point are left to the caller, in the same units:
+`weight = (1 + q / 2**bits - (1 + zeros / 256)) * (scale * 2**bits)`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _load_words(plane, first_word, stride, row, inside, WORDS: tl.constexpr):
+    """Words `[rows, WORDS]` of a plane from `first_word` on. They are read once, so the cache may drop them."""
+    word = first_word + tl.arange(0, WORDS)
+    pointers = plane + word[None, :] * stride + row[:, None]
+    return tl.load(pointers, mask=inside[:, None], other=0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _fields(
+    plane, first_word, stride, row, inside, PLANE: tl.constexpr, POSITION: tl.constexpr, CONTAINERS: tl.constexpr
+):
+    """`[rows, 8, CONTAINERS]`: a group's bits in one plane, those of two weights at POSITION of the halves of int32."""
+    i = tl.arange(0, 8)
+    words = _load_words(plane, first_word, stride, row, inside, CONTAINERS)
+    if PLANE == 1:
+        words = words.to(tl.uint16, bitcast=True).to(tl.int32)
+        words |= words << 8  # the second half from bit 8 to bit 16
+    PER_HALF: tl.constexpr = 8 if PLANE == 1 else 16 // PLANE
+    words = words[:, None, :]
+    for word_row in tl.static_range(1, 8 // PER_HALF):
+        more = _load_words(plane, first_word + word_row * CONTAINERS, stride, row, inside, CONTAINERS)
+        words = tl.where(i[None, :, None] < word_row * PER_HALF, words, more[:, None, :])
+    shift = PLANE * (i % PER_HALF)
+    return ((words >> shift[None, :, None]) << POSITION) & ((((1 << PLANE) - 1) << POSITION) * 0x10001)
+
+
+@triton.jit
+def unpack_group(
+    plane1,
+    plane2,
+    plane4,
+    plane8,
+    first1,
+    first2,
+    first4,
+    first8,
+    stride,
+    row,
+    inside,
+    ones,
+    BITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """One group of BITS bits → int32 `[rows, 8, GROUP_SIZE // 16]`, each two of `1 + q / 2**BITS` in dtype.
+
+    Args:
+        plane1, plane2, plane4, plane8: binary planes; one without bits of BITS is never read.
+        first1, first2, first4, first8: the group's first word row in each plane.
+        stride: words between word rows.
+        row, inside: `[rows]`, rows of the weight and whether they exist.
+        ones: two ones of dtype in an int32. A number of the launch, no constant of the kernel: as a constant it keeps
+            the compiler from doing AND and OR in one instruction.
+        dtype: float16, or bfloat16 for up to 7 bits.
+    """
+    CONTAINERS: tl.constexpr = GROUP_SIZE // 16
+    LOWEST: tl.constexpr = (10 if dtype == tl.float16 else 7) - BITS
+    pairs = ones
+    # XOR and OR alternate, though no two fields share a bit: a chain of ORs would be regrouped and cost a third more.
+    if BITS & 8:
+        pairs |= _fields(plane8, first8, stride, row, inside, 8, LOWEST + (BITS & 7), CONTAINERS)
+    if BITS & 4:
+        pairs = _fields(plane4, first4, stride, row, inside, 4, LOWEST + (BITS & 3), CONTAINERS) ^ pairs
+    if BITS & 2:
+        pairs = _fields(plane2, first2, stride, row, inside, 2, LOWEST + (BITS & 1), CONTAINERS) ^ pairs
+    if BITS & 1:
+        pairs |= _fields(plane1, first1, stride, row, inside, 1, LOWEST, CONTAINERS)
+    return pairs
+
+
+@triton.jit
+def as_tile(pairs, dtype: tl.constexpr):
+    """Pairs of weights `[rows, 8, containers]` → the weights `[rows, columns]` in dtype, without an instruction."""
+    first = (pairs & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
+    second = (pairs >> 16).to(tl.int16).to(dtype, bitcast=True)
+    return tl.reshape(tl.join(first, second), (pairs.shape[0], pairs.shape[2] * 16))
