@@ -162,12 +162,26 @@ class TrainerConfig(Section):
     strategy: Literal["auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"] = Field(
         "auto", description="how several devices share the training"
     )
+    offload: Literal["none", "optimizer", "parameters"] = Field(
+        "none",
+        description="what DeepSpeed keeps in main memory instead of on the GPU: nothing, the optimizer (any stage), or "
+        "the optimizer and the parameters (stage 3)",
+    )
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = Field(
         "auto", description="training precision; auto is bf16-mixed where that is the faster"
     )
     checkpoint_seconds: int = Field(
         120, ge=0, description="training time between two checkpoints of a block; there is also one each epoch"
     )
+
+    @field_validator("offload")
+    @classmethod
+    def _stage_that_offloads(cls, offload: str, info: ValidationInfo) -> str:
+        able = [f"deepspeed_stage_{stage}" for stage in (1, 2, 3)][2 if offload == "parameters" else 0 :]
+        strategy = info.data.get("strategy")
+        if offload != "none" and strategy is not None and strategy not in able:
+            raise ValueError(f"{offload} needs trainer.strategy={' or '.join(able)}, got {strategy}")
+        return offload
 
 
 class ResumeConfig(Section):

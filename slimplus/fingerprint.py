@@ -20,7 +20,7 @@ from slimplus.models.loading import ModelSource
 # Keys that may change between the starts of one run: they say where it runs, or what is measured at the end.
 FREE_KEYS = (
     *("run_dir", "resume", "dry_run", "data.evaluation", "trainer.checkpoint_seconds"),
-    *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
+    *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.offload"),
     *("quantization.embedding_bits", "quantization.head_bits"),  # quantized after the blocks
     "training.accumulate_grad_batches",  # in how many parts a device takes its share of a step
 )

@@ -345,7 +345,7 @@ def _quantizer(recipe: Recipe, fabric: Fabric, runner: BlockRunner, logs: Path) 
             quantization.method, quantization.bits, quantization.group_size, quantization.percdamp
         ),
         reconstruction=ReconstructionConfig(**training.model_dump()),
-        fit=FitConfig(trainer.devices, trainer.num_nodes, trainer.strategy, logs, recipe.seed),
+        fit=FitConfig(trainer.devices, trainer.num_nodes, trainer.strategy, trainer.offload, logs, recipe.seed),
         runner=runner,
         fabric=fabric,
     )

@@ -20,7 +20,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from slimplus.training.strategies import build_strategy, gathered, launch
+from slimplus.training.strategies import build_strategy, launch
+from slimplus.training.zero import gathered
 
 WIDTH = 320  # ZeRO stage 3 partitions only parameters of more than 1e5 elements
 GLOBAL_BATCH, SAMPLES, EPOCHS = 4, 16, 4

@@ -183,7 +183,7 @@ def _fit(
         "block_000",
         folder / "checkpoints",
         fabric,
-        FitConfig(1, 1, "auto", folder / "logs", seed=0),
+        FitConfig(1, 1, "auto", "none", folder / "logs", seed=0),
     )
     return original, trained_weights(module.block)
 

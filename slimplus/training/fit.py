@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from slimplus.training.ranks import Ranks
 from slimplus.training.reconstruction import BlockReconstruction
 from slimplus.training.sampling import StepSampler
-from slimplus.training.strategies import build_strategy
+from slimplus.training.strategies import Offload, build_strategy
 
 CHECKPOINT = Path("last.ckpt")  # one an epoch, each in the place of the one before
 
@@ -29,7 +29,7 @@ class FitConfig:
     """Where and how the Trainers of a job run.
 
     Attributes:
-        devices, num_nodes, strategy: as Lightning's Trainer and `build_strategy` take them.
+        devices, num_nodes, strategy, offload: as Lightning's Trainer and `build_strategy` take them.
         logs: folder of the TensorBoard and CSV logs.
         seed: of the order of the windows.
     """
@@ -37,6 +37,7 @@ class FitConfig:
     devices: int
     num_nodes: int
     strategy: str
+    offload: Offload
     logs: Path
     seed: int
 
@@ -74,13 +75,13 @@ def fit_block(
             accelerator=fabric.device.type,
             devices=config.devices,
             num_nodes=config.num_nodes,
-            strategy=build_strategy(config.strategy, fabric),
+            strategy=build_strategy(config.strategy, fabric, config.offload),
             precision="32-true",  # the module autocasts by itself
             max_epochs=module.config.epochs,
             accumulate_grad_batches=module.config.accumulate_grad_batches,
             logger=_loggers(config.logs, name),
             callbacks=_callbacks(checkpoints),
-            log_every_n_steps=min(10, len(loader)),
+            log_every_n_steps=min(10, sampler.steps),
             enable_model_summary=False,
             use_distributed_sampler=False,
         )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from slimplus.models.precision import autocast
 from slimplus.models.streaming import BlockArguments, run_block
+from slimplus.training.zero import gradient_norm
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,10 @@ class BlockReconstruction(L.LightningModule):
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         if gradients:  # DeepSpeed keeps them to itself
             self.log("grad_norm", nn.utils.get_total_norm(gradients))
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if (norm := gradient_norm(self.trainer.strategy)) is not None:
+            self.log("grad_norm", norm)
 
     def configure_optimizers(self) -> Any:
         trained = [p for p in self.parameters() if p.requires_grad]

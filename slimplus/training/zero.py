@@ -1,0 +1,249 @@
+"""DeepSpeed ZeRO for many small fits in one process, on GPUs and CPUs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import nn
+
+# DeepSpeed allocates its communication buffers at this many elements up front: 0.8 GB each with Lightning's
+# 2e8. A parameter larger than this is reduced on its own.
+BUCKET_SIZE = 2**24
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # an Adam's state
+
+
+def gathered(module: nn.Module, modify: bool = False) -> AbstractContextManager[Any]:
+    """Within this context every rank can read the full parameters of `module` during a fit; `modify` keeps changes.
+
+    Only ZeRO stage 3 partitions parameters; for any other module this does nothing. Collective: all ranks
+    enter together.
+    """
+    parameters = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
+    if not parameters:
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters(parameters, modifier_rank=0 if modify else None)
+
+
+class _Float32(DeepSpeedPrecision):
+    """Training in fp32 with dtypes and loss as they are.
+
+    The base class casts frozen bf16 weights and inputs to fp32, and has DeepSpeed divide the loss by the number of
+    accumulated batches although Lightning has done so.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("32-true")
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        return module
+
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+    def backward(  # type: ignore[override]
+        self, tensor: torch.Tensor, model: LightningModule, optimizer: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        super().backward(tensor, model, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+
+class ZeROStrategy(DeepSpeedStrategy):
+    """DeepSpeed ZeRO whose engine is dismantled after `fit`, so that many fits can follow in one process.
+
+    Its checkpoints are ordinary ones of Lightning, not DeepSpeed's shards: any strategy on any number of processes goes
+    on from them, they appear whole or not at all, and loading them unpickles tensors and plain values only. What they
+    hold is small, since only the quantizers of one block are trained. The optimizer must be an Adam with one group.
+    """
+
+    def __init__(self, stage: int, offload: str) -> None:
+        # Both warn at every step: DeepSpeed of PyTorch's new names for collectives, Lightning of its pytrees.
+        for origin in (r"torch\.distributed\.c10d_logger", r"lightning\.pytorch\.utilities\._pytree"):
+            warnings.filterwarnings("ignore", category=FutureWarning, module=origin)
+        super().__init__(
+            stage=stage,
+            precision_plugin=_Float32(),
+            logging_level=logging.ERROR,
+            # Only DeepSpeed's throughput log reads this; unset, Lightning asks the loader's batch sampler.
+            logging_batch_size_per_gpu=1,
+            reduce_bucket_size=BUCKET_SIZE,
+            allgather_bucket_size=BUCKET_SIZE,
+            offload_optimizer=offload != "none",
+            offload_parameters=offload == "parameters",
+            pin_memory=True,
+        )
+        assert isinstance(self.config, dict)
+        # DeepSpeed's own Adam for the CPU takes a compiler; so few parameters do not need it.
+        self.config["zero_force_ds_cpu_optimizer"] = False
+
+    def _setup_model_and_optimizer(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        before = {child: set(vars(child)) for child in model.modules()}
+        engine_and_optimizer = super()._setup_model_and_optimizer(model, *args, **kwargs)
+        self._added_attributes = {child: vars(child).keys() - names for child, names in before.items()}
+        return engine_and_optimizer
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Full parameters, as an ordinary module gives them."""
+        module = self._module
+        with gathered(module):
+            return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """The state of every trained parameter, as the optimizer of an ordinary fit gives it."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        inner = self.deepspeed_engine.optimizer.optimizer
+        step = next(iter(inner.state.values()))["step"]
+        state = {
+            index: {
+                "step": step.clone(),
+                **{key: safe_get_full_optimizer_state(trained, key).clone() for key in MOMENTS},
+            }
+            for index, trained in enumerate(self._trained)
+        }
+        return {"state": state, "param_groups": [_settings(inner.param_groups[0]) | {"params": list(state)}]}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write an ordinary Lightning checkpoint, from the first rank."""
+        super(DeepSpeedStrategy, self).save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read an ordinary Lightning checkpoint, whatever strategy and number of processes wrote it."""
+        return super(DeepSpeedStrategy, self).load_checkpoint(checkpoint_path, weights_only=True)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Put the full parameters of a checkpoint into their shards."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        module = self._module
+        with gathered(module, modify=True):
+            module.load_state_dict(checkpoint["state_dict"], strict=strict)
+        values = {id(p): checkpoint["state_dict"][name] for name, p in module.named_parameters()}
+        for trained in self._trained:
+            safe_set_full_fp32_param(trained, values[id(trained)].to(self.root_device))
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Put the optimizer's state of a checkpoint into its shards, which DeepSpeed makes only at the first step."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        (saved,) = checkpoint["optimizer_states"]
+        zero = self.deepspeed_engine.optimizer
+        for group in zero.optimizer.param_groups:
+            group.update(_settings(saved["param_groups"][0]))
+        shards = zero.fp32_partitioned_groups_flat if self.zero_stage_3 else zero.single_partition_of_fp32_groups
+        step = saved["state"][0]["step"]
+        for shard in shards:
+            zero.optimizer.state[shard] = {"step": step.clone(), **{key: torch.zeros_like(shard) for key in MOMENTS}}
+        if not self.zero_stage_3:
+            zero._lazy_init_hp_params_optimizer_state()
+        for trained, state in zip(self._trained, saved["state"].values(), strict=True):
+            for key in MOMENTS:
+                safe_set_full_optimizer_state(trained, state[key].to(self.root_device), key)
+
+    @property
+    def _module(self) -> LightningModule:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+    @property
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self._module.parameters() if parameter.requires_grad]
+
+    def teardown(self) -> None:
+        module = self.lightning_module
+        # When one rank fails the others are elsewhere, and a collective here would hang.
+        if module is not None and self.model is not module and not module.trainer.interrupted:
+            with gathered(module):
+                _replace_parameters(module)
+            self._dismantle_engine()
+            self.model = module
+        super().teardown()
+
+    def _dismantle_engine(self) -> None:
+        """Destroy the engine and what that leaves behind, which would keep it and the module alive."""
+        from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+        from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+        engine = self.deepspeed_engine
+        engine.destroy()
+        engine.module_forward_pre_hook.remove()
+        engine.module_forward_post_hook.remove()
+        for child, names in self._added_attributes.items():
+            for name in names:
+                delattr(child, name)
+        FWD_MODULE_STACK.clear()
+        for method in vars(PartitionedParameterCoordinator).values():
+            for cell in getattr(method, "__closure__", None) or ():
+                if hasattr(cell.cell_contents, "cache_clear"):  # a method's lru_cache, which holds modules
+                    cell.cell_contents.cache_clear()
+
+
+class CPUZeROStrategy(ZeROStrategy):
+    """The same between CPU processes over gloo, which DeepSpeed supports and Lightning refuses."""
+
+    def __init__(self, stage: int, offload: str) -> None:
+        _set_deepspeed_accelerator_to_cpu()
+        super().__init__(stage, offload)
+
+    @property
+    def root_device(self) -> torch.device:
+        return torch.device("cpu", 0)  # DeepSpeed wants an index
+
+    def setup_environment(self) -> None:
+        super(DeepSpeedStrategy, self).setup_environment()  # past the check for CUDA
+
+    def setup_distributed(self) -> None:
+        # The base class's steps without its check that device indices equal local ranks.
+        reset_seed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+
+def _set_deepspeed_accelerator_to_cpu() -> None:
+    # DeepSpeed reads this while it is imported, so here and not above; the import takes seconds.
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from deepspeed.accelerator import set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    class PlainGloo(CPU_Accelerator):
+        """Without DeepSpeed's shared-memory all-reduce: building it takes a C++ compiler and a minute."""
+
+        def create_op_builder(self, op_name: str) -> Any:
+            return None if op_name == "ShareMemCommBuilder" else super().create_op_builder(op_name)
+
+    set_accelerator(PlainGloo())
+
+
+def _replace_parameters(module: nn.Module) -> None:
+    """Give `module` new parameters of equal value: DeepSpeed's are shards, or keep its optimizer alive."""
+    new = {old: nn.Parameter(old.detach().clone(), old.requires_grad) for old in module.parameters()}
+    for child in module.modules():
+        child._parameters = {name: None if old is None else new[old] for name, old in child._parameters.items()}
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group of an optimizer without its parameters."""
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def gradient_norm(strategy: object) -> float | None:
+    """Norm of the gradient of the last step over all ranks, which under DeepSpeed only its engine knows; else None."""
+    if not isinstance(strategy, ZeROStrategy):
+        return None
+    norm = strategy.deepspeed_engine.get_global_grad_norm()
+    return None if norm is None else float(norm)
