@@ -50,6 +50,7 @@ def _head_hessian(job: Job) -> Tensor:
     tokens, runner = job.shard(job.calibration.tokens), job.runner
     inputs = job.model.block_inputs(tokens, runner)
     hidden = inputs.hidden
+    job.run.open()  # the first rank has written blocks since the others read which files are complete
     for index, (block, arguments) in enumerate(zip(job.model.blocks, inputs.arguments, strict=True)):
         tensors, _ = job.run.load_block(index)
         packed = load_packed_block(block, tensors, job.quantizer.quantization.group_size)

@@ -310,15 +310,15 @@ def test_the_plan_knows_the_size(arguments: Arguments, tmp_path: Path, keys: tup
 
 
 @pytest.mark.slow
-def test_the_command_packs_embedding_and_head(arguments: Arguments, tmp_path: Path) -> None:
+def test_the_command_packs_embedding_and_head_on_two_processes(
+    arguments: Arguments, packed_tied: Path, tmp_path: Path
+) -> None:
     command = [sys.executable, str(ROOT / "train.py"), *arguments("llama", tmp_path, *BOTH)]
-    done = subprocess.run(
-        [*command, "quantization.method=slimllm_plus", "quantization.bits=2"],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    devices = ("trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp")
+    done = subprocess.run([*command, *devices], capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert "model.embed_tokens 8 bits, lm_head 4 bits" in done.stdout
     assert "It writes:" in done.stdout
+    ours, theirs = (load_file(folder / "packed/model.safetensors") for folder in (tmp_path, packed_tied))
+    for name in ("lm_head.qplane4", "lm_head.scales", "model.embed_tokens.qplane8"):
+        assert torch.equal(ours[name], theirs[name]), name
