@@ -10,12 +10,14 @@ from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from slimplus.errors import InputError
 from slimplus.hub.quantizer import METHOD, SlimplusConfig, register
+from slimplus.nn import prepare_inference
 
 SHARD_BYTES = 2 * 2**30  # what is held in memory while a checkpoint is written
 
@@ -89,14 +91,18 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> int:
     return total
 
 
-def load(path: str | Path, **arguments: Any) -> PreTrainedModel:
-    """Load a packed checkpoint: a folder or a hub id.
+def load(path: str | Path, *, fuse: bool = True, keep_dense: bool = False, **arguments: Any) -> PreTrainedModel:
+    """Load a packed checkpoint: a folder or a hub id; ready to run fast on the device it is loaded to.
 
-    `AutoModelForCausalLM.from_pretrained` does the same once `slimplus` has been imported. Without that import
-    transformers does not know the method, and gives a model with random linear layers.
+    `AutoModelForCausalLM.from_pretrained` does the same once `slimplus` has been imported, but for the options here,
+    and that the first forward makes ready. Without that import transformers does not know the method, and gives a
+    model with random linear layers.
 
     Args:
         path: folder or hub id.
+        fuse: whether layers that read the same input (q, k and v; gate and up) are multiplied in one launch.
+        keep_dense: whether dequantized weights are kept: many rows at once, and float32, are fast on a CPU then, at the
+            memory of the model before it was quantized.
         arguments: passed on to `from_pretrained`.
 
     Raises:
@@ -106,4 +112,8 @@ def load(path: str | Path, **arguments: Any) -> PreTrainedModel:
     config, _ = PretrainedConfig.get_config_dict(path)
     if (config.get("quantization_config") or {}).get("quant_method") != METHOD:
         raise InputError(f"{path} is not a packed slimplus checkpoint; load it with transformers")
-    return AutoModelForCausalLM.from_pretrained(path, **arguments)
+    model = AutoModelForCausalLM.from_pretrained(path, **arguments)
+    for projections in tqdm(prepare_inference(model, fuse, keep_dense), "Preparing layers", leave=False, disable=None):
+        if projections.takes(model.dtype, rows=1):
+            projections.prepare()
+    return model

@@ -20,7 +20,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from slimplus.nn import PackedEmbedding, PackedLinear, TiedHead
+from slimplus.nn import PackedEmbedding, PackedLinear, TiedHead, prepare_inference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,6 +67,10 @@ class SlimplusQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         swap_packed_layers(model, self.quantization_config)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        prepare_inference(model)
+        return model
 
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:
         """Packed tensors are ordinary tensors."""

@@ -3,5 +3,6 @@
 from slimplus.nn.fake_quantized import FakeQuantizedLinear
 from slimplus.nn.packed import PackedLinear
 from slimplus.nn.packed_embedding import PackedEmbedding, TiedHead
+from slimplus.nn.projections import prepare_inference
 
-__all__ = ["FakeQuantizedLinear", "PackedEmbedding", "PackedLinear", "TiedHead"]
+__all__ = ["FakeQuantizedLinear", "PackedEmbedding", "PackedLinear", "TiedHead", "prepare_inference"]

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Self
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from slimplus.quantization.affine import QuantizedWeight
 from slimplus.quantization.packing import check_features, count_bits, pack, packed_shapes, unpack
+
+if TYPE_CHECKING:
+    from slimplus.nn.projections import Projections
+
+KEPT_DENSE_ROWS = 32  # from here on a dequantized weight that was kept beats int4 on a CPU
+
+
+class _InferenceOnly(torch.autograd.Function):
+    """Identity whose gradient is refused in words that help."""
+
+    @staticmethod
+    def forward(context: Any, outputs: Tensor) -> Tensor:
+        return outputs.view_as(outputs)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Tensor:
+        raise RuntimeError(
+            "packed layers are for inference only and give no gradients; call the model under torch.inference_mode(), "
+            "or replace them by ordinary ones with to_linear()"
+        )
 
 
 def dequantize_packed(
@@ -27,11 +47,34 @@ def dequantize_packed(
     return unpack(packed, *shape, group_size).dequantize().to(dtype)
 
 
-class PackedLinear(nn.Module):
+class PackedModule(nn.Module):
+    """A module whose buffers are the tensors of a packed weight."""
+
+    def packed_tensors(self) -> dict[str, Tensor]:
+        """The tensors of the packed format, by name."""
+        return dict(self.named_buffers(recurse=False))
+
+    def _apply(self, function: Any, recurse: bool = True) -> Self:
+        """Move the module; the packed tensors keep their dtypes, whatever the model is cast to."""
+        packed = {id(buffer) for buffer in self.buffers()}
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved: Tensor = function(tensor)
+            return tensor.to(moved.device) if id(tensor) in packed and moved.dtype != tensor.dtype else moved
+
+        return super()._apply(keep_dtype, recurse)
+
+
+class PackedLinear(PackedModule):
     """`nn.Linear` for inference over the packed format of `slimplus.quantization.packing`.
 
-    The forward dequantizes the whole weight to the dtype of the input (by a Triton kernel on a GPU) and uses the
-    library's matmul.
+    Few rows of input are multiplied by the `projections` the layer belongs to, if `prepare_inference` gave it some: by
+    Triton kernels on a GPU, by PyTorch's int4 operator on a CPU. Otherwise the forward dequantizes the whole weight to
+    the dtype of the input and uses the library's matmul.
+
+    Attributes:
+        projections: the layers that are multiplied together with this one, or None.
+        keep_dense: whether a weight, once dequantized, is kept.
 
     Args:
         in_features: columns of the weight.
@@ -46,6 +89,9 @@ class PackedLinear(nn.Module):
     """
 
     scales: Tensor
+    projections: Projections | None = None
+    keep_dense: bool = False
+    _dense: Tensor | None = None
 
     def __init__(
         self,
@@ -81,10 +127,6 @@ class PackedLinear(nn.Module):
         layer.load_state_dict(dict(tensors), assign=True)
         return layer.requires_grad_(False)
 
-    def packed_tensors(self) -> dict[str, Tensor]:
-        """The tensors of the packed format, by name."""
-        return dict(self.named_buffers(recurse=False))
-
     def quantized_weight(self) -> QuantizedWeight:
         """Integers, scales and zero points in the original order of columns."""
         return unpack(self.packed_tensors(), self.out_features, self.in_features, self.group_size)
@@ -103,8 +145,42 @@ class PackedLinear(nn.Module):
         return linear.requires_grad_(False)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """`inputs` `[..., in]` → `[..., out]`, in the dtype of the input (of autocast where it is on)."""
-        return nn.functional.linear(inputs, self.dequantize(inputs.dtype), self.bias)
+        """`inputs` `[..., in]` → `[..., out]`, in the dtype of the input (of autocast where it is on).
+
+        Raises:
+            RuntimeError: in the backward pass.
+        """
+        device = inputs.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs.dtype
+        rows = inputs.numel() // self.in_features
+        kept = self.keep_dense and rows >= KEPT_DENSE_ROWS
+        if self.projections is not None and not kept and self.projections.takes(dtype, rows):
+            outputs = self.projections(inputs, self, dtype)
+        else:
+            outputs = nn.functional.linear(inputs, self._dense_weight(dtype), self.bias)
+        return _InferenceOnly.apply(outputs) if torch.is_grad_enabled() and outputs.requires_grad else outputs
+
+    def _dense_weight(self, dtype: torch.dtype) -> Tensor:
+        if self._dense is not None and self._dense.dtype == dtype:
+            return self._dense
+        weight = self.dequantize(dtype)
+        if self.keep_dense:
+            self._dense = weight
+        return weight
+
+    def _apply(self, function: Any, recurse: bool = True) -> Self:
+        self._forget()
+        return super()._apply(function, recurse)
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        self._forget()
+        super()._load_from_state_dict(*arguments, **options)
+
+    def _forget(self) -> None:
+        """Drop what was made of the packed tensors."""
+        self._dense = None
+        if self.projections is not None:
+            self.projections.forget()
 
     def extra_repr(self) -> str:
         widths = ", ".join(f"{count}×{width}-bit" for width, count in self.bit_counts.items())
@@ -112,3 +188,17 @@ class PackedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"group_size={self.group_size}, groups=({widths}), bias={self.bias is not None}"
         )
+
+
+def stacked_bias(layers: Sequence[PackedLinear]) -> Tensor | None:
+    """The biases of layers that are multiplied together, zeros where there is none; None if no layer has one."""
+    if all(layer.bias is None for layer in layers):
+        return None
+    return torch.cat(
+        [
+            layer.scales.new_zeros(layer.out_features, dtype=torch.float32)
+            if layer.bias is None
+            else layer.bias.detach()
+            for layer in layers
+        ]
+    )

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from slimplus.nn.packed import dequantize_packed
+from slimplus.nn.packed import PackedModule, dequantize_packed
 from slimplus.quantization.affine import QuantizedWeight
 from slimplus.quantization.packing import ROW_MULTIPLE, check_features, count_bits, pack, packed_shapes
 
 
-class PackedEmbedding(nn.Module):
+class PackedEmbedding(PackedModule):
     """`nn.Embedding` for inference over the packed format of `slimplus.quantization.packing`: a row a token.
 
     A lookup gathers the packed columns of the tokens asked for and dequantizes nothing else. Rows are innermost in the
@@ -56,10 +56,6 @@ class PackedEmbedding(nn.Module):
         module.load_state_dict(tensors, assign=True)
         return module
 
-    def packed_tensors(self) -> dict[str, Tensor]:
-        """The tensors of the packed format, by name."""
-        return dict(self.named_buffers(recurse=False))
-
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight `[num_embeddings, embedding_dim]`; exact in float32, rounded once to any other dtype."""
         return self._dequantize(self.packed_tensors(), self.num_embeddings, dtype)
@@ -81,6 +77,10 @@ class PackedEmbedding(nn.Module):
         }
         rows = self._dequantize(gathered, count, self.dtype)
         return rows.contiguous().view(*tokens.shape, self.embedding_dim)
+
+    def _apply(self, function: Any, recurse: bool = True) -> Self:
+        self.dtype = function(torch.empty(0, dtype=self.dtype)).dtype  # what a cast would make of an ordinary weight
+        return super()._apply(function, recurse)
 
     def extra_repr(self) -> str:
         widths = ", ".join(f"{count}×{width}-bit" for width, count in self.bit_counts.items())
