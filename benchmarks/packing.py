@@ -1,0 +1,198 @@
+"""Packing a LLaMA-7B's worth of linear layers, and loading the packed checkpoint against reading its bytes.
+
+    OMP_NUM_THREADS=2 python benchmarks/packing.py [--blocks 32] [--folder DIR]
+
+Packs one random block's weights again for every block, writes the checkpoint into a temporary folder (2.3 GB, removed
+at the end), and loads it in fresh processes, once with its pages dropped from the page cache and once with them in it.
+Writes one JSON with the machine, the versions and the commit into benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models
+from torch import Tensor
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+import slimplus
+from slimplus.hub.checkpoint import write_checkpoint
+from slimplus.hub.quantizer import SlimplusConfig
+from slimplus.models.loading import build_on_meta
+from slimplus.quantization.affine import QuantizedWeight, group_count, per_column
+from slimplus.quantization.packing import count_bits, pack, unpack
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "packing.json"
+GROUP_SIZE = 128
+PACKAGES = ("torch", "transformers", "safetensors")
+READ = 2**24  # bytes at a time
+
+
+def main() -> None:
+    """Parse the arguments, measure, write and print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
+    parser.add_argument("--blocks", type=int, default=32, help="transformer blocks (LLaMA-7B has 32)")
+    parser.add_argument("--hidden", type=int, default=4096, help="hidden size; the others follow")
+    parser.add_argument("--folder", type=Path, help="where the temporary folder goes: the disk to measure")
+    parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.load:
+        sys.stdout.write(json.dumps(load_seconds(arguments.load)) + "\n")
+        return
+    config = LlamaConfig(
+        hidden_size=arguments.hidden,
+        intermediate_size=arguments.hidden * 11008 // 4096,
+        num_hidden_layers=arguments.blocks,
+        num_attention_heads=max(arguments.hidden // 128, 1),
+        dtype=torch.float16,
+    )
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        checkpoint = Path(folder) / "packed"
+        figures = measure_packing(config, checkpoint)
+        figures |= measure_loading(checkpoint)
+    result = {"blocks": arguments.blocks, "hidden_size": arguments.hidden, "machine": _machine(), **figures}
+    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    sys.stdout.write(json.dumps(result, indent=2) + "\n")
+
+
+def measure_packing(config: LlamaConfig, folder: Path) -> dict[str, Any]:
+    """Pack every block's linear layers and write the checkpoint."""
+    layers = {
+        name: tuple(parameter.shape)
+        for name, parameter in build_on_meta(config).named_parameters()
+        if name.startswith("model.layers.") and parameter.dim() == 2
+    }
+    weights = {shape: random_weight(*shape) for shape in set(layers.values())}
+    seconds = 0.0
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        nonlocal seconds
+        for name, parameter in build_on_meta(config).named_parameters():
+            if name in layers:
+                start = time.perf_counter()
+                packed = pack(weights[layers[name]])
+                seconds += time.perf_counter() - start
+                for key, tensor in packed.items():
+                    yield f"{name.removesuffix('weight')}{key}", tensor
+            else:
+                yield name, torch.zeros(parameter.shape, dtype=torch.float16)
+
+    modules = {name.removesuffix(".weight"): count_bits(weights[shape].bits) for name, shape in layers.items()}
+    shapes = {name.removesuffix(".weight"): shape for name, shape in layers.items()}
+    quantization = SlimplusConfig(2, GROUP_SIZE, modules, "slimllm", shapes)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
+    start = time.perf_counter()
+    size = write_checkpoint(folder, tensors(), config, quantization, tokenizer, None, "")
+    return {
+        "weights": sum(rows * columns for rows, columns in layers.values()),
+        "checkpoint_bytes": size,
+        "pack_seconds": seconds,
+        "pack_and_write_seconds": time.perf_counter() - start,
+        "largest_layer": measure_layer(weights[max(weights)]),
+    }
+
+
+def measure_layer(weight: QuantizedWeight) -> dict[str, Any]:
+    """Seconds for one weight, each way."""
+    rows, columns = weight.integers.shape
+    start = time.perf_counter()
+    packed = pack(weight)
+    packed_at = time.perf_counter()
+    back = unpack(packed, rows, columns, weight.group_size)
+    unpacked_at = time.perf_counter()
+    back.dequantize()
+    return {
+        "shape": [rows, columns],
+        "pack_seconds": packed_at - start,
+        "unpack_seconds": unpacked_at - packed_at,
+        "dequantize_seconds": time.perf_counter() - unpacked_at,
+    }
+
+
+def random_weight(rows: int, columns: int) -> QuantizedWeight:
+    """2 bits on average, an eighth of the groups at 1 bit and an eighth at 3."""
+    groups = group_count(columns, GROUP_SIZE)
+    bits = torch.full((groups,), 2, dtype=torch.int32)
+    bits[: groups // 8], bits[groups - groups // 8 :] = 1, 3
+    bits = bits[torch.randperm(groups)]
+    levels = per_column(2**bits, GROUP_SIZE, columns).to(torch.uint8)
+    integers = torch.randint(0, 256, (rows, columns), dtype=torch.uint8).remainder_(levels)
+    return QuantizedWeight(integers, torch.full((rows, groups), 0.01), torch.ones(rows, groups), bits, GROUP_SIZE)
+
+
+def measure_loading(folder: Path) -> dict[str, Any]:
+    """Seconds to read the files of `folder` and to load the model, from the disk and from memory."""
+    files = sorted(folder.glob("*.safetensors"))
+    figures: dict[str, Any] = {}
+    for state in ("cold", "warm"):
+        steps = {"read": lambda: read_seconds(files), "load": lambda: _load_in_a_process(folder)}
+        for name, step in steps.items():
+            if state == "cold":
+                drop_from_cache(files)
+            figures[f"{name}_{state}_seconds"] = step()
+    return figures
+
+
+def drop_from_cache(files: list[Path]) -> None:
+    """Have the kernel forget the pages of `files`, which were written long enough ago to be on the disk."""
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def read_seconds(files: list[Path]) -> float:
+    """Reading every byte once."""
+    start = time.perf_counter()
+    for file in files:
+        with file.open("rb", buffering=0) as stream:
+            while stream.read(READ):
+                pass
+    return time.perf_counter() - start
+
+
+def _load_in_a_process(folder: Path) -> dict[str, float]:
+    command = [sys.executable, __file__, "--load", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    seconds: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return seconds
+
+
+def load_seconds(folder: Path) -> dict[str, float]:
+    """`load`, and then touching every page of every tensor, in case one was only mapped."""
+    start = time.perf_counter()
+    model = slimplus.load(folder)
+    loaded = time.perf_counter()
+    for tensor in model.state_dict().values():
+        tensor.flatten().view(torch.uint8)[::4096].sum()
+    return {"load": loaded - start, "touch": time.perf_counter() - loaded}
+
+
+def _machine() -> dict[str, Any]:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in PACKAGES},
+        "commit": commit.stdout.strip(),
+    }
+
+
+if __name__ == "__main__":
+    main()
