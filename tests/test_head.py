@@ -102,8 +102,7 @@ def _dense(model: PreTrainedModel) -> PreTrainedModel:
 @pytest.mark.parametrize("bits", [1, 3, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_lookup_gives_the_rows_of_the_whole(rows: int, columns: int, bits: int, dtype: torch.dtype) -> None:
-    embedding = _embedding(rows, columns, bits)
-    embedding.dtype = dtype
+    embedding = _embedding(rows, columns, bits).to(dtype)
     generator = torch.Generator().manual_seed(1)
     for shape in ((1,), (1, 1), (2, 7), (3, 16), (2, 1, 5)):
         tokens = torch.randint(0, rows, shape, generator=generator)
@@ -111,6 +110,28 @@ def test_a_lookup_gives_the_rows_of_the_whole(rows: int, columns: int, bits: int
         assert found.shape == (*shape, columns)
         assert found.dtype == dtype
         assert torch.equal(found, embedding.dequantize(dtype)[tokens])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_lookup_on_a_gpu_is_the_same(dtype: torch.dtype) -> None:
+    for bits in (1, 4, 8):
+        embedding = _embedding(500, 192, bits, 64).to(dtype)
+        tokens = torch.randint(0, 500, (3, 11), generator=torch.Generator().manual_seed(0))
+        expected = embedding(tokens)
+        assert torch.equal(embedding.cuda()(tokens.cuda()).cpu(), expected)
+
+
+def test_a_cast_keeps_the_packed_tensors() -> None:
+    embedding = _embedding(40, 48, 8)
+    before = embedding.packed_tensors()
+    tokens = torch.arange(7)
+    for dtype in (torch.float16, torch.float64, torch.bfloat16):
+        assert embedding.to(dtype)(tokens).dtype == dtype
+        for name, tensor in embedding.packed_tensors().items():
+            assert tensor.dtype == before[name].dtype
+            assert torch.equal(tensor, before[name])
+    assert embedding.to("meta").scales.is_meta
 
 
 def test_a_row_of_zeros_stays_zero() -> None:
