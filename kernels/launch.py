@@ -1,8 +1,8 @@
 """Which launch of `packed_matmul` suits a GPU and a shape.
 
-A GPU that was tuned (`python -m slimplus.kernels.tune`) has a table in `configs/`, by the name of the GPU; a shape that
-is in it gets the fastest launch measured there. Every other gets a default of its compute capability, chosen for the
-least instructions per weight in the compiled code and not measured: no table is shipped yet.
+A GPU that was tuned (`python -m slimplus.tune`) has a table in `configs/`, by its name; a shape that is in it gets the
+fastest launch measured there. Every other gets a default. The defaults were chosen by what the compiler makes of them
+(no spilled registers, the least instructions per weight) and never measured; no table is shipped yet.
 """
 
 from __future__ import annotations
@@ -11,17 +11,14 @@ import functools
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 CONFIGS = Path(__file__).parent / "configs"
 BUCKETS = (8, 16, 32, 64, 128, 256)
 """Numbers of tokens up to which a launch was tuned."""
-
-PROGRAMS_PER_MULTIPROCESSOR = 6  # what fits by registers; fewer leave it idle, more only add partial sums
 
 
 @dataclass(frozen=True)
@@ -43,15 +40,19 @@ class LaunchConfig:
     num_stages: int
 
 
+WARPS_PER_MULTIPROCESSOR = 12  # as many as its registers hold; more would only leave more partial sums
+
+_DECODE = {8: LaunchConfig(128, 8, 1, 2, 3), 16: LaunchConfig(64, 16, 1, 2, 3)}
+_LARGE = LaunchConfig(64, 64, 1, 4, 3)
 DEFAULTS = {
-    8: LaunchConfig(128, 8, 0, 2, 3),
-    16: LaunchConfig(64, 16, 0, 2, 3),
-    32: LaunchConfig(64, 32, 0, 4, 3),
-    64: LaunchConfig(64, 64, 0, 4, 3),
-    128: LaunchConfig(64, 64, 0, 4, 3),
-    256: LaunchConfig(64, 64, 0, 4, 3),
+    80: _DECODE | {32: LaunchConfig(64, 32, 1, 2, 3), 256: _LARGE},
+    90: _DECODE | {32: LaunchConfig(64, 32, 1, 4, 3), 256: _LARGE},
 }
-"""Bucket → launch whose `split_k` is chosen by the shape."""
+"""Compute capability → most tokens → launch, whose `split_k` follows from the shape.
+
+Programs of two warps decode with `mma.sync`; from four on Triton takes Hopper's `wgmma`, which keeps the tensor cores
+as long for 8 tokens as for 64. Other capabilities than 9.0 get what is there for 8.0.
+"""
 
 
 def choose_launch(
@@ -67,31 +68,30 @@ def bucket(tokens: int) -> int:
 
 
 def shape_key(out_features: Sequence[int], in_features: int, group_size: int) -> str:
-    """How a table calls a shape."""
-    return f"{sum(out_features)}x{in_features} g{group_size}"
+    """How a table calls a shape: `4096+1024+1024x4096 g128`."""
+    return f"{'+'.join(map(str, out_features))}x{in_features} g{group_size}"
 
 
-def table_file(gpu: str, folder: Path = CONFIGS) -> Path:
+def table_file(folder: Path, gpu: str) -> Path:
     """Where the launches of a GPU lie."""
     return folder / f"{re.sub('[^a-z0-9]+', '_', gpu.lower()).strip('_')}.json"
 
 
-def read_table(file: Path) -> dict[str, Any]:
-    """`{"launches": {shape: {bucket: launch}}, …}`; no file is an empty table."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"launches": {}}
+def read_table(file: Path) -> dict[str, dict[str, dict[str, int]]]:
+    """Shape → bucket → launch; nothing where there is no file."""
+    return json.loads(file.read_text(encoding="utf-8"))["launches"] if file.is_file() else {}
 
 
 def default_launch(
-    out_features: Sequence[int], in_features: int, group_size: int, tokens: int, multiprocessors: int
+    capability: int, out_features: Sequence[int], in_features: int, group_size: int, tokens: int, multiprocessors: int
 ) -> LaunchConfig:
     """A launch that fills the GPU, with at least two groups a program."""
-    launch = DEFAULTS[bucket(tokens)]
+    defaults = DEFAULTS.get(capability, DEFAULTS[80])
+    launch = defaults[next(most for most in defaults if tokens <= most)]
     blocks = sum(-(-rows // launch.block_n) for rows in out_features) * -(-tokens // launch.block_m)
-    wanted = -(-PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // blocks)
+    wanted = -(-WARPS_PER_MULTIPROCESSOR * multiprocessors // (blocks * launch.num_warps))
     groups = -(-in_features // group_size)
-    return LaunchConfig(
-        launch.block_n, launch.block_m, max(1, min(wanted, groups // 2)), launch.num_warps, launch.num_stages
-    )
+    return replace(launch, split_k=max(1, min(wanted, groups // 2)))
 
 
 @functools.cache
@@ -99,11 +99,11 @@ def _choose(
     device: torch.device, out_features: tuple[int, ...], in_features: int, group_size: int, tokens: int
 ) -> LaunchConfig:
     if device.type != "cuda":
-        return default_launch(out_features, in_features, group_size, tokens, multiprocessors=1)
-    properties = torch.cuda.get_device_properties(device)
-    tuned = read_table(table_file(properties.name))["launches"].get(
-        shape_key(out_features, in_features, group_size), {}
+        return default_launch(80, out_features, in_features, group_size, tokens, multiprocessors=1)
+    gpu = torch.cuda.get_device_properties(device)
+    launches = read_table(table_file(CONFIGS, gpu.name)).get(shape_key(out_features, in_features, group_size), {})
+    if str(tokens) in launches:
+        return LaunchConfig(**launches[str(tokens)])
+    return default_launch(
+        10 * gpu.major + gpu.minor, out_features, in_features, group_size, tokens, gpu.multi_processor_count
     )
-    if str(tokens) in tuned:
-        return LaunchConfig(**tuned[str(tokens)])
-    return default_launch(out_features, in_features, group_size, tokens, properties.multi_processor_count)

@@ -1,0 +1,92 @@
+"""What the compiler makes of every launch that is shipped, for GPUs that are not there.
+
+Instructions per weight are counted in the machine code of the loop over groups: a loop is what lies between a branch
+backwards and its target, and one pass of it multiplies one group, `block_n x group_size` weights, by all the threads of
+a program. So the count is `instructions x threads / (block_n x group_size)`, with everything that is in the loop:
+addresses, loads of weights, inputs, scales and zero points, the products, and instructions that a predicate skips.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from slimplus.kernels.launch import DEFAULTS, LaunchConfig
+from slimplus.kernels.packed_matmul import kernel_constants, packed_matmul_kernel
+from slimplus.kernels.shards import WIDTHS, FusedShape
+from tests.sass import MachineCode, compile_kernel
+
+ARCHITECTURES = (80, 89, 90)
+SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+LAUNCHES = [
+    pytest.param(architecture, launch, id=f"sm_{architecture}-{most}")
+    for architecture in ARCHITECTURES
+    for most, launch in DEFAULTS.get(architecture, DEFAULTS[80]).items()
+]
+DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+MOST_INSTRUCTIONS = {1: 2.6, 2: 2.6, 3: 4.2, 4: 2.6}
+"""Bits → per weight, in decoding at most 8 tokens in groups of 128 on any architecture."""
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile"),
+]
+
+
+def compile_product(
+    architecture: int, launch: LaunchConfig, dtype: torch.dtype, shards: int, in_features: int, group_size: int
+) -> MachineCode:
+    """The kernel for weights with groups of 1, 2, 3 and 4 bits and a bias."""
+    pointers = {"plane1": "*i16", "plane2": "*i32", "plane4": "*i32", "scales": "*fp16", "zeros": "*u8"}
+    pointers |= {"group_index": "*i16", "shard_table": "*i32", "partials": "*fp32", "counters": "*i32"}
+    pointers |= dict.fromkeys(("inputs", "outputs", "bias"), f"*{DTYPES[dtype]}")
+    shape = FusedShape(in_features, group_size, (4096,) * shards, WIDTHS)
+    constants = kernel_constants(shape, launch, has_bias=True)
+    sizes = ("out_features",) if in_features % 16 else ("out_features", "in_features")
+    return compile_kernel(packed_matmul_kernel, pointers, constants, architecture, launch.num_warps, sizes)
+
+
+def check(code: MachineCode, architecture: int, launch: LaunchConfig, group_size: int) -> list[float]:
+    """Fail on spills, products outside the tensor cores or converted weights.
+
+    Returns:
+        Instructions per weight in the loop of each width.
+    """
+    assert code.stack == code.local == 0
+    assert not [name for name in code.names() if name.startswith(("LDL", "STL"))]
+    assert code.shared <= SHARED_MEMORY[architecture]
+    loops = code.product_loops()
+    assert len(loops) == len(WIDTHS)
+    weights = launch.block_n * group_size / (32 * launch.num_warps)  # of one thread in one pass
+    for loop in loops:
+        names = [instruction.name for instruction in loop]
+        products = [name for name in names if name.startswith(("HMMA", "HGMMA"))]
+        assert products
+        assert all(".F32" in name for name in products), products
+        assert sum(name.startswith("I2F") for name in names) <= weights / 4  # zero points, not weights
+    return [len(loop) / weights for loop in loops]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPES.values())
+@pytest.mark.parametrize(("architecture", "launch"), LAUNCHES)
+def test_shipped_launches_compile_well(architecture: int, launch: LaunchConfig, dtype: torch.dtype) -> None:
+    code = compile_product(architecture, launch, dtype, shards=3, in_features=4096, group_size=128)
+    instructions = check(code, architecture, launch, 128)
+    for bits, loop in zip(WIDTHS, code.product_loops(), strict=True):
+        bytes_a_thread = (launch.block_n * bits / 8 + launch.block_m * 2) * 128 / (32 * launch.num_warps)
+        wide = [i.name for i in loop if i.name.startswith(("LDG.", "LDGSTS.")) and i.name.endswith(".128")]
+        assert len(wide) >= bytes_a_thread // 16  # weights and inputs
+    if launch.block_m == 8:
+        assert all(count <= MOST_INSTRUCTIONS[bits] for bits, count in zip(WIDTHS, instructions, strict=True))
+
+
+@pytest.mark.parametrize("group_size", [32, 64])
+@pytest.mark.parametrize(("most"), [8, 256])
+def test_small_groups_and_ragged_columns_compile_well(most: int, group_size: int) -> None:
+    launch = DEFAULTS[90][most]
+    code = compile_product(90, launch, torch.bfloat16, shards=1, in_features=4104, group_size=group_size)
+    check(code, 90, launch, group_size)
