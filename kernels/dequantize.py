@@ -13,23 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slimplus.kernels.shards import ONES
+from slimplus.kernels.unpack import as_tile, unpack_group
+
 PLANES = (1, 2, 4, 8)
 ROWS = 64  # of the weight, a program; a multiple of the 16 to which rows are padded need not divide the matrix
 
 
-@triton.jit
-def _field(plane, first_word, column, row, stride, PLANE: tl.constexpr, CONTAINERS: tl.constexpr):
-    """The plane's bits of each column `[columns]` and row `[rows]`: `[columns, rows]`, int32."""
-    HALF: tl.constexpr = 8 if PLANE == 1 else 16
-    PER_HALF: tl.constexpr = HALF // PLANE
-    i = column // (2 * CONTAINERS)
-    word = first_word + (i // PER_HALF) * CONTAINERS + column // 2 % CONTAINERS
-    words = tl.load(plane + word[:, None] * stride + row[None, :], mask=row[None, :] < stride, other=0).to(tl.int32)
-    shift = HALF * (column % 2) + PLANE * (i % PER_HALF)
-    return (words >> shift[:, None]) & ((1 << PLANE) - 1)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["first_group", "first1", "first2", "first4", "first8", "ones"])
 def _dequantize_kernel(
     plane1,
     plane2,
@@ -47,6 +38,7 @@ def _dequantize_kernel(
     out_features,
     in_features,
     stride,
+    ones,
     BITS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -54,25 +46,32 @@ def _dequantize_kernel(
     member = tl.program_id(1)
     group = first_group + member
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, GROUP_SIZE)
+    inside = row < stride
     CONTAINERS: tl.constexpr = GROUP_SIZE // 16
-    integers = tl.zeros((GROUP_SIZE, ROWS), tl.int32)
-    if BITS & 8:
-        field = _field(plane8, first8 + member * 4 * CONTAINERS, column, row, stride, 8, CONTAINERS)
-        integers |= field << (BITS & 7)
-    if BITS & 4:
-        field = _field(plane4, first4 + member * 2 * CONTAINERS, column, row, stride, 4, CONTAINERS)
-        integers |= field << (BITS & 3)
-    if BITS & 2:
-        integers |= _field(plane2, first2 + member * CONTAINERS, column, row, stride, 2, CONTAINERS) << (BITS & 1)
-    if BITS & 1:
-        integers |= _field(plane1, first1 + member * CONTAINERS, column, row, stride, 1, CONTAINERS)
-    scale = tl.load(scales + group * stride + row, mask=row < stride, other=0.0).to(tl.float32)
-    zero = tl.load(zeros + group * stride + row, mask=row < stride, other=0).to(tl.float32) / (1 << (8 - BITS))
-    level = (integers.to(tl.float32) - zero[None, :]) * scale[None, :]
-    original = tl.load(group_index + group).to(tl.int32) * GROUP_SIZE + column
-    inside = (original[:, None] < in_features) & (row[None, :] < out_features)
-    tl.store(out + row[None, :].to(tl.int64) * in_features + original[:, None], level.to(out.dtype.element_ty), inside)
+    pairs = unpack_group(
+        plane1,
+        plane2,
+        plane4,
+        plane8,
+        first1 + member * CONTAINERS,
+        first2 + member * CONTAINERS,
+        first4 + member * 2 * CONTAINERS,
+        first8 + member * 4 * CONTAINERS,
+        stride,
+        row,
+        inside,
+        ones,
+        BITS,
+        GROUP_SIZE,
+        tl.float16,
+    )
+    scale = tl.load(scales + group * stride + row, mask=inside, other=0.0).to(tl.float32) * (1 << BITS)
+    zero = tl.load(zeros + group * stride + row, mask=inside, other=0).to(tl.float32) * (1 / 256)
+    # Exact up to the product, which is that of level and scale but for powers of two.
+    level = (as_tile(pairs, tl.float16).to(tl.float32) - (1 + zero)[:, None]) * scale[:, None]
+    column = tl.load(group_index + group).to(tl.int32) * GROUP_SIZE + tl.arange(0, GROUP_SIZE)
+    exists = (row < out_features)[:, None] & (column < in_features)[None, :]
+    tl.store(out + row[:, None].to(tl.int64) * in_features + column[None, :], level.to(out.dtype.element_ty), exists)
 
 
 def dequantize(
@@ -111,6 +110,7 @@ def dequantize(
             out_features,
             in_features,
             scales.shape[1],
+            ONES[torch.float16],
             BITS=width,
             GROUP_SIZE=group_size,
             ROWS=ROWS,
