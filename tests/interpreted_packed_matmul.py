@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 import pytest
 import torch
@@ -11,11 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmarks import kernels as benchmark
 from slimplus.kernels.launch import LaunchConfig
+from slimplus.kernels.measure import random_weights
 from slimplus.kernels.packed_matmul import packed_matmul
 from slimplus.kernels.shards import FusedShape, fuse_shards
 from slimplus.quantization.affine import QuantizedWeight, per_column, storable_scale, storable_zero_point
 from slimplus.quantization.packing import count_bits, pack
+from slimplus.tune import tune, tune_shape
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
 SMALL = LaunchConfig(block_n=32, block_m=8, split_k=1, num_warps=4, num_stages=2)
@@ -179,3 +184,35 @@ def test_inputs_need_not_be_contiguous() -> None:
     expected = case.multiply(SMALL)
     strided = case.inputs.repeat_interleave(2, dim=1)[:, ::2]
     assert torch.equal(packed_matmul(strided, case.fused, case.shape, case.counters, None, SMALL), expected)
+
+
+def count_calls(calls: Sequence[Callable[[], Tensor]]) -> float:
+    """A timer under which every call takes a second."""
+    return float(len([call() for call in calls]))
+
+
+def test_tuning_finds_the_fastest_launch() -> None:
+    def timer(calls: Sequence[Callable[[], Tensor]]) -> float:
+        count_calls(calls)
+        inputs, launch = cast("partial[Tensor]", calls[0]).args
+        assert inputs.shape == (8, 256)
+        return abs(launch.block_n - 128) + abs(launch.split_k - 2) + launch.num_warps + launch.num_stages
+
+    tuned = tune(((32, 16), 256), 64, (1, 2, 3), torch.bfloat16, torch.device("cpu"), timer, buckets=(8,))
+    assert tuned == {"8": {"block_n": 128, "block_m": 8, "split_k": 2, "num_warps": 2, "num_stages": 2}}
+
+
+def test_tuning_stops_at_a_launch_that_multiplies_wrongly() -> None:
+    weights = random_weights((32,), 128, 64, (2,), torch.device("cpu"))
+    weights.counters.fill_(7)  # no program takes itself for the last, and none writes a result
+    with pytest.raises(RuntimeError, match="multiplies wrongly"):
+        tune_shape([weights], 8, torch.float16, count_calls, [LaunchConfig(64, 8, 2, 2, 3)])
+
+
+def test_the_benchmark_measures_every_mix_and_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(benchmark.MODELS, "tiny", {"gate_up": ((16, 16), 256)})
+    rows = benchmark.measure([("tiny", "gate_up")], (1, 257), torch.device("cpu"), count_calls)
+    assert [(row["bits"], row["tokens"]) for row in rows] == [(mix, t) for mix in benchmark.MIXES for t in (1, 257)]
+    assert [row["launch"] is None for row in rows] == [False, True] * 5
+    assert rows[0]["seconds"] == {"slimplus": 1.0, "cublas": 1.0, "gemlite": None}
+    assert rows[0]["bytes"] == 32 * 256 // 4 + 32 * 2 * 3 + 2 * 2 * 2 + 2 * 16 * 4  # 2 bits, 2 groups, shard table

@@ -36,6 +36,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source, built = tmp_path_factory.mktemp("source") / "slimplus", tmp_path_factory.mktemp("wheel")
     ignored = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, source, ignore=ignored)
+    (source / "kernels/configs").mkdir(exist_ok=True)
+    (source / "kernels/configs/gpu.json").write_text("{}")  # as `python -m slimplus.tune` leaves one behind
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", built, folder=source)
     (file,) = built.glob("slimplus-*.whl")
     return file
@@ -54,8 +56,9 @@ def test_the_wheel_holds_every_module_and_recipe_and_nothing_else(wheel: Path) -
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {str(file.relative_to(ROOT)) for file in (ROOT / "slimplus").rglob("*.py")}
     expected |= {f"slimplus/{file.relative_to(ROOT)}" for file in (ROOT / "kernels").rglob("*.py")}
+    expected |= {f"slimplus/{file.relative_to(ROOT)}" for file in (ROOT / "kernels/configs").glob("*.json")}
     expected |= {f"slimplus/{file.relative_to(ROOT)}" for file in (ROOT / "recipes").glob("*.yaml")}
-    assert names == expected
+    assert names == expected | {"slimplus/kernels/configs/gpu.json"}
 
 
 @pytest.mark.slow
