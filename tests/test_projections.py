@@ -88,8 +88,8 @@ def test_int4_is_as_exact_as_bfloat16(
     found = Int4Weight.from_quantized(weights).linear(inputs)
     expected = inputs.double() @ torch.cat([weight.dequantize() for weight in weights]).double().T
     assert found.dtype == inputs.dtype
-    # A product may cancel to nothing, and a level too: what is rounded is a level and, at 4 bits, where all integers are
-    # taken and the grid cannot be moved to its zero point, up to 8 steps.
+    # A product may cancel to nothing, and a level too: what is rounded is a level and, at 4 bits, where all integers
+    # are taken and the grid cannot be moved to its zero point, up to 8 steps.
     rounded = [weight.dequantize().abs() + 4 * per_column(weight.scale, group_size, in_features) for weight in weights]
     assert (
         (found - expected).abs() <= TOLERANCE * (inputs.double().abs() @ torch.cat(rounded).double().T) + 1e-9

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from slimplus.nn.packed import PackedLinear, stacked_bias
-from slimplus.quantization.affine import QuantizedWeight, per_column
+from slimplus.quantization.affine import QuantizedWeight, group_count
 from slimplus.quantization.packing import padded_rows
 
 WIDEST = 4
@@ -54,17 +54,19 @@ class Int4Weight:
     @classmethod
     def from_quantized(cls, weights: Sequence[QuantizedWeight], bias: Tensor | None = None) -> Self:
         """Repack `weights` of 1 to 4 bits, which have the same columns and the same group size, a multiple of 32."""
-        integers, qparams = zip(*(_recentred(weight) for weight in weights), strict=True)
-        stacked, scales_and_zeros = torch.cat(integers), torch.cat(qparams)
-        out_features, in_features = stacked.shape
-        group_size = next(size for size in GROUP_SIZES if weights[0].group_size % size == 0)
-        repeats = weights[0].group_size // group_size
-        padding = padded_rows(out_features) - out_features
-        stacked = torch.nn.functional.pad(stacked, (0, -in_features % weights[0].group_size, 0, padding))
-        scales_and_zeros = torch.nn.functional.pad(scales_and_zeros, (0, 0, 0, 0, 0, padding))
+        widest, out_features = weights[0].group_size, sum(len(weight.integers) for weight in weights)
+        in_features = group_count(weights[0].integers.shape[1], widest) * widest
+        stacked = torch.zeros(padded_rows(out_features), in_features, dtype=torch.int32)
+        scales_and_zeros = torch.zeros(in_features // widest, len(stacked), 2, dtype=torch.bfloat16)
+        first = 0
+        for weight in weights:
+            rows = slice(first, first + len(weight.integers))
+            scales_and_zeros[:, rows] = _recentre(weight, stacked[rows]).transpose(0, 1)
+            first = rows.stop
+        group_size = next(size for size in GROUP_SIZES if widest % size == 0)
         return cls(
             torch.ops.aten._convert_weight_to_int4pack_for_cpu(stacked, 1),
-            scales_and_zeros.transpose(0, 1).repeat_interleave(repeats, dim=0).to(torch.bfloat16).contiguous(),
+            scales_and_zeros.repeat_interleave(widest // group_size, dim=0),
             group_size,
             out_features,
             bias,
@@ -80,17 +82,23 @@ class Int4Weight:
         return int4_linear(inputs, self.int4, self.scales_and_zeros, self.bias, self.group_size, self.out_features)
 
 
-def _recentred(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
-    """Integers `[out, in]` (int32) that the operator centres on 8, and float32 `[out, groups, 2]` scales and zeros.
+def _recentre(weight: QuantizedWeight, integers: Tensor) -> Tensor:
+    """Write the `integers` `[out, in]` that the operator centres on 8; return its scales and zeros `[out, groups, 2]`.
 
-    The grid moves so that the zero point comes to lie within half a step of 8. The operator's zero is small then, and
-    its rounding to bfloat16, as that of the scale, is relative to the level and not to its distance from q = 0.
+    The grid moves so that the zero point comes to lie within half a step of 8, which only 4-bit groups may not allow.
+    The operator's zero is small then, and its rounding to bfloat16, as that of the scale, is relative to the level and
+    not to its distance from q = 0.
     """
     largest = (2**weight.bits - 1).to(torch.float32)
     nearest = weight.zero_point.round().clamp(max=CENTRE).maximum(largest - (2**WIDEST - 1 - CENTRE))
-    shift = (CENTRE - nearest).to(torch.int32)
-    integers = weight.integers + per_column(shift, weight.group_size, weight.integers.shape[1])
-    return integers, torch.stack([weight.scale, (nearest - weight.zero_point) * weight.scale], dim=-1)
+    shifts = (CENTRE - nearest).T.to(torch.uint8).contiguous()
+    columns = weight.integers.T.contiguous()  # as unpacked weights lie in memory
+    shifted = torch.empty_like(columns)
+    size = weight.group_size
+    for source, shift, target in zip(columns.split(size), shifts, shifted.split(size), strict=True):
+        torch.add(source, shift, out=target)
+    integers[:, : len(columns)] = shifted.T.contiguous()  # a cast on the way would take four times as long
+    return torch.stack([weight.scale, (nearest - weight.zero_point) * weight.scale], dim=-1)
 
 
 @torch.library.custom_op("slimplus::int4_linear", mutates_args=(), device_types="cpu")
