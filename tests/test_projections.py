@@ -222,15 +222,28 @@ def test_compiled_as_one_graph() -> None:
         projections.prepare()
     with torch.inference_mode():
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-        for rows in (1, 3, 50):
+        for rows in (1, 3, 50, MAX_ROWS):
             expected = module(inputs_of(rows))
             assert all(torch.equal(a, b) for a, b in zip(compiled(inputs_of(rows)), expected, strict=True))
 
 
-def test_the_operator_is_registered_soundly() -> None:
+def test_the_operators_are_registered_soundly() -> None:
     weight = Int4Weight.from_quantized([random_weight(20, 100, 32, (1, 4))])
     arguments = (inputs_of(2, 100), weight.int4, weight.scales_and_zeros, None, weight.group_size, weight.out_features)
     torch.library.opcheck(int4_linear, arguments)
+    layer = Attention().o_proj
+    tensors = list(layer.packed_tensors().values())
+    widths, counts = list(layer.bit_counts), list(layer.bit_counts.values())
+    opcheck_arguments = (
+        tensors,
+        widths,
+        counts,
+        layer.out_features,
+        layer.in_features,
+        layer.group_size,
+        torch.float32,
+    )
+    torch.library.opcheck(torch.ops.slimplus.dequantize.default, opcheck_arguments)
 
 
 INTERPRETED = """

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from slimplus.quantization.affine import QuantizedWeight
-from slimplus.quantization.packing import check_features, count_bits, pack, packed_shapes, unpack
+from slimplus.quantization.packing import BitCounts, check_features, count_bits, pack, packed_shapes, unpack
 
 if TYPE_CHECKING:
     from slimplus.nn.projections import Projections
@@ -34,17 +34,49 @@ class _InferenceOnly(torch.autograd.Function):
 
 def dequantize_packed(
     packed: Mapping[str, Tensor],
-    bit_counts: Mapping[int, int],
+    bit_counts: BitCounts,
     shape: tuple[int, int],
     group_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
     """The weight of `shape` `[out, in]` that packed tensors hold; exact in float32, rounded once to any other dtype."""
+    tensors = [packed[name] for name in packed_shapes(shape[0], bit_counts, group_size)]
+    return _dequantize(tensors, list(bit_counts), list(bit_counts.values()), *shape, group_size, dtype)
+
+
+@torch.library.custom_op("slimplus::dequantize", mutates_args=())
+def _dequantize(
+    tensors: Sequence[Tensor],
+    widths: Sequence[int],
+    counts: Sequence[int],
+    rows: int,
+    columns: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """An operator of its own for `torch.compile`; the tensors come in the order of `packed_shapes`."""
+    bit_counts = dict(zip(widths, counts, strict=True))
+    packed = dict(zip(packed_shapes(rows, bit_counts, group_size), tensors, strict=True))
     if packed["scales"].is_cuda:
         from slimplus.kernels.dequantize import dequantize  # Triton, which a machine without a GPU may lack
 
-        return dequantize(packed, bit_counts, *shape, group_size, dtype)
-    return unpack(packed, *shape, group_size).dequantize().to(dtype)
+        return dequantize(packed, bit_counts, rows, columns, group_size, dtype)
+    return unpack(packed, rows, columns, group_size).dequantize(dtype)
+
+
+@_dequantize.register_fake
+def _(
+    tensors: Sequence[Tensor],
+    widths: Sequence[int],
+    counts: Sequence[int],
+    rows: int,
+    columns: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    if tensors[0].is_cuda:
+        return tensors[0].new_empty(rows, columns, dtype=dtype)
+    return tensors[0].new_empty(columns, rows, dtype=dtype).T
 
 
 class PackedModule(nn.Module):
@@ -157,7 +189,8 @@ class PackedLinear(PackedModule):
         if self.projections is not None and not kept and self.projections.takes(dtype, rows):
             outputs = self.projections(inputs, self, dtype)
         else:
-            outputs = nn.functional.linear(inputs, self._dense_weight(dtype), self.bias)
+            bias = None if self.bias is None else self.bias.to(dtype)
+            outputs = nn.functional.linear(inputs.to(dtype), self._dense_weight(dtype), bias)
         return _InferenceOnly.apply(outputs) if torch.is_grad_enabled() and outputs.requires_grad else outputs
 
     def _dense_weight(self, dtype: torch.dtype) -> Tensor:
