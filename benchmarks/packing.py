@@ -92,7 +92,8 @@ def measure_packing(config: LlamaConfig, folder: Path) -> dict[str, Any]:
 
     modules = {name.removesuffix(".weight"): count_bits(weights[shape].bits) for name, shape in layers.items()}
     shapes = {name.removesuffix(".weight"): shape for name, shape in layers.items()}
-    quantization = SlimplusConfig(2, GROUP_SIZE, modules, "slimllm", shapes)
+    full_bytes = 2 * sum(parameter.numel() for parameter in build_on_meta(config).parameters())
+    quantization = SlimplusConfig(2, GROUP_SIZE, modules, "slimllm", shapes, full_bytes)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
     start = time.perf_counter()
     size = write_checkpoint(folder, tensors(), config, quantization, tokenizer, None, "")

@@ -1,6 +1,7 @@
-"""The command line: `slimplus train recipe=NAME key=value ...`, which `python train.py` runs as well.
+"""The command line: `slimplus train recipe=NAME key=value ...`, which `python train.py` runs as well, and the commands
+for using what it makes.
 
-Nothing heavy is imported until the recipe and its inputs have passed every check.
+Nothing heavy is imported until the recipe, or the arguments, and their inputs have passed every check.
 """
 
 from __future__ import annotations
@@ -9,23 +10,18 @@ import logging
 import sys
 import textwrap
 from collections.abc import Iterator
-from typing import TextIO
 
 import yaml
 
+from slimplus.commands import benchmark, generate, inspect
 from slimplus.config import keys
+from slimplus.console import BAD_INPUT, INTERRUPTED, WIDTH, Parser, write
 from slimplus.errors import InputError
 from slimplus.preflight import check_inputs
 from slimplus.reading import describe_type, load_recipe, recipe_file, recipe_names
 
-WIDTH = 110  # columns of the help text
-BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses: argparse's, and a shell's for Ctrl-C
 HELP = ("-h", "--help")
-
-
-def write(text: str, stream: TextIO | None = None) -> None:
-    """Writes a line: all that the command line itself says goes through here."""
-    (stream or sys.stdout).write(f"{text}\n")
+COMMANDS = {"generate": generate, "inspect": inspect, "benchmark": benchmark}
 
 
 def help_text() -> str:
@@ -94,13 +90,34 @@ def train(arguments: list[str]) -> int:
     return 0
 
 
+def parser() -> Parser:
+    """Of `slimplus COMMAND ...`. What follows `train` is no option, so `main` hands it on by itself."""
+    top = Parser("slimplus", description="Mixed-precision quantization of language models, and use of the result.")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands.add_parser(
+        "train", help="Quantizes a model as a recipe says: recipe=NAME [key=value ...].", add_help=False
+    )
+    for name, module in COMMANDS.items():
+        summary, _, _ = (module.__doc__ or "").partition("\n")
+        module.add_arguments(commands.add_parser(name, help=summary, description=summary))
+    return top
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """The console script `slimplus`."""
-    command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if command == "train":
-        return train(rest)
-    if command in HELP:
-        write(help_text())
-        return 0
-    write(f"{command!r} is not a command; use `slimplus train recipe=NAME`, or `slimplus --help`", sys.stderr)
-    return BAD_INPUT
+    """The console script `slimplus`; returns the exit status as `train` does.
+
+    Raises:
+        SystemExit: from argparse, for help and for arguments that are wrong.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["train"]:
+        return train(given[1:])
+    parsed = parser().parse_args(given or ["--help"])
+    try:
+        COMMANDS[parsed.command].run(parsed)
+    except InputError as error:
+        write(str(error), sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0

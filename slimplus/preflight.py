@@ -70,6 +70,17 @@ def _text_problem(path: str, split: Split, tokens: int, need: str) -> str | None
     return f"{short}; give a longer text or ask for less of it"
 
 
+def check_model(model: ModelConfig) -> None:
+    """Looks for the model, without loading it.
+
+    Raises:
+        RecipeError: if it is not where `model` says.
+    """
+    problem = _model_problem(model)
+    if problem:
+        raise RecipeError(problem)
+
+
 def check_inputs(recipe: Recipe) -> None:
     """Looks for the model, the texts and the allocation that the recipe names, without loading them.
 

@@ -125,3 +125,14 @@ def arguments(make_model: ModelMaker, text_file: Path) -> Arguments:
         ]
 
     return build
+
+
+@pytest.fixture(scope="session")
+def finished(arguments: Arguments, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a finished `slimllm_plus` run; tests copy it before they change anything."""
+    from slimplus import pipeline
+    from slimplus.reading import load_recipe
+
+    folder = tmp_path_factory.mktemp("run") / "plus"
+    pipeline.run(load_recipe(arguments(folder)))
+    return folder

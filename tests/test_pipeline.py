@@ -37,14 +37,6 @@ def run(arguments: list[str]) -> str:
     return summary
 
 
-@pytest.fixture(scope="module")
-def finished(arguments: Arguments, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a finished `slimllm_plus` run."""
-    folder = tmp_path_factory.mktemp("run") / "plus"
-    run(arguments(folder))
-    return folder
-
-
 def _metrics(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "metrics.json").read_text())
 

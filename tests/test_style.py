@@ -25,7 +25,18 @@ LAYERS: dict[str, set[str]] = {
     "data": {"nn"} | GROUND,
     "training": {"kernels", "quantization", "nn", "models", "data", "manifest", "signals"} | GROUND,
 }
-SEES_THE_RECIPE = {"config", "reading", "preflight", "fingerprint", "cli", "run", "job", "pipeline", "train"}
+SEES_THE_RECIPE = {
+    "config",
+    "reading",
+    "preflight",
+    "fingerprint",
+    "commands",
+    "cli",
+    "run",
+    "job",
+    "pipeline",
+    "train",
+}
 SEES_THE_PIPELINE = {"cli", "train"}
 
 

@@ -16,7 +16,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from slimplus.errors import InputError
-from slimplus.hub.quantizer import METHOD, SlimplusConfig, register
+from slimplus.hub.contents import METHOD
+from slimplus.hub.quantizer import SlimplusConfig, register
 from slimplus.nn import prepare_inference
 
 SHARD_BYTES = 2 * 2**30  # what is held in memory while a checkpoint is written

@@ -20,12 +20,11 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from slimplus.hub.contents import METHOD
 from slimplus.nn import PackedEmbedding, PackedLinear, TiedHead, prepare_inference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-METHOD = "slimplus"
 
 
 class SlimplusConfig(QuantizationConfigMixin):
@@ -40,6 +39,7 @@ class SlimplusConfig(QuantizationConfigMixin):
         method: how the weights were quantized.
         shapes: name of each packed layer → rows and columns of its weight, which the packed tensors hold only rounded
             up; for what reads a checkpoint without building the model.
+        full_size_bytes: of the full-precision model at 16 bit.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class SlimplusConfig(QuantizationConfigMixin):
         modules: Mapping[str, Mapping[Any, int]],
         method: str,
         shapes: Mapping[str, Sequence[int]],
+        full_size_bytes: int,
         **_: Any,
     ) -> None:
         self.quant_method: Any = METHOD
@@ -57,6 +58,7 @@ class SlimplusConfig(QuantizationConfigMixin):
             name: {int(width): count for width, count in counts.items()} for name, counts in modules.items()
         }
         self.shapes = {name: list(shape) for name, shape in shapes.items()}
+        self.full_size_bytes = full_size_bytes
 
 
 class SlimplusQuantizer(HfQuantizer):

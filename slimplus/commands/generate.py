@@ -1,0 +1,67 @@
+"""Continues a text with a packed checkpoint, and writes it as it is made."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from slimplus.console import non_negative_number, positive_integer
+from slimplus.errors import InputError
+from slimplus.hub.contents import read_contents
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's own arguments."""
+    parser.add_argument("path", help="folder of a packed checkpoint, or a hub id")
+    parser.add_argument("prompt", help="text to continue; with --chat, the message to answer")
+    parser.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
+    parser.add_argument("--max-new-tokens", type=positive_integer, default=128, metavar="N", help="default: 128")
+    parser.add_argument(
+        "--temperature",
+        type=non_negative_number,
+        default=0.0,
+        metavar="T",
+        help="above 0, tokens are drawn; default: 0, the likeliest token each time",
+    )
+    parser.add_argument(
+        "--top-p", type=non_negative_number, default=1.0, metavar="P", help="draw among the likeliest; default: 1, all"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draws; default: 0")
+    add_placement(parser, dtype="auto")
+
+
+def add_placement(parser: argparse.ArgumentParser, dtype: str) -> None:
+    """Where the model goes, and in which dtype, by default `dtype`, it computes."""
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
+    choices = ("auto", "bfloat16", "float16", "float32")
+    parser.add_argument("--dtype", default=dtype, choices=choices, help="default: %(default)s; auto is the stored one")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write the continuation, without the prompt, as it is made.
+
+    Raises:
+        InputError: if there is no packed checkpoint, no such device, or no chat template.
+    """
+    if not arguments.prompt:
+        raise InputError("the prompt is empty; give some text to continue")
+    if not 0 < arguments.top_p <= 1:
+        raise InputError(f"--top-p: expected a number above 0 and at most 1, got {arguments.top_p:g}")
+    contents = read_contents(arguments.path)
+    if arguments.chat and not has_chat_template(contents.folder):
+        raise InputError(f"--chat: the tokenizer in {contents.folder} has no chat template; leave --chat out")
+
+    from slimplus.generation import Sampling, load_for_generation, stream  # only now: it loads PyTorch
+
+    loaded = load_for_generation(contents.folder, arguments.device, arguments.dtype)
+    sampling = Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed)
+    stream(loaded, arguments.prompt, sampling, chat=arguments.chat)
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether the tokenizer saved in `folder` brings a chat template, in a file of its own or in its config."""
+    if any(folder.glob("chat_template.*")) or (folder / "additional_chat_templates").is_dir():
+        return True
+    file = folder / "tokenizer_config.json"
+    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get("chat_template"))
