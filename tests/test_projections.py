@@ -146,6 +146,7 @@ def test_every_way_gives_the_exact_product(dtype: torch.dtype, rows: int) -> Non
         assert found.dtype == dtype
         assert relative_error(found, expected) < (1e-5 if dtype == torch.float32 else TOLERANCE)
         assert torch.equal(layer(inputs), found)
+        assert layer(inputs[0, 0]).shape == (layer.out_features,)
         dense_used = dtype == torch.float32 or rows >= 32
         assert (layer._dense is not None) == (keep_dense and dense_used)
 

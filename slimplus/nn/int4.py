@@ -111,7 +111,7 @@ def int4_linear(
     out_features: int,
 ) -> Tensor:
     """`inputs` `[..., in]` times the weight of an `Int4Weight`; an operator of its own for `torch.compile`."""
-    flat = inputs.flatten(0, -2).to(torch.bfloat16)
+    flat = inputs.reshape(-1, inputs.shape[-1]).to(torch.bfloat16)
     flat = torch.nn.functional.pad(flat, (0, 2 * int4.shape[1] - flat.shape[1])).contiguous()
     outputs = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, int4, group_size, scales_and_zeros)
     outputs = outputs[:, :out_features]

@@ -64,6 +64,11 @@ class Projections:
         """Make the form for the device on which the layers lie; otherwise the first use does."""
         self._form = FORMS[self.layers[0].scales.device.type].from_layers(self.layers)
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that the form takes beside the packed tensors."""
+        return self._form.nbytes if self._form is not None else 0
+
     def forget(self) -> None:
         """Drop the form: the layers have been moved or changed."""
         self._form = self._pending = None

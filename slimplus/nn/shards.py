@@ -64,11 +64,16 @@ class FusedShards:
             stacked_bias(layers),
         )
 
+    @property
+    def nbytes(self) -> int:
+        """Memory it takes beside the packed tensors, which are parts of it."""
+        return self.counters.nbytes + self.tensors[NAMES.index("shard_table")].nbytes
+
     def linear(self, inputs: Tensor) -> Tensor:
         """`inputs` `[..., in]`, float16 or bfloat16 → `[..., sum of out]`, in their dtype."""
         bias = None if self.bias is None else self.bias.to(inputs.dtype)
         flat = packed_matmul(
-            inputs.flatten(0, -2),
+            inputs.reshape(-1, self.in_features),
             self.tensors,
             self.counters,
             bias,
