@@ -45,7 +45,7 @@ WARPS_PER_MULTIPROCESSOR = 12  # as many as its registers hold; more would only 
 _DECODE = {8: LaunchConfig(128, 8, 1, 2, 3), 16: LaunchConfig(64, 16, 1, 2, 3)}
 _LARGE = LaunchConfig(64, 64, 1, 4, 3)
 DEFAULTS = {
-    80: _DECODE | {32: LaunchConfig(64, 32, 1, 2, 3), 256: _LARGE},
+    80: _DECODE | {32: LaunchConfig(128, 32, 1, 4, 2), 256: _LARGE},
     90: _DECODE | {32: LaunchConfig(64, 32, 1, 4, 3), 256: _LARGE},
 }
 """Compute capability → most tokens → launch, whose `split_k` follows from the shape.

@@ -68,7 +68,9 @@ def packed_matmul(
         )
     outputs = inputs.new_empty(tokens, shape.columns)
     partials = torch.empty(
-        launch.split_k if launch.split_k > 1 else 0, tokens, shape.columns, dtype=torch.float32, device=inputs.device
+        (launch.split_k if launch.split_k > 1 else 0) * tokens * shape.padded_columns,
+        dtype=torch.float32,
+        device=inputs.device,
     )
     packed_matmul_kernel[row_blocks, launch.split_k, token_blocks](
         inputs.contiguous(),
@@ -80,6 +82,7 @@ def packed_matmul(
         tokens,
         shape.in_features,
         shape.columns,
+        shape.padded_columns,
         **kernel_constants(shape, launch, bias is not None),
         num_warps=launch.num_warps,
     )
@@ -226,6 +229,7 @@ def packed_matmul_kernel(
     tokens,
     in_features,
     out_features,
+    padded_features,
     WIDTHS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     SHARDS: tl.constexpr,
@@ -247,6 +251,7 @@ def packed_matmul_kernel(
     stride = tl.load(entry) * 16
     rows = tl.load(entry + 1)
     first_output = tl.load(entry + 2)
+    first_padded = tl.load(entry + 14) * 16
     plane1 += tl.load(entry + 3).to(tl.int64) * 16
     plane2 += tl.load(entry + 4).to(tl.int64) * 16
     plane4 += tl.load(entry + 5).to(tl.int64) * 16
@@ -293,22 +298,33 @@ def packed_matmul_kernel(
                 STAGES,
             )
 
-    output = first_output + row
-    exists = (row < rows)[:, None] & (token < tokens)[None, :]
-    place = token[None, :] * out_features + output[:, None]
     split_k = tl.num_programs(1)
-    if split_k > 1:
-        tl.store(partials + tl.program_id(1) * tokens * out_features + place, sums, mask=exists)
+    if split_k == 1:
+        _store(sums, outputs, bias, row, token, rows, tokens, first_output, out_features, HAS_BIAS)
+    else:
+        written = (row < stride)[:, None] & (token < tokens)[None, :]
+        place = token[None, :] * padded_features + (first_padded + row)[:, None]
+        size = tokens * padded_features
+        tl.store(partials + tl.program_id(1) * size + place, sums, mask=written)
         tl.debug_barrier()  # every thread's sums are written before the counter tells of them
         counter = counters + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
-        arrived = tl.atomic_add(counter, 1, sem="acq_rel")
-        exists &= arrived == split_k - 1
-        if arrived == split_k - 1:
+        if tl.atomic_add(counter, 1, sem="acq_rel") == split_k - 1:
             tl.store(counter, 0)
-            sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            for split in range(split_k):
-                # around the L1 cache, which may hold what another launch left at the same address
-                sums += tl.load(partials + split * tokens * out_features + place, exists, 0.0, cache_modifier=".cg")
+            total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            AT_ONCE: tl.constexpr = max(1, 4096 // (BLOCK_N * BLOCK_M))  # loads; each alone would wait for the last
+            for first in range(0, split_k, AT_ONCE):
+                for split in tl.static_range(AT_ONCE):
+                    part = partials + (first + split) * size + place
+                    # around the L1 cache, which may hold what another launch left at the same address
+                    total += tl.load(part, written & (first + split < split_k), 0.0, cache_modifier=".cg")
+            _store(total, outputs, bias, row, token, rows, tokens, first_output, out_features, HAS_BIAS)
+
+
+@triton.jit
+def _store(sums, outputs, bias, row, token, rows, tokens, first_output, out_features, HAS_BIAS: tl.constexpr):
+    """`sums` `[rows, tokens]`, and the bias, to their place in the output."""
+    output = first_output + row
     if HAS_BIAS:
         sums += tl.load(bias + output, mask=row < rows, other=0.0).to(tl.float32)[:, None]
-    tl.store(outputs + place, sums.to(outputs.dtype.element_ty), mask=exists)
+    exists = (row < rows)[:, None] & (token < tokens)[None, :]
+    tl.store(outputs + token[None, :] * out_features + output[:, None], sums.to(outputs.dtype.element_ty), mask=exists)

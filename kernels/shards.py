@@ -48,6 +48,11 @@ class FusedShape:
         return sum(self.out_features)
 
     @property
+    def padded_columns(self) -> int:
+        """Columns of the partial sums: every weight's rows are padded to 16."""
+        return sum(padded_rows(rows) for rows in self.out_features)
+
+    @property
     def counters(self) -> int:
         """Length of the int32 buffer in which programs count who came last: zeros before every launch and after it.
 
@@ -120,15 +125,17 @@ def _end_to_end(parts: Sequence[Tensor], dtype: torch.dtype, device: torch.devic
 def _shard_table(bit_counts: Sequence[BitCounts], out_features: Sequence[int], group_size: int) -> list[list[int]]:
     """A row for each shard, read by `packed_matmul_kernel`. Elements are counted in 16s, so that the compiler knows."""
     offsets = dict.fromkeys((*PLANES, "scales"), 0)
-    table, first_output, first_group = [], 0, 0
+    table, first_output, first_group, first_padded = [], 0, 0, 0
     for counts, rows in zip(bit_counts, out_features, strict=True):
         stops = list(accumulate(counts.get(width, 0) for width in WIDTHS))
         sixteenths = [offset // ROW_MULTIPLE for offset in offsets.values()]
         row = [padded_rows(rows) // ROW_MULTIPLE, rows, first_output, *sixteenths, first_group, *stops, *ONES.values()]
+        row.append(first_padded)
         table.append(row + [0] * (TABLE_COLUMNS - len(row)))
         for name, (shape, _) in packed_shapes(rows, counts, group_size).items():
             if name in offsets:
                 offsets[name] += torch.Size(shape).numel()
         first_output += rows
+        first_padded += padded_rows(rows) // ROW_MULTIPLE
         first_group += stops[-1]
     return table

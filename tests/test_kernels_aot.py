@@ -46,7 +46,7 @@ def compile_product(
     pointers |= dict.fromkeys(("inputs", "outputs", "bias"), f"*{DTYPES[dtype]}")
     shape = FusedShape(in_features, group_size, (4096,) * shards, WIDTHS)
     constants = kernel_constants(shape, launch, has_bias=True)
-    sizes = ("out_features",) if in_features % 16 else ("out_features", "in_features")
+    sizes = ("out_features", "padded_features", *(() if in_features % 16 else ("in_features",)))
     return compile_kernel(packed_matmul_kernel, pointers, constants, architecture, launch.num_warps, sizes)
 
 
