@@ -30,6 +30,7 @@ from slimplus.errors import InputError
 from slimplus.files import clean
 from slimplus.fingerprint import differences
 from slimplus.manifest import Manifest
+from slimplus.quantization.affine import MAX_BITS
 
 logger = logging.getLogger(__name__)
 
@@ -240,20 +241,19 @@ def read_allocation(path: str | Path, group_size: int) -> dict[str, list[int]]:
     Raises:
         InputError: if the file is no allocation, or one for another group size.
     """
-    key = "quantization.allocation"
+    key, remedy = "quantization.allocation", "give the allocation.json of a run"
     try:
         content = json.loads(Path(path).expanduser().read_text())
-        bits = {str(name): [int(width) for width in widths] for name, widths in content["bits"].items()}
-        found_group_size = content["group_size"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{key}: {path} is not an allocation ({error!r}); give the allocation.json of a run"
-        ) from error
+        bits, found_group_size = content["bits"], content["group_size"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise InputError(f"{key}: {path} is not an allocation ({error!r}); {remedy}") from error
+    if not isinstance(bits, dict) or not all(isinstance(widths, list) for widths in bits.values()):
+        raise InputError(f"{key}: {path} holds no list of widths for each layer; {remedy}")
     if found_group_size != group_size:
         raise InputError(
-            f"{key}: {path} is for group_size {found_group_size}, not {group_size}; "
-            f"set quantization.group_size={found_group_size}"
+            f"{key}: {path} is for group_size {found_group_size!r}, not {group_size}; "
+            f"set quantization.group_size={found_group_size!r}"
         )
-    if not all(1 <= width <= 8 for widths in bits.values() for width in widths):
-        raise InputError(f"{key}: {path} holds widths outside 1 to 8; give the allocation.json of a run")
+    if not all(type(width) is int and 1 <= width <= MAX_BITS for widths in bits.values() for width in widths):
+        raise InputError(f"{key}: {path} holds widths outside 1 to {MAX_BITS}; {remedy}")
     return bits

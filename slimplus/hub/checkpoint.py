@@ -6,8 +6,10 @@ import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -16,11 +18,17 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from slimplus.errors import InputError
+from slimplus.hub.checks import check_architecture, check_quantization
 from slimplus.hub.contents import METHOD
 from slimplus.hub.quantizer import SlimplusConfig, register
 from slimplus.nn import prepare_inference
 
 SHARD_BYTES = 2 * 2**30  # what is held in memory while a checkpoint is written
+# What transformers and PyTorch raise for values in config.json that they do not expect.
+FROM_STRANGERS = (
+    *(ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError),
+    *(SafetensorError, StrictDataclassError),
+)
 
 
 def write_checkpoint(
@@ -107,14 +115,33 @@ def load(path: str | Path, *, fuse: bool = True, keep_dense: bool = False, **arg
         arguments: passed on to `from_pretrained`.
 
     Raises:
-        InputError: if what is there is no checkpoint of this package.
+        InputError: if what is there is no whole checkpoint of this package. Only safetensors files are read, and no
+            code that a checkpoint brings along is run.
     """
     register()
-    config, _ = PretrainedConfig.get_config_dict(path)
-    if (config.get("quantization_config") or {}).get("quant_method") != METHOD:
-        raise InputError(f"{path} is not a packed slimplus checkpoint; load it with transformers")
-    model = AutoModelForCausalLM.from_pretrained(path, **arguments)
+    model = _read(path, arguments)
     for projections in tqdm(prepare_inference(model, fuse, keep_dense), "Preparing layers", leave=False, disable=None):
         if projections.takes(model.dtype, rows=1):
             projections.prepare()
     return model
+
+
+def _read(path: str | Path, arguments: dict[str, Any]) -> PreTrainedModel:
+    try:
+        config, _ = PretrainedConfig.get_config_dict(path)
+        quantization = config.get("quantization_config")
+        if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
+            raise InputError(f"{path} is not a packed slimplus checkpoint; load it with transformers")
+        check_quantization(quantization)
+        check_architecture(config, quantization["modules"])
+        fixed: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, **{"trust_remote_code": False} | arguments | fixed)
+    except InputError:
+        raise
+    except FROM_STRANGERS as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise InputError(f"{path} cannot be loaded: {kind}{error}") from error
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):  # transformers gives them random values
+        raise InputError(f"{path} lacks {len(missing)} tensors, {missing[0]} among them; download it again")
+    return cast(PreTrainedModel, model)

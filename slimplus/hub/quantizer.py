@@ -20,8 +20,10 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from slimplus.hub.checks import check_architecture, check_files, check_quantization
 from slimplus.hub.contents import METHOD
 from slimplus.nn import PackedEmbedding, PackedLinear, TiedHead, prepare_inference
+from slimplus.quantization.packing_checks import check_packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,17 +62,37 @@ class SlimplusConfig(QuantizationConfigMixin):
         self.shapes = {name: list(shape) for name, shape in shapes.items()}
         self.full_size_bytes = full_size_bytes
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """From JSON.
+
+        Raises:
+            ValueError: naming the key, for what no packed checkpoint can say.
+        """
+        check_quantization(config_dict)
+        return super().from_dict(config_dict, *args, **kwargs)
+
 
 class SlimplusQuantizer(HfQuantizer):
-    """Swaps packed layers in before the weights are loaded."""
+    """Swaps packed layers in before the weights are loaded, and checks what a checkpoint says before it is used."""
 
     requires_calibration = True
     quantization_config: SlimplusConfig
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        swap_packed_layers(model, self.quantization_config)
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Check the architecture; no other method sees it before the model is built."""
+        check_architecture(config.to_dict(), self.quantization_config.modules)
+        return super().update_attn_implementation(config)
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        config = self.quantization_config
+        swap_packed_layers(model, config)
+        check_files(checkpoint_files or [], config.group_size, config.modules, config.shapes)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        check_packed_layers(model)
         prepare_inference(model)
         return model
 
@@ -93,6 +115,8 @@ def swap_packed_layers(model: PreTrainedModel, config: SlimplusConfig) -> None:
         try:
             with torch.device("meta"):
                 packed = _empty_packed(model.get_submodule(name), config.group_size, counts)
+            if packed.shape != (rows_and_columns := tuple(config.shapes[name])):
+                raise ValueError(f"the model has {packed.shape} there, and shapes {rows_and_columns}")
         except AttributeError:
             raise ValueError(f"quantization_config.modules: the model has no layer {name}") from None
         except ValueError as error:
@@ -102,6 +126,20 @@ def swap_packed_layers(model: PreTrainedModel, config: SlimplusConfig) -> None:
     if model.config.tie_word_embeddings and isinstance(embedding, PackedEmbedding):
         model.set_output_embeddings(TiedHead(embedding, model.get_output_embeddings().bias))
         model._tied_weights_keys, model.all_tied_weights_keys = {}, {}  # transformers' tying needs weights
+
+
+def check_packed_layers(model: nn.Module) -> None:
+    """Check the tensors of all packed layers that lie on a device.
+
+    Raises:
+        ValueError: naming the layer and the tensor.
+    """
+    for name, layer in model.named_modules():
+        if isinstance(layer, PackedLinear | PackedEmbedding) and not layer.scales.is_meta:
+            try:
+                check_packed(layer.packed_tensors(), layer.shape, layer.group_size, layer.bit_counts)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
 
 
 def _empty_packed(layer: nn.Module, group_size: int, counts: Mapping[int, int]) -> PackedLinear | PackedEmbedding:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from slimplus.quantization.affine import QuantizedWeight
 from slimplus.quantization.packing import BitCounts, check_features, count_bits, pack, packed_shapes, unpack
+from slimplus.quantization.packing_checks import check_packed
 
 if TYPE_CHECKING:
     from slimplus.nn.projections import Projections
@@ -153,11 +154,23 @@ class PackedLinear(PackedModule):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], in_features: int, out_features: int, group_size: int) -> Self:
-        """A layer that holds the tensors of a packed weight, and its bias if there is one."""
+        """A layer that holds the tensors of a packed weight, and its bias if there is one.
+
+        Raises:
+            ValueError: if the tensors are no such weight.
+        """
+        check_packed(tensors, (out_features, in_features), group_size)
+        if (bias := tensors.get("bias")) is not None and bias.shape != (out_features,):
+            raise ValueError(f"bias is {list(bias.shape)} instead of [{out_features}]")
         with torch.device("meta"):
             layer = cls(in_features, out_features, group_size, count_bits(tensors["group_bits"]), "bias" in tensors)
         layer.load_state_dict(dict(tensors), assign=True)
         return layer.requires_grad_(False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the weight, `[out, in]`."""
+        return self.out_features, self.in_features
 
     def quantized_weight(self) -> QuantizedWeight:
         """Integers, scales and zero points in the original order of columns."""
@@ -165,8 +178,7 @@ class PackedLinear(PackedModule):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight `[out, in]`; exact in float32, rounded once to any other dtype."""
-        shape = (self.out_features, self.in_features)
-        return dequantize_packed(self.packed_tensors(), self.bit_counts, shape, self.group_size, dtype)
+        return dequantize_packed(self.packed_tensors(), self.bit_counts, self.shape, self.group_size, dtype)
 
     def to_linear(self) -> nn.Linear:
         """An ordinary float32 layer with the same weight."""

@@ -56,6 +56,11 @@ class PackedEmbedding(PackedModule):
         module.load_state_dict(tensors, assign=True)
         return module
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the weight, `[num_embeddings, embedding_dim]`."""
+        return self.num_embeddings, self.embedding_dim
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight `[num_embeddings, embedding_dim]`; exact in float32, rounded once to any other dtype."""
         return self._dequantize(self.packed_tensors(), self.num_embeddings, dtype)

@@ -240,9 +240,17 @@ def layer_tensors(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]
 
 
 def load_packed_block(block: nn.Module, tensors: Mapping[str, Tensor], group_size: int) -> nn.Module:
-    """A copy of `block` with the packed layers that `packed_tensors` gave."""
+    """A copy of `block` with the packed layers that `packed_tensors` gave.
+
+    Raises:
+        ValueError: naming the layer whose tensors are no packed weight.
+    """
     copy = deepcopy(block)
     for name, layer in find_linears(copy).items():
         own = layer_tensors(tensors, name)
-        copy.set_submodule(name, PackedLinear.from_tensors(own, layer.in_features, layer.out_features, group_size))
+        try:
+            packed = PackedLinear.from_tensors(own, layer.in_features, layer.out_features, group_size)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        copy.set_submodule(name, packed)
     return copy
