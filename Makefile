@@ -28,5 +28,6 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# A thread each: more of them wait for each other where processes outnumber cores.
 test: lint .venv/demo-model
-	$(BIN)/pytest -m ""
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "" --numprocesses auto --maxprocesses 4 --dist loadfile
