@@ -87,11 +87,6 @@ def _dense(model: PreTrainedModel) -> PreTrainedModel:
             dense.set_submodule(name, layer.to_linear())
         elif isinstance(layer, PackedEmbedding):
             dense.set_submodule(name, nn.Embedding.from_pretrained(layer.dequantize()))
-        elif isinstance(layer, TiedHead):
-            weight = layer._embedding[0].dequantize()
-            head = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-            head.weight = nn.Parameter(weight)
-            dense.set_submodule(name, head)
     return dense
 
 

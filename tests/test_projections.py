@@ -151,15 +151,6 @@ def test_every_way_gives_the_exact_product(dtype: torch.dtype, rows: int) -> Non
         assert (layer._dense is not None) == (keep_dense and dense_used)
 
 
-@pytest.mark.parametrize("widths", [(2, 5), (8,)])
-def test_wider_groups_are_dequantized(widths: tuple[int, ...]) -> None:
-    module = nn.Sequential(PackedLinear.from_quantized(random_weight(24, 256, 32, widths), None))
-    inputs = inputs_of(2, 256)
-    expected = module(inputs)
-    prepare_inference(module)
-    assert torch.equal(module(inputs), expected)
-
-
 def test_autocast_decides_the_dtype() -> None:
     module, inputs = Attention(), inputs_of(2, dtype=torch.float32)
     expected = inputs.double() @ module.q_proj.dequantize().double().T

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from slimplus.models.architectures import blocks_path, find_blocks
 from slimplus.models.precision import autocast
-from slimplus.nn import PackedEmbedding, PackedLinear
+from slimplus.nn import PackedLinear
+from slimplus.nn.packed import PackedModule
 
 BlockArguments = dict[str, Any]
 
@@ -99,7 +100,7 @@ class StreamedModel:
         inside = {id(module) for module in self.blocks.modules()}
         for module in model.modules():
             if id(module) not in inside:
-                packed = isinstance(module, PackedEmbedding | PackedLinear)
+                packed = isinstance(module, PackedModule)
                 for tensor in module._buffers.values():
                     if tensor is not None:
                         tensor.data = tensor.data.to(device) if packed else _float32(tensor, device)

@@ -87,6 +87,11 @@ class PackedModule(nn.Module):
         """The tensors of the packed format, by name."""
         return dict(self.named_buffers(recurse=False))
 
+    def replace_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put the same values, lying elsewhere, in the place of the packed tensors."""
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
     def _apply(self, function: Any, recurse: bool = True) -> Self:
         """Move the module; the packed tensors keep their dtypes, whatever the model is cast to."""
         packed = {id(buffer) for buffer in self.buffers()}

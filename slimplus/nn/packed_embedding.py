@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from slimplus.nn.packed import PackedModule, dequantize_packed
+from slimplus.nn.packed import PackedLinear, PackedModule, dequantize_packed
 from slimplus.quantization.affine import QuantizedWeight
 from slimplus.quantization.packing import ROW_MULTIPLE, check_features, count_bits, pack, packed_shapes
 
@@ -92,19 +92,30 @@ class PackedEmbedding(PackedModule):
         return f"{self.num_embeddings}, {self.embedding_dim}, group_size={self.group_size}, groups=({widths})"
 
 
-class TiedHead(nn.Module):
+class TiedHead(PackedLinear):
     """The output head of a model whose head is its embedding, packed: it stores nothing of its own but a bias.
 
     Args:
-        embedding: whose weight it multiplies by.
+        embedding: whose packed tensors it multiplies by.
         bias: `[num_embeddings]` or None.
     """
 
     def __init__(self, embedding: PackedEmbedding, bias: nn.Parameter | None = None) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self._embedding = (embedding,)  # in a tuple it is no submodule: saved and moved where it is, and only there
+        self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
+        self.group_size, self.bit_counts = embedding.group_size, embedding.bit_counts
         self.bias = bias
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """`inputs` `[..., embedding_dim]` → `[..., num_embeddings]`."""
-        return nn.functional.linear(inputs, self._embedding[0].dequantize(inputs.dtype), self.bias)
+    @property
+    def scales(self) -> Tensor:  # type: ignore[override]
+        """The embedding's."""
+        return self._embedding[0].scales
+
+    def packed_tensors(self) -> dict[str, Tensor]:
+        """The embedding's."""
+        return self._embedding[0].packed_tensors()
+
+    def replace_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the embedding's."""
+        self._embedding[0].replace_tensors(tensors)

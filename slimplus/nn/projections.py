@@ -8,14 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from slimplus.nn.int4 import Int4Weight
+from slimplus.nn.int8 import Int8Weight
 from slimplus.nn.packed import PackedLinear
 from slimplus.nn.shards import FusedShards
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers of one module that every architecture we know feeds the same tensor."""
 
-FORMS: dict[str, type[Int4Weight] | type[FusedShards]] = {"cpu": Int4Weight, "cuda": FusedShards}
-"""Device → how packed weights are multiplied there while rows are few."""
+Form = Int4Weight | Int8Weight | FusedShards
+FORMS: dict[str, tuple[type[Form], ...]] = {"cpu": (Int4Weight, Int8Weight), "cuda": (FusedShards,)}
+"""Device → how packed weights are multiplied there while rows are few; which one depends on their widths."""
 
 
 class Projections:
@@ -30,15 +32,18 @@ class Projections:
 
     def __init__(self, layers: Sequence[PackedLinear]) -> None:
         self.layers = tuple(layers)
-        self._form: Int4Weight | FusedShards | None = None
+        self._form: Form | None = None
         self._pending: tuple[Tensor, int, list[Tensor | None]] | None = None
 
     def takes(self, dtype: torch.dtype, rows: int) -> bool:
         """Whether so many rows of input are multiplied faster here, in `dtype`, than by dequantized weights."""
+        return self._kind(dtype, rows) is not None
+
+    def _kind(self, dtype: torch.dtype, rows: int) -> type[Form] | None:
         first = self.layers[0]
-        form = FORMS.get(first.scales.device.type)
         widths = {width for layer in self.layers for width in layer.bit_counts}
-        return form is not None and form.takes(dtype, rows, widths, first.group_size)
+        forms = FORMS.get(first.scales.device.type, ())
+        return next((form for form in forms if form.takes(dtype, rows, widths, first.group_size)), None)
 
     def __call__(self, inputs: Tensor, layer: PackedLinear, dtype: torch.dtype) -> Tensor:
         """Output of one of the layers, computed in `dtype`; see `takes`."""
@@ -62,7 +67,9 @@ class Projections:
     @torch.compiler.disable
     def prepare(self) -> None:
         """Make the form for the device on which the layers lie; otherwise the first use does."""
-        self._form = FORMS[self.layers[0].scales.device.type].from_layers(self.layers)
+        kind = self._kind(torch.bfloat16, rows=1)
+        assert kind is not None
+        self._form = kind.from_layers(self.layers)
 
     @property
     def nbytes(self) -> int:

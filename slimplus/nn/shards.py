@@ -52,8 +52,7 @@ class FusedShards:
         tensors = [layer.packed_tensors() for layer in layers]
         fused, shape = fuse_shards(tensors, bit_counts, out_features, first.in_features, first.group_size)
         for layer, views in zip(layers, split_shards(fused, bit_counts, out_features, first.group_size), strict=True):
-            for name, view in views.items():
-                layer.register_buffer(name, view)
+            layer.replace_tensors(views)
         return cls(
             [fused[name] for name in NAMES],
             torch.zeros(shape.counters, dtype=torch.int32, device=first.scales.device),
