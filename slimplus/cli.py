@@ -6,7 +6,9 @@ Nothing heavy is imported until the recipe, or the arguments, and their inputs h
 
 from __future__ import annotations
 
+import errno
 import logging
+import signal
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -14,12 +16,14 @@ from collections.abc import Iterator
 import yaml
 
 from slimplus.commands import benchmark, generate, inspect
-from slimplus.config import keys
-from slimplus.console import BAD_INPUT, INTERRUPTED, WIDTH, Parser, write
-from slimplus.errors import InputError
+from slimplus.config import Recipe, keys
+from slimplus.console import BAD_INPUT, INTERRUPTED, PREEMPTED, TRY_AGAIN, WIDTH, Parser, write
+from slimplus.errors import InputError, TemporaryFailure
 from slimplus.preflight import check_inputs
 from slimplus.reading import describe_type, load_recipe, recipe_file, recipe_names
+from slimplus.signals import Preempted, requeue
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 HELP = ("-h", "--help")
 COMMANDS = {"generate": generate, "inspect": inspect, "benchmark": benchmark}
 
@@ -63,16 +67,23 @@ def _key_lines() -> Iterator[str]:
 
 
 def train(arguments: list[str]) -> int:
-    """Runs a recipe; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+    """Runs a recipe; returns the exit status: 0, 2 for bad input, 75 for a failure that passes, 130 when interrupted,
+    143 when pre-empted."""
     if any(argument in HELP for argument in arguments):
         write(help_text())
         return 0
     try:
         recipe = load_recipe(arguments)
         check_inputs(recipe)
+        return _run(recipe)
     except InputError as error:
         write(str(error), sys.stderr)
         return BAD_INPUT
+
+
+def _run(recipe: Recipe) -> int:
+    command = "the same command" if recipe.resume.start == "auto" else "the same command with resume=auto"
+    go_on = f"{command} goes on from what {recipe.run_dir} holds."
     try:
         from slimplus import pipeline  # only now: it loads PyTorch
 
@@ -80,13 +91,22 @@ def train(arguments: list[str]) -> int:
         result = pipeline.dry_run(recipe) if recipe.dry_run else pipeline.run(recipe)
         if result is not None:  # only the first process of a job has something to say
             write(result)
-    except InputError as error:
-        write(str(error), sys.stderr)
-        return BAD_INPUT
     except KeyboardInterrupt:
-        command = "the same command" if recipe.resume.start == "auto" else "the same command with resume=auto"
-        write(f"Interrupted; {command} goes on from what {recipe.run_dir} holds.", sys.stderr)
+        write(f"Interrupted; {go_on}", sys.stderr)
         return INTERRUPTED
+    except Preempted as preempted:
+        job = requeue() if preempted.signal == signal.SIGUSR1 else None
+        write(f"Ended by {preempted}; {f'SLURM job {job} is queued again, and ' if job else ''}{go_on}", sys.stderr)
+        return PREEMPTED
+    except TemporaryFailure as failure:
+        write(f"{failure}; {go_on}", sys.stderr)
+        return TRY_AGAIN
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        where = f" (writing {error.filename})" if error.filename else ""
+        write(f"No space is left for {recipe.run_dir}{where}; free some, then {go_on}", sys.stderr)
+        return TRY_AGAIN
     return 0
 
 

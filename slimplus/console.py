@@ -8,7 +8,8 @@ import sys
 from typing import NoReturn, TextIO
 
 WIDTH = 110  # columns of the help text
-BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses: argparse's, and a shell's for Ctrl-C
+# Exit statuses: argparse's, sysexits.h's EX_TEMPFAIL, and a shell's for Ctrl-C and SIGTERM.
+BAD_INPUT, TRY_AGAIN, INTERRUPTED, PREEMPTED = 2, 75, 130, 143
 
 
 def write(text: str, stream: TextIO | None = None) -> None:

@@ -33,6 +33,7 @@ from slimplus.quantization.affine import group_count
 from slimplus.quantization.linear import QuantizationConfig
 from slimplus.reading import resolve_model_folder
 from slimplus.run import Record, RunDirectory, chain, read_allocation
+from slimplus.signals import Preemption
 from slimplus.training.block import layer_tensors
 from slimplus.training.blockwise import BlockQuantizer
 from slimplus.training.fit import FitConfig
@@ -184,19 +185,22 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
-def prepare(recipe: Recipe) -> Job:
-    """Start the processes, read the texts and check all that can be checked before the long work.
+def start(recipe: Recipe) -> Fabric:
+    """Start the processes of the job."""
+    trainer = recipe.trainer
+    return launch(trainer.accelerator, trainer.devices, trainer.num_nodes, trainer.strategy)
+
+
+def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption) -> Job:
+    """Read the texts and check all that can be checked before the long work.
 
     Raises:
         InputError: for input the user can put right.
     """
-    run = RunDirectory(recipe.run_dir, recipe.resume.start)
-    trainer = recipe.trainer
-    fabric = launch(trainer.accelerator, trainer.devices, trainer.num_nodes, trainer.strategy)
     logging.getLogger("slimplus").setLevel(logging.INFO if fabric.is_global_zero else logging.WARNING)
     L.seed_everything(recipe.seed, verbose=False)
     _check_shares(recipe, fabric.world_size)
-    runner = BlockRunner(fabric.device, resolve_precision(trainer.precision, fabric.device))
+    runner = BlockRunner(fabric.device, resolve_precision(recipe.trainer.precision, fabric.device))
     source = model_source(recipe)
     config = source.config()
     skeleton = build_on_meta(config)
@@ -205,6 +209,7 @@ def prepare(recipe: Recipe) -> Job:
     tokenizer = source.tokenizer()
     text = load_text(recipe.data.calibration.path, "calibration")
     made_from = fingerprint(recipe, text, tokenizer, source, config, runner.precision)
+    run = RunDirectory(recipe.run_dir)
     events = _look_into(run, recipe, made_from, len(block_names)) if fabric.is_global_zero else []
     fabric.barrier()
     run.open()
@@ -227,7 +232,7 @@ def prepare(recipe: Recipe) -> Job:
         tokenizer=tokenizer,
         calibration=calibration,
         evaluation=evaluation,
-        quantizer=_quantizer(recipe, fabric, runner, run.logs),
+        quantizer=_quantizer(recipe, fabric, runner, run.logs, preemption),
         block_names=block_names,
         allocation=allocation,
         outer_bits=outer,
@@ -238,7 +243,7 @@ def prepare(recipe: Recipe) -> Job:
 def _look_into(run: RunDirectory, recipe: Recipe, made_from: dict[str, Any], blocks: int) -> list[str]:
     """Check and repair what an earlier start left in `run`; returns what it had to do, for metrics.json."""
     run.open()
-    run.check_start(blocks)
+    run.check_start(recipe.resume.start, blocks)
     changes = run.check_fingerprint(made_from, recipe.resume.force)
     events = [f"resume.force: {change}" for change in changes] + run.repair()
     upgrades = differences(run.read("metrics.json").get("libraries", {}), library_versions())
@@ -338,14 +343,25 @@ def _metrics(
     return {"perplexity": {}, "seconds": {}, "events": []} | before | fresh
 
 
-def _quantizer(recipe: Recipe, fabric: Fabric, runner: BlockRunner, logs: Path) -> BlockQuantizer:
+def _quantizer(
+    recipe: Recipe, fabric: Fabric, runner: BlockRunner, logs: Path, preemption: Preemption
+) -> BlockQuantizer:
     quantization, training, trainer = recipe.quantization, recipe.training, recipe.trainer
     return BlockQuantizer(
         quantization=QuantizationConfig(
             quantization.method, quantization.bits, quantization.group_size, quantization.percdamp
         ),
         reconstruction=ReconstructionConfig(**training.model_dump()),
-        fit=FitConfig(trainer.devices, trainer.num_nodes, trainer.strategy, trainer.offload, logs, recipe.seed),
+        fit=FitConfig(
+            trainer.devices,
+            trainer.num_nodes,
+            trainer.strategy,
+            trainer.offload,
+            logs,
+            recipe.seed,
+            trainer.checkpoint_seconds,
+        ),
         runner=runner,
         fabric=fabric,
+        preemption=preemption,
     )

@@ -44,7 +44,9 @@ class Manifest:
     def write(self, path: Path, content: bytes | str) -> None:
         """Write a file and name it."""
         data = content.encode() if isinstance(content, str) else content
-        self._replace({path: _entry(len(data), hashlib.sha256(data).hexdigest())}, lambda: write_atomic(path, data))
+        entry = _entry_of(data)
+        if self._entries.get(self._key(path)) != [entry] or not path.is_file():
+            self._replace({path: entry}, lambda: write_atomic(path, data))
 
     def replace_folder(self, folder: Path) -> None:
         """Put `staging_folder(folder)` in the place of `folder` and name its files."""
@@ -57,8 +59,10 @@ class Manifest:
 
     def add(self, path: Path) -> None:
         """Name a file, or all files of a folder, as they are."""
-        self._entries |= {self._key(file): [measure(file)] for file in _files(path)}
-        self._save()
+        entries = {self._key(file): [measure(file)] for file in _files(path)}
+        if self._entries != self._entries | entries:
+            self._entries |= entries
+            self._save()
 
     def forget(self, path: Path) -> None:
         """Take the names of a file, or of all files of a folder, away, then remove it."""
@@ -90,7 +94,7 @@ class Manifest:
 
     def accepts(self, path: Path, data: bytes) -> bool:
         """Whether `data`, as read from a file, is what was written there."""
-        return _entry(len(data), hashlib.sha256(data).hexdigest()) in self._entries.get(self._key(path), [])
+        return _entry_of(data) in self._entries.get(self._key(path), [])
 
     def named(self) -> list[Path]:
         """All files it names."""
@@ -119,6 +123,10 @@ class Manifest:
 
 def _entry(size: int, digest: str) -> Entry:
     return {"size": size, "sha256": digest}
+
+
+def _entry_of(data: bytes) -> Entry:
+    return _entry(len(data), hashlib.sha256(data).hexdigest())
 
 
 def measure(file: Path) -> Entry:

@@ -12,7 +12,7 @@ from slimplus.evaluation import continue_text, perplexity
 from slimplus.files import staging_folder
 from slimplus.hub.checkpoint import load, write_checkpoint
 from slimplus.hub.quantizer import SlimplusConfig
-from slimplus.job import Job, model_source, prepare
+from slimplus.job import Job, model_source, prepare, start
 from slimplus.models.architectures import outer_bits
 from slimplus.models.loading import build_on_meta
 from slimplus.models.streaming import StreamedModel
@@ -20,8 +20,10 @@ from slimplus.outer import packed_config, quantize_outer_layers
 from slimplus.plan import make_plan
 from slimplus.progress import track
 from slimplus.run import chain, write_allocation
+from slimplus.signals import Preemption
 from slimplus.training.block import load_packed_block, packed_block, packed_tensors
 from slimplus.training.blockwise import BlockTask
+from slimplus.training.processes import watched
 
 logger = logging.getLogger(__name__)
 
@@ -36,13 +38,16 @@ def run(recipe: Recipe) -> str | None:
 
     Raises:
         InputError: for input the user can put right.
+        TemporaryFailure: for what passes, such as a lost process.
+        Preempted: after SIGTERM or SIGUSR1.
     """
-    job = prepare(recipe)
-    measure_full_precision(job)
-    quantize_blocks(job)
-    export(job)
-    sentence = measure_packed(job)
-    return finish(job, sentence)
+    with Preemption() as preemption, watched(fabric := start(recipe)):
+        job = prepare(recipe, fabric, preemption)
+        measure_full_precision(job)
+        quantize_blocks(job)
+        export(job)
+        sentence = measure_packed(job)
+        return finish(job, sentence)
 
 
 def dry_run(recipe: Recipe) -> str:
@@ -97,7 +102,7 @@ def quantize_blocks(job: Job) -> None:
                         hidden=quantized,
                         targets=targets,
                         bits=job.imported_bits(index),
-                        checkpoints=job.run.checkpoint_folder(index),
+                        checkpoints=job.run.block_checkpoints(index, made_from),
                     )
                 )
                 packed = packed_block(block, weights)
@@ -163,6 +168,7 @@ def measure_packed(job: Job) -> str:
 
 def finish(job: Job, sentence: str) -> str | None:
     """Write the summary, and the figures into the model card."""
+    job.fabric.barrier()  # the end of the first process is the end of all
     if not job.fabric.is_global_zero:
         return None
     summary = report.summary(job.metrics, str(job.run.packed), sentence)

@@ -40,8 +40,15 @@ def summary(metrics: Metrics, packed: str, sentence: str) -> str:
     """Plain text: the results, where they are, and a sample of what the model writes."""
     rows = results_table(metrics)
     width = max(len(name) for name, _ in rows)
-    table = "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    table = "\n".join(f"{name:<{width}}  {value}" for name, value in [*rows, *_events(metrics)])
     return f"{table}\n\nThe packed checkpoint is in {packed}. It writes:\n\n    {sentence}\n"
+
+
+def _events(metrics: Metrics) -> list[tuple[str, str]]:
+    """What went wrong and was put right, block by block."""
+    run = [("note", event) for event in metrics["events"]]
+    blocks = enumerate(metrics["blocks"])
+    return run + [(f"block {index}", event) for index, record in blocks for event in record["events"]]
 
 
 FIGURES = "<!-- figures -->"

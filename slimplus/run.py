@@ -31,12 +31,11 @@ from slimplus.files import clean
 from slimplus.fingerprint import differences
 from slimplus.manifest import Manifest
 from slimplus.quantization.affine import MAX_BITS
+from slimplus.training.checkpoints import CHECKPOINT, BlockCheckpoints
 
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
-
-CHECKPOINT = "last.ckpt"
 
 
 class RunDirectory:
@@ -46,21 +45,12 @@ class RunDirectory:
 
     Args:
         root: the folder; created by `repair`.
-        resume: `auto`, `never` (refuse a folder that already holds something), or the path of the checkpoint of the
-            block in training.
-
-    Raises:
-        InputError: for a folder that is not empty, with `never`.
     """
 
     manifest: Manifest
 
-    def __init__(self, root: str | Path, resume: str) -> None:
-        self.root, self.resume = Path(root).expanduser(), resume
-        if resume == "never" and self.root.is_dir() and any(self.root.iterdir()):
-            raise InputError(
-                f"run_dir: {self.root} is not empty; give another run_dir, or resume=auto to go on from what it holds"
-            )
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).expanduser()
         self.packed, self.checkpoints, self.logs = (self.root / name for name in ("packed", "checkpoints", "logs"))
         self.tokens, self.blocks = self.root / "tokens", self.root / "blocks"
 
@@ -103,17 +93,25 @@ class RunDirectory:
             if (path.exists() or inside[0] in whole) and (problem := self.manifest.problem(path)):
                 yield self.root.joinpath(*inside[: whole.get(inside[0], len(inside))]), problem
 
-    def check_start(self, blocks: int) -> None:
-        """Check `resume` where it is a path.
+    def check_start(self, resume: str, blocks: int) -> None:
+        """Check whether what the folder holds is what the user wants to go on from.
+
+        Args:
+            resume: `auto`, `never` (the folder must be empty), or the path of the checkpoint of the block in training.
+            blocks: how many the model has.
 
         Raises:
-            InputError: if that is not the intact checkpoint of the block in training.
+            InputError: if not.
         """
-        if self.resume in ("auto", "never"):
+        if resume == "never" and self.root.is_dir() and any(self.root.iterdir()):
+            raise InputError(
+                f"run_dir: {self.root} is not empty; give another run_dir, or resume=auto to go on from what it holds"
+            )
+        if resume in ("auto", "never"):
             return
-        given = Path(self.resume).expanduser()
+        given = Path(resume).expanduser()
         index = next((index for index in range(blocks) if not self.has_block(index)), blocks)
-        expected = self.checkpoint_folder(index) / CHECKPOINT
+        expected = self._checkpoint_folder(index) / CHECKPOINT
         held = f"{self.root} holds {expected}" if expected.exists() else f"{self.root} holds none"
         problem = None
         if given.resolve() != expected.resolve() or not expected.exists():
@@ -179,7 +177,7 @@ class RunDirectory:
         """Keep a finished block; its training checkpoints are no longer needed."""
         data = save(dict(tensors), metadata={"record": json.dumps(record)})
         self.manifest.write(self._block_file(index), data)
-        self.manifest.forget(self.checkpoint_folder(index))
+        self.manifest.forget(self._checkpoint_folder(index))
 
     def load_block(self, index: int) -> tuple[dict[str, Tensor], Record]:
         """A finished block and its record.
@@ -196,8 +194,11 @@ class RunDirectory:
                 return load(data), self._read_record(index)
         raise InputError(f"run_dir: {problem}; start again to have the block made again")
 
-    def checkpoint_folder(self, index: int) -> Path:
-        """Where the training of a block keeps its Lightning checkpoints."""
+    def block_checkpoints(self, index: int, made_from: str) -> BlockCheckpoints:
+        """Where the training of a block keeps its Lightning checkpoints; `made_from` is the chain of those before."""
+        return BlockCheckpoints(self._checkpoint_folder(index), self.manifest, made_from)
+
+    def _checkpoint_folder(self, index: int) -> Path:
         return self.checkpoints / f"block_{index:03d}"
 
     def write(self, name: str, content: str | Mapping[str, Any]) -> None:

@@ -7,10 +7,8 @@ import json
 import logging
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -289,29 +287,6 @@ def test_the_command(arguments: Arguments, tmp_path: Path) -> None:
     assert "quantizing: block 2 of 2" in done.stderr
     for chatter in ("GPU available", "does not have many workers", "max_epochs"):
         assert done.stderr.count(chatter) <= 1
-
-
-@pytest.mark.slow
-def test_a_killed_run_resumes_and_ends_the_same(arguments: Arguments, make_model: ModelMaker, tmp_path: Path) -> None:
-    model = make_model("llama", blocks=4)
-    whole, killed = (
-        arguments(tmp_path / name, "training.epochs=6", "data.samples=32", model=model) for name in ("whole", "killed")
-    )
-    assert _train(whole).returncode == 0
-    for awaited in ("checkpoints/block_000/last.ckpt", "blocks/block_001.safetensors", "blocks/block_003.safetensors"):
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), *killed], env=_environment(), stderr=subprocess.DEVNULL
-        )
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "killed" / awaited).exists():
-            assert process.poll() is None, "the run ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.wait(timeout=30)
-    assert _train(killed).returncode == 0
-    for name in ("packed/model.safetensors", "allocation.json", "packed/config.json"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
 
 
 @pytest.mark.slow

@@ -172,7 +172,7 @@ def test_a_foreign_block_is_named_and_what_was_made_from_others_is_made_again(
     manifest = Manifest(copy)
     other = {name: tensor.clone() for name, tensor in load_file(foreign).items()}
     other["mlp.up_proj.scales"] += 1
-    save_file(other, foreign, metadata={"record": json.dumps({"made_from": "", "chain": "another"})})
+    save_file(other, foreign, metadata={"record": json.dumps({"made_from": "", "chain": "another", "events": []})})
     manifest.add(foreign)  # as if it had been made by another version of a library
     run(arguments(copy))
     assert "block_007.safetensors is incomplete or from elsewhere" in caplog.text

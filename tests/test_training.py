@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from slimplus.manifest import Manifest
 from slimplus.models.architectures import find_linears
 from slimplus.models.loading import ModelSource
 from slimplus.models.streaming import BlockInputs, BlockRunner, StreamedModel, run_block
 from slimplus.nn import FakeQuantizedLinear, PackedLinear
 from slimplus.quantization.affine import QuantizedWeight, choose_qparams, quantize, storable_scale, storable_zero_point
 from slimplus.quantization.linear import QuantizationConfig
+from slimplus.signals import Preemption
 from slimplus.training.block import (
     BlockData,
     fake_quantized_block,
@@ -26,7 +28,8 @@ from slimplus.training.block import (
     quantize_block,
     trained_weights,
 )
-from slimplus.training.fit import FitConfig, fit_block
+from slimplus.training.checkpoints import BlockCheckpoints
+from slimplus.training.fit import BlockFit, FitConfig
 from slimplus.training.reconstruction import BlockReconstruction, ReconstructionConfig, normalized_error
 from slimplus.training.strategies import launch
 
@@ -176,15 +179,9 @@ def _fit(
         module.on_train_epoch_start = lambda: _stop(module, stop_after)  # type: ignore[method-assign]
     targets = RUNNER.run(original, inputs.hidden, inputs.arguments[0])
     fabric = launch("cpu", 1, 1, "auto")
-    fit_block(
-        module,
-        inputs.hidden,
-        targets,
-        "block_000",
-        folder / "checkpoints",
-        fabric,
-        FitConfig(1, 1, "auto", "none", folder / "logs", seed=0),
-    )
+    checkpoints = BlockCheckpoints(folder / "checkpoints", Manifest(folder), "")
+    config = FitConfig(1, 1, "auto", "none", folder / "logs", seed=0, checkpoint_seconds=3600)
+    BlockFit(module, inputs.hidden, targets, "block_000", checkpoints, fabric, config, Preemption())()
     return original, trained_weights(module.block)
 
 

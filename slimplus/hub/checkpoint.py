@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -74,7 +75,11 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> int:
     total = pending_bytes = 0
 
     def flush() -> None:
-        save_file(pending, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+        try:
+            save_file(pending, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, for one, comes without its number
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]), str(error), str(folder)) if number else error from error
         shards.append(list(pending))
         pending.clear()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lightning.fabric import Fabric
@@ -14,8 +13,10 @@ from torch import Tensor, nn
 from slimplus.models.streaming import BlockArguments, BlockRunner
 from slimplus.quantization.affine import QuantizedWeight
 from slimplus.quantization.linear import QuantizationConfig
+from slimplus.signals import Preemption
 from slimplus.training.block import BlockData, fake_quantized_block, quantize_block, trained_weights
-from slimplus.training.fit import FitConfig, fit_block
+from slimplus.training.checkpoints import BlockCheckpoints
+from slimplus.training.fit import BlockFit, FitConfig
 from slimplus.training.ranks import Ranks
 from slimplus.training.reconstruction import BlockReconstruction, ReconstructionConfig
 
@@ -31,7 +32,7 @@ class BlockTask:
         hidden: this rank's inputs of the block, from the quantized blocks before it, `[windows, length, hidden]`.
         targets: this rank's outputs of the block along the full-precision chain, the same shape.
         bits: widths of each layer's groups, if they are given rather than searched.
-        checkpoints: folder for Lightning's checkpoints.
+        checkpoints: of its training.
     """
 
     block: nn.Module
@@ -40,7 +41,7 @@ class BlockTask:
     hidden: Tensor
     targets: Tensor
     bits: Mapping[str, Tensor] | None
-    checkpoints: Path
+    checkpoints: BlockCheckpoints
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class BlockQuantizer:
     fit: FitConfig
     runner: BlockRunner
     fabric: Fabric
+    preemption: Preemption
 
     @property
     def trains(self) -> bool:
@@ -72,14 +74,29 @@ class BlockQuantizer:
             "divergence": result.divergence,
             "percdamp": result.percdamp,
             "seconds": {"calibration": time.perf_counter() - start},
+            "events": [
+                f"the Hessian of {name} was singular; damping was raised to {percdamp:g}"
+                for name, percdamp in result.percdamp.items()
+                if percdamp > self.quantization.percdamp
+            ],
         }
         if not self.trains:
             return result.weights, record
         start = time.perf_counter()
-        trained = fake_quantized_block(task.block, result.weights)
-        module = BlockReconstruction(trained, task.arguments, self.reconstruction, self.runner.precision)
-        record["loss"] = fit_block(
-            module, task.hidden, task.targets, task.name, task.checkpoints, self.fabric, self.fit
+        module = BlockReconstruction(
+            fake_quantized_block(task.block, result.weights),
+            task.arguments,
+            self.reconstruction,
+            self.runner.precision,
         )
+        fit = BlockFit(
+            module, task.hidden, task.targets, task.name, task.checkpoints, self.fabric, self.fit, self.preemption
+        )()
+        record["loss"], record["calibrated_loss"], record["skipped_steps"] = fit.loss, fit.calibrated_loss, fit.skipped
         record["seconds"]["training"] = time.perf_counter() - start
-        return trained_weights(module.to(self.runner.device).block), record
+        record["events"] += fit.events
+        if fit.helped:
+            return trained_weights(module.to(self.runner.device).block), record
+        if fit.loss is not None:
+            record["events"].append("training ended above the calibrated loss; the calibrated quantizers are kept")
+        return result.weights, record

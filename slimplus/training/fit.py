@@ -1,27 +1,37 @@
-"""One Lightning Trainer per block: loggers, checkpoints, progress, strategy."""
+"""One Lightning Trainer per block: loggers, checkpoints, progress, strategy; and what follows when it fails."""
 
 from __future__ import annotations
 
+import csv
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import lightning as L
+import torch
 from lightning.fabric import Fabric
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.callbacks import LearningRateMonitor, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from slimplus.errors import InputError
+from slimplus.signals import Preemption
+from slimplus.training.checkpoints import Attempt, BlockCheckpoints
 from slimplus.training.ranks import Ranks
 from slimplus.training.reconstruction import BlockReconstruction
 from slimplus.training.sampling import StepSampler
 from slimplus.training.strategies import Offload, build_strategy
+from slimplus.training.supervisor import Supervisor
 
-CHECKPOINT = Path("last.ckpt")  # one an epoch, each in the place of the one before
+logger = logging.getLogger(__name__)
+
+RATES = (1.0, 0.1)  # parts of the learning rate: of the first attempt, and of the one after a divergence
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,7 @@ class FitConfig:
         devices, num_nodes, strategy, offload: as Lightning's Trainer and `build_strategy` take them.
         logs: folder of the TensorBoard and CSV logs.
         seed: of the order of the windows.
+        checkpoint_seconds: training time between two checkpoints within an epoch.
     """
 
     devices: int
@@ -40,74 +51,193 @@ class FitConfig:
     offload: Offload
     logs: Path
     seed: int
+    checkpoint_seconds: float
 
 
-def fit_block(
-    module: BlockReconstruction,
-    hidden: Tensor,
-    targets: Tensor,
-    name: str,
-    checkpoints: Path,
-    fabric: Fabric,
-    config: FitConfig,
-) -> float | None:
-    """Train `module` in place on this rank's windows; goes on from the last checkpoint in `checkpoints`, if any.
+@dataclass(frozen=True)
+class FitResult:
+    """How a training went.
 
-    Args:
-        module: the block with its learnable quantizers.
-        hidden: its inputs, `[windows, sequence_length, hidden]`.
+    Attributes:
+        loss: mean of the last epoch; None if every attempt diverged.
+        calibrated_loss: before training.
+        skipped: steps whose gradient was not fit to be used.
+        events: what a reader of the results should know.
+    """
+
+    loss: float | None
+    calibrated_loss: float
+    skipped: int
+    events: tuple[str, ...]
+
+    @property
+    def helped(self) -> bool:
+        """Whether the trained quantizers are better than the calibrated ones."""
+        return self.loss is not None and self.loss <= self.calibrated_loss
+
+
+class ResumableLoader(DataLoader[tuple[Tensor, ...]]):
+    """Goes on with the batch after the last one it gave before a checkpoint; Lightning keeps its state there."""
+
+    given = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        start = self.given % len(self)
+        for number, batch in enumerate(islice(super().__iter__(), start, None), start + 1):
+            self.given = number
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"given": self.given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.given = state["given"]
+
+
+@dataclass(frozen=True)
+class BlockFit:
+    """The training of one block: its module, its data, and where it runs.
+
+    Attributes:
+        module: the block with its learnable quantizers, trained in place.
+        hidden: this rank's inputs of the block, `[windows, sequence_length, hidden]`.
         targets: what it should give, the same shape.
         name: of the block, in the logs.
-        checkpoints: folder for this block's Lightning checkpoints, one an epoch.
+        checkpoints: of this block.
         fabric: the processes of the job.
         config: where and how to train.
-
-    Returns:
-        The mean loss of the last epoch; None if the checkpoint was that of a finished training.
+        preemption: the signals of this process.
     """
-    ranks, step = Ranks(fabric.global_rank, fabric.world_size), module.config.batch_size
-    sampler = StepSampler(len(hidden) * ranks.count, step, ranks, config.seed)
-    share = step // (ranks.count * module.config.accumulate_grad_batches)
-    loader = DataLoader(TensorDataset(hidden, targets), batch_size=share, sampler=sampler)
-    last = checkpoints / CHECKPOINT
-    with _quiet():
-        trainer = L.Trainer(
-            accelerator=fabric.device.type,
-            devices=config.devices,
-            num_nodes=config.num_nodes,
-            strategy=build_strategy(config.strategy, fabric, config.offload),
-            precision="32-true",  # the module autocasts by itself
-            max_epochs=module.config.epochs,
-            accumulate_grad_batches=module.config.accumulate_grad_batches,
-            logger=_loggers(config.logs, name),
-            callbacks=_callbacks(checkpoints),
-            log_every_n_steps=min(10, sampler.steps),
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-        )
-        try:
-            trainer.fit(module, loader, ckpt_path=str(last) if last.exists() else None, weights_only=True)
-        except SystemExit:
-            if trainer.interrupted:  # Lightning turns Ctrl-C into an exit of its own
-                raise KeyboardInterrupt from None
-            raise
-    loss = trainer.callback_metrics.get("loss_epoch")
-    return None if loss is None else float(loss)
+
+    module: BlockReconstruction
+    hidden: Tensor
+    targets: Tensor
+    name: str
+    checkpoints: BlockCheckpoints
+    fabric: Fabric
+    config: FitConfig
+    preemption: Preemption
+
+    def __call__(self) -> FitResult:
+        """Train, going on from the last checkpoint if there is one.
+
+        A training that diverges begins anew at a lower learning rate, one that runs out of memory with smaller parts
+        of a step.
+
+        Raises:
+            Preempted: once a checkpoint of the step in progress has been written.
+            InputError: if a single window does not fit the device, or any one of several does not.
+        """
+        module, recipe = self.module, self.module.config
+        initial = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+        calibrated_loss = self._calibrated_loss()
+        first = Attempt(self.checkpoints.made_from, recipe.accumulate_grad_batches)
+        attempt, found = self.checkpoints.begin(first, self.fabric)
+        while attempt.restarts < len(RATES):
+            for name, parameter in module.named_parameters():
+                if name in initial:
+                    parameter.data = initial[name].to(parameter.device, copy=True)
+            module.config = replace(recipe, learning_rate=recipe.learning_rate * RATES[attempt.restarts])
+            supervisor = self._attempt(attempt, found)
+            if supervisor is not None and not supervisor.guard.diverged:
+                return FitResult(supervisor.loss, calibrated_loss, supervisor.guard.skipped, attempt.events)
+            attempt, found = self._next(attempt, supervisor), False
+            logger.warning("%s: %s", self.name, attempt.events[-1])
+            if self.fabric.is_global_zero:
+                self.checkpoints.renew(attempt)
+            self.fabric.barrier()
+        return FitResult(None, calibrated_loss, 0, attempt.events)
+
+    def _calibrated_loss(self) -> float:
+        self.module.to(self.fabric.device)
+        mean = self.module.evaluate(zip(self.hidden.split(1), self.targets.split(1), strict=True))
+        ranks = Ranks(self.fabric.global_rank, self.fabric.world_size)
+        return float(ranks.sum(mean.double()) / ranks.count)
+
+    def _next(self, attempt: Attempt, supervisor: Supervisor | None) -> Attempt:
+        """What to try after a divergence, or where there is no supervisor, after running out of memory."""
+        if supervisor is not None:
+            skipped, restarts = supervisor.guard.skipped, attempt.restarts + 1
+            then = "training began anew at a tenth of the learning rate"
+            then = then if restarts < len(RATES) else "the calibrated quantizers are kept"
+            event = f"the gradient was not finite or exploded in {skipped} steps; {then}"
+            return replace(attempt, restarts=restarts, events=(*attempt.events, event))
+        torch.cuda.empty_cache()
+        windows = self.module.config.batch_size // attempt.parts
+        split = next((n for n in range(2 * attempt.split, windows + 1) if windows % n == 0), None)
+        if split is None:
+            raise InputError(
+                "out of device memory while one window is trained on; lower data.sequence_length, or share the "
+                "training by trainer.devices and trainer.strategy=deepspeed_stage_3; finished blocks are kept"
+            )
+        event = f"out of device memory; {windows // split} windows at a time instead of {windows // attempt.split}"
+        return replace(attempt, split=split, events=(*attempt.events, event))
+
+    def _loader(self, parts: int) -> ResumableLoader:
+        ranks, step = Ranks(self.fabric.global_rank, self.fabric.world_size), self.module.config.batch_size
+        sampler = StepSampler(len(self.hidden) * ranks.count, step, ranks, self.config.seed)
+        windows = TensorDataset(self.hidden, self.targets)
+        return ResumableLoader(windows, batch_size=step // (ranks.count * parts), sampler=sampler)
+
+    def _attempt(self, attempt: Attempt, found: bool) -> Supervisor | None:
+        """Train once; what became of it, or None where the device's memory did not suffice."""
+        parts, config = attempt.parts * attempt.split, self.config
+        loader = self._loader(parts)
+        self.module.steps = self.module.config.epochs * len(loader) // parts
+        L.seed_everything(config.seed, verbose=False)
+        with _quiet():
+            logged = _logged(config.logs / "csv" / self.name / "metrics.csv") if found else []
+            supervisor = Supervisor(self.checkpoints, config.checkpoint_seconds, self.preemption, logged)
+            trainer = L.Trainer(
+                accelerator=self.fabric.device.type,
+                devices=config.devices,
+                num_nodes=config.num_nodes,
+                strategy=build_strategy(config.strategy, self.fabric, config.offload),
+                plugins=[self.checkpoints],
+                precision="32-true",  # the module autocasts by itself
+                max_epochs=self.module.config.epochs,
+                accumulate_grad_batches=parts,
+                logger=[
+                    TensorBoardLogger(config.logs, name="tensorboard", version=self.name),
+                    CSVLogger(config.logs, name="csv", version=self.name),
+                ],
+                callbacks=[
+                    supervisor,
+                    LearningRateMonitor(logging_interval="step"),
+                    TQDMProgressBar(refresh_rate=10, process_position=1, leave=False),
+                ],
+                log_every_n_steps=min(10, len(loader) // parts),
+                default_root_dir=self.checkpoints.folder,  # where it looks for checkpoints by SLURM's requeueing
+                enable_checkpointing=False,  # the supervisor's
+                enable_model_summary=False,
+                use_distributed_sampler=False,
+            )
+            # Lightning's handler of SIGTERM broadcasts from wherever the signal meets it.
+            trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+            try:
+                with self.preemption.deferred():
+                    path = str(self.checkpoints.path) if found else None
+                    trainer.fit(self.module, loader, ckpt_path=path, weights_only=True)
+            except SystemExit:
+                if trainer.interrupted:  # Lightning turns Ctrl-C into an exit of its own
+                    raise KeyboardInterrupt from None
+                raise
+            except torch.OutOfMemoryError as error:
+                if self.fabric.world_size > 1:  # the others wait in a collective
+                    raise InputError(
+                        "out of device memory; give a larger training.accumulate_grad_batches, which changes no "
+                        "result, and go on: finished blocks are kept"
+                    ) from error
+                return None
+        return supervisor
 
 
-def _loggers(folder: Path, name: str) -> list[Logger]:
-    return [
-        TensorBoardLogger(folder, name="tensorboard", version=name),
-        CSVLogger(folder, name="csv", version=name),
-    ]
-
-
-def _callbacks(checkpoints: Path) -> list[Callback]:
-    return [
-        LearningRateMonitor(logging_interval="step"),
-        ModelCheckpoint(checkpoints, filename=CHECKPOINT.stem, enable_version_counter=False),
-        TQDMProgressBar(refresh_rate=10, process_position=1, leave=False),
-    ]
+def _logged(file: Path) -> list[dict[str, Any]]:
+    """Rows of a CSV log."""
+    if not file.is_file():
+        return []
+    with file.open(newline="") as stream:
+        return [row for row in csv.DictReader(stream) if row.get("step")]
 
 
 @contextmanager
@@ -127,6 +257,7 @@ def _quiet() -> Iterator[None]:
                 ".*in eval mode.*",  # blocks stay in it: dropout has no place in a reconstruction
                 ".*exists and is not empty.*",
                 ".*will be overwritten.*",
+                ".*before `optimizer.step\\(\\)`.*",  # of the schedule, where the first step was skipped
                 ".*LeafSpec.*",  # Lightning's use of a name that PyTorch is about to retire
             ):
                 warnings.filterwarnings("ignore", message)

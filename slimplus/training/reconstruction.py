@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 
 from slimplus.models.precision import autocast
 from slimplus.models.streaming import BlockArguments, run_block
-from slimplus.training.zero import gradient_norm
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,19 @@ class BlockReconstruction(L.LightningModule):
         arguments: the block's other arguments, on its device.
         config: epochs, rates.
         precision: Lightning's name of the precision to autocast to.
+
+    Attributes:
+        steps: of the whole training; set before it begins.
     """
+
+    steps: int
 
     def __init__(
         self, block: nn.Module, arguments: BlockArguments, config: ReconstructionConfig, precision: str
     ) -> None:
         super().__init__()
         self.block, self.arguments, self.config, self.precision_name = block, arguments, config, precision
+        self._losses: list[Tensor] = []
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`[windows, sequence_length, hidden]` → the same."""
@@ -70,23 +76,27 @@ class BlockReconstruction(L.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         hidden, target = batch
         loss = normalized_error(self(hidden), target)
+        self._losses.append(loss.detach())
         self.log("loss", loss, prog_bar=True, on_step=True, on_epoch=True, sync_dist=True)
         return loss
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        if gradients:  # DeepSpeed keeps them to itself
-            self.log("grad_norm", nn.utils.get_total_norm(gradients))
+    def take_loss(self) -> Tensor:
+        """Mean loss of the batches since the last call."""
+        mean = torch.stack(self._losses).mean()
+        self._losses.clear()
+        return mean
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        if (norm := gradient_norm(self.trainer.strategy)) is not None:
-            self.log("grad_norm", norm)
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+        """Mean loss over `batches`."""
+        losses = [normalized_error(self(hidden.to(self.device)), target.to(self.device)) for hidden, target in batches]
+        return torch.stack(losses).mean()
 
     def configure_optimizers(self) -> Any:
         trained = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             trained, lr=self.config.learning_rate, weight_decay=self.config.weight_decay, betas=(0.9, 0.95)
         )
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(steps, 1))
+        # Not `estimated_stepping_batches`: that sets up the loader before a checkpoint has told it where to go on.
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(self.steps, 1))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -8,6 +8,7 @@ holds the module as an ordinary one with its full parameters, whatever the strat
 from typing import Literal
 
 from lightning.fabric import Fabric
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -58,6 +59,28 @@ def build_strategy(name: str, fabric: Fabric, offload: Offload = "none") -> str 
         raise ValueError(f"unknown strategy {name!r}: choose one of auto, ddp, {', '.join(STAGES)}")
     strategy = ZeROStrategy if fabric.device.type == "cuda" else CPUZeROStrategy
     return strategy(stage, offload)
+
+
+def takes_step(trainer: Trainer) -> bool:
+    """Whether the optimizer, about to be called, will step."""
+    return not isinstance(trainer.strategy, ZeROStrategy) or trainer.strategy.takes_step
+
+
+def gradient_norm(trainer: Trainer) -> float:
+    """Norm of the gradient, reduced over the ranks, that the optimizer is about to use. On every rank."""
+    if isinstance(trainer.strategy, ZeROStrategy):
+        return trainer.strategy.gradient_norm()
+    held = [parameter.grad for parameter in trainer.lightning_module.parameters() if parameter.grad is not None]
+    return float(nn.utils.get_total_norm(held))
+
+
+def discard_gradient(trainer: Trainer) -> None:
+    """Have the optimizer, about to be called, change nothing: neither parameters nor moments. On every rank."""
+    if isinstance(trainer.strategy, ZeROStrategy):
+        trainer.strategy.discard_gradient()
+    else:
+        for parameter in trainer.lightning_module.parameters():
+            parameter.grad = None
 
 
 class _DDPStrategy(DDPStrategy):

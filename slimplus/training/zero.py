@@ -164,6 +164,31 @@ class ZeROStrategy(DeepSpeedStrategy):
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self._module.parameters() if parameter.requires_grad]
 
+    @property
+    def takes_step(self) -> bool:
+        """Whether the optimizer will step; DeepSpeed's is called for every accumulated batch."""
+        return bool(self.deepspeed_engine.is_gradient_accumulation_boundary())
+
+    def gradient_norm(self) -> float:
+        """Norm of the gradient that the optimizer is about to use, over all ranks; NaN for one that is not finite."""
+        from deepspeed.runtime.utils import combine_grad_norm_groups, is_invalid_grad_norm
+
+        zero = self.deepspeed_engine.optimizer
+        groups = zero._get_norm_groups() if self.zero_stage_3 else [zero.scaled_global_norm()]
+        norm = combine_grad_norm_groups(groups)
+        return torch.nan if is_invalid_grad_norm(norm) else float(norm)
+
+    def discard_gradient(self) -> None:
+        """Have the next step change nothing: DeepSpeed passes over one whose norm is not finite, and cleans up."""
+        zero = self.deepspeed_engine.optimizer
+        name = "_get_norm_groups" if self.zero_stage_3 else "scaled_global_norm"
+
+        def invalid() -> Any:
+            delattr(zero, name)  # for this step only
+            return [torch.tensor(-1.0)] if self.zero_stage_3 else torch.tensor(-1.0)
+
+        setattr(zero, name, invalid)
+
     def teardown(self) -> None:
         module = self.lightning_module
         # When one rank fails the others are elsewhere, and a collective here would hang.
@@ -239,11 +264,3 @@ def _replace_parameters(module: nn.Module) -> None:
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
     """A group of an optimizer without its parameters."""
     return {key: value for key, value in group.items() if key != "params"}
-
-
-def gradient_norm(strategy: object) -> float | None:
-    """Norm of the gradient of the last step over all ranks, which under DeepSpeed only its engine knows; else None."""
-    if not isinstance(strategy, ZeROStrategy):
-        return None
-    norm = strategy.deepspeed_engine.get_global_grad_norm()
-    return None if norm is None else float(norm)

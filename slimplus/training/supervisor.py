@@ -1,0 +1,122 @@
+"""Sees to it that a training ends well: bad steps are skipped, and it can be ended and continued at any step."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+
+from slimplus.signals import Preemption
+from slimplus.training.checkpoints import BlockCheckpoints
+from slimplus.training.guard import StepGuard
+from slimplus.training.reconstruction import BlockReconstruction
+from slimplus.training.strategies import discard_gradient, gradient_norm, takes_step
+
+
+class Supervisor(Callback):
+    """Skips bad steps, and writes a checkpoint at each epoch's end, after `seconds`, and when the job is pre-empted.
+
+    All decisions come from one sum over the ranks at each step, so that they agree. Checkpoints are written after
+    whole steps only: no gradients are pending then.
+
+    Args:
+        checkpoints: where to.
+        seconds: of training between two checkpoints; 0 for one at every step.
+        preemption: the signals of this process.
+        logged: rows of the CSV log of an earlier start.
+
+    Attributes:
+        guard: what became of the steps.
+        loss_sum, steps: of the steps taken in this epoch, over all ranks.
+    """
+
+    def __init__(
+        self, checkpoints: BlockCheckpoints, seconds: float, preemption: Preemption, logged: list[dict[str, Any]]
+    ) -> None:
+        self.checkpoints, self.seconds, self.preemption, self.logged = checkpoints, seconds, preemption, logged
+        self.guard = StepGuard()
+        self.loss_sum, self.steps = 0.0, 0
+        self._saved_at = time.monotonic()
+        self._stepped = self._asked = self._due = self._cut_short = False
+
+    @property
+    def loss(self) -> float:
+        """Mean over the steps of the last epoch."""
+        return self.loss_sum / self.steps if self.steps else math.nan
+
+    def state_dict(self) -> dict[str, Any]:
+        generators = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            generators["cuda"] = torch.cuda.get_rng_state()
+        return {"guard": self.guard.state_dict(), "loss": [self.loss_sum, self.steps], "generators": generators}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.guard.load_state_dict(state_dict["guard"])
+        self.loss_sum, self.steps = state_dict["loss"]
+        torch.set_rng_state(state_dict["generators"]["cpu"].cpu())
+        if torch.cuda.is_available() and "cuda" in state_dict["generators"]:
+            torch.cuda.set_rng_state(state_dict["generators"]["cuda"].cpu())
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for log in trainer.loggers:
+            if isinstance(log, CSVLogger) and trainer.is_global_zero:  # it begins with an empty file
+                log.experiment.metrics.extend(row for row in self.logged if int(row["step"]) < trainer.global_step)
+                log.save()
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.loss_sum, self.steps = 0.0, 0
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        assert isinstance(pl_module, BlockReconstruction)
+        if not takes_step(trainer):
+            return
+        waited = trainer.is_global_zero and time.monotonic() - self._saved_at >= self.seconds
+        norm, loss, asked, due = self._sum(trainer, pl_module.take_loss(), waited)
+        pl_module.log("grad_norm", norm)
+        if self.guard.admits(norm):
+            self.loss_sum += loss
+            self.steps += 1
+        else:
+            discard_gradient(trainer)
+        self._stepped, self._asked, self._due = True, bool(asked), bool(due)
+        if asked:
+            self.preemption.share()
+
+    def _sum(self, trainer: L.Trainer, loss: Tensor, due: bool) -> list[float]:
+        """Over all ranks: the norm of the gradient, the mean loss, and two votes."""
+        share = torch.tensor([gradient_norm(trainer), float(loss)], dtype=torch.float64) / trainer.world_size
+        votes = torch.tensor([self.preemption.received is not None, due], dtype=torch.float64)
+        local = torch.cat([share, votes]).to(loss.device)
+        summed: list[float] = trainer.strategy.reduce(local, reduce_op="sum").tolist()
+        return summed
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if not self._stepped:
+            return
+        self._stepped = False
+        last = trainer.is_last_batch  # of the epoch, whose end writes a checkpoint
+        if self.guard.diverged:
+            trainer.should_stop = self._cut_short = True
+        elif self._asked:
+            trainer.should_stop = True
+            self._cut_short = not last
+        if not last and not self.guard.diverged and (self._asked or self._due):
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._cut_short:  # Lightning ends the epoch even so
+            self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        trainer.save_checkpoint(self.checkpoints.path)
+        for log in trainer.loggers:
+            log.save()
+        self._saved_at = time.monotonic()
