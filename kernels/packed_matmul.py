@@ -18,7 +18,7 @@ from torch import Tensor
 
 from slimplus.kernels.launch import LaunchConfig, choose_launch
 from slimplus.kernels.shards import ONES, FusedShape
-from slimplus.kernels.unpack import as_tile, unpack_group
+from slimplus.kernels.unpack import as_tile, turned_columns, unpack_group
 from slimplus.quantization.packing import padded_rows
 
 MAX_TOKENS = 256
@@ -138,8 +138,10 @@ def _accumulate_width(
     split_k = tl.num_programs(1)
     first = start + (tl.program_id(1) + split_k - start % split_k) % split_k
     inside = row < stride
+    TURNED: tl.constexpr = GROUP_SIZE < 128 and token.shape[0] <= MAX_DECODE_TOKENS
+    columns = turned_columns(GROUP_SIZE) if TURNED else tl.arange(0, GROUP_SIZE)
     for group in tl.range(first, stop, split_k, num_stages=STAGES):
-        column = tl.load(group_index + group).to(tl.int32) * GROUP_SIZE + tl.arange(0, GROUP_SIZE)
+        column = tl.load(group_index + group).to(tl.int32) * GROUP_SIZE + columns
         exists = token[None, :] < tokens
         if RAGGED:
             exists &= column[:, None] < in_features
@@ -167,7 +169,8 @@ def _accumulate_width(
         if token.shape[0] > MAX_DECODE_TOKENS:
             product = _dot(_centred(pairs, zero, ones, dtype), values)
         else:
-            product = _dot(as_tile(pairs, dtype), values) - (1 + zero)[:, None] * _column_sums(values, row.shape[0])
+            product = _dot(as_tile(pairs, dtype, TURNED), values)
+            product -= (1 + zero)[:, None] * _column_sums(values, row.shape[0])
         sums += scale[:, None] * product
     return sums
 

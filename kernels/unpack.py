@@ -84,8 +84,27 @@ def unpack_group(
 
 
 @triton.jit
-def as_tile(pairs, dtype: tl.constexpr):
-    """Pairs of weights `[rows, 8, containers]` → the weights `[rows, columns]` in dtype, without an instruction."""
+def as_tile(pairs, dtype: tl.constexpr, TURNED: tl.constexpr = False):
+    """Pairs of weights `[rows, 8, containers]` → the weights `[rows, columns]` in dtype, without an instruction.
+
+    TURNED puts them in the order of `turned_columns`.
+    """
+    CONTAINERS: tl.constexpr = pairs.shape[2]
+    if TURNED:
+        pairs = tl.permute(tl.reshape(pairs, (pairs.shape[0], 4, 2, CONTAINERS)), (0, 1, 3, 2))
     first = (pairs & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
     second = (pairs >> 16).to(tl.int16).to(dtype, bitcast=True)
-    return tl.reshape(tl.join(first, second), (pairs.shape[0], pairs.shape[2] * 16))
+    return tl.reshape(tl.join(first, second), (pairs.shape[0], CONTAINERS * 16))
+
+
+@triton.jit
+def turned_columns(GROUP_SIZE: tl.constexpr):
+    """An order of a small group's columns in which the four weights a thread holds come from one word of a plane.
+
+    In the order of memory the 16 columns of a step of the tensor cores would come from several bit positions of fewer
+    words: every thread would shift by another distance, which costs an instruction more each time.
+    """
+    CONTAINERS: tl.constexpr = GROUP_SIZE // 16
+    place = tl.arange(0, GROUP_SIZE)
+    i = place // (4 * CONTAINERS) * 2 + place // 2 % 2
+    return i * (2 * CONTAINERS) + place // 4 % CONTAINERS * 2 + place % 2
