@@ -256,6 +256,7 @@ for dtype, tolerance in ((torch.float16, 2e-3), (torch.bfloat16, 2e-2)):
         for part, weight, layer in zip(parts, exact, layers, strict=True):
             expected = inputs.double() @ weight.T + (0 if layer.bias is None else layer.bias.double())
             assert relative_error(part, expected) < tolerance, (dtype, rows)
+    shards.warm_up(dtype)
     assert not shards.counters.any()
     # The layers still hold their packed tensors, now as parts of the fused ones.
     assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())

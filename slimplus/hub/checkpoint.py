@@ -127,7 +127,7 @@ def load(path: str | Path, *, fuse: bool = True, keep_dense: bool = False, **arg
     model = _read(path, arguments)
     for projections in tqdm(prepare_inference(model, fuse, keep_dense), "Preparing layers", leave=False, disable=None):
         if projections.takes(model.dtype, rows=1):
-            projections.prepare()
+            projections.warm_up(model.dtype)
     return model
 
 

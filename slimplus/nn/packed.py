@@ -61,7 +61,8 @@ def _dequantize(
     if packed["scales"].is_cuda:
         from slimplus.kernels.dequantize import dequantize  # Triton, which a machine without a GPU may lack
 
-        return dequantize(packed, bit_counts, rows, columns, group_size, dtype)
+        with torch.cuda.device_of(packed["scales"]):  # Triton launches on the current device
+            return dequantize(packed, bit_counts, rows, columns, group_size, dtype)
     return unpack(packed, rows, columns, group_size).dequantize(dtype)
 
 

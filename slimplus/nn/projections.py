@@ -71,6 +71,14 @@ class Projections:
         assert kind is not None
         self._form = kind.from_layers(self.layers)
 
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """`prepare`, and compile what products of any size with inputs of `dtype` need."""
+        self.prepare()
+        if isinstance(self._form, FusedShards):
+            self._form.warm_up(dtype)
+            for layer in self.layers:
+                layer.dequantize(dtype)
+
     @property
     def nbytes(self) -> int:
         """Memory that the form takes beside the packed tensors."""

@@ -9,6 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from slimplus.kernels.launch import BUCKETS
 from slimplus.kernels.shards import FusedShape, can_multiply, fuse_shards, split_shards
 from slimplus.nn.packed import PackedLinear, stacked_bias
 
@@ -68,6 +69,11 @@ class FusedShards:
         """Memory it takes beside the packed tensors, which are parts of it."""
         return self.counters.nbytes + self.tensors[NAMES.index("shard_table")].nbytes
 
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Compile every launch for inputs of `dtype`: none is compiled in the middle of serving."""
+        for tokens in BUCKETS:
+            self.linear(torch.zeros(tokens, self.in_features, dtype=dtype, device=self.counters.device))
+
     def linear(self, inputs: Tensor) -> Tensor:
         """`inputs` `[..., in]`, float16 or bfloat16 → `[..., sum of out]`, in their dtype."""
         bias = None if self.bias is None else self.bias.to(inputs.dtype)
@@ -99,7 +105,8 @@ def packed_matmul(
     from slimplus.kernels.packed_matmul import packed_matmul as launch
 
     shape = FusedShape(in_features, group_size, tuple(out_features), tuple(widths))
-    return launch(inputs, dict(zip(NAMES, tensors, strict=True)), shape, counters, bias)
+    with torch.cuda.device_of(inputs):  # Triton launches on the current device, whatever that of the tensors is
+        return launch(inputs, dict(zip(NAMES, tensors, strict=True)), shape, counters, bias)
 
 
 @packed_matmul.register_fake
