@@ -58,11 +58,15 @@ class Projections:
         assert output is not None
         return output
 
-    def _multiply(self, inputs: Tensor) -> list[Tensor | None]:
+    def linear(self, inputs: Tensor) -> Tensor:
+        """`inputs` `[..., in]` → `[..., sum of out]`: the outputs of all the layers side by side; see `takes`."""
         if self._form is None:
             self.prepare()
         assert self._form is not None
-        return list(self._form.linear(inputs).split([layer.out_features for layer in self.layers], dim=-1))
+        return self._form.linear(inputs)
+
+    def _multiply(self, inputs: Tensor) -> list[Tensor | None]:
+        return list(self.linear(inputs).split([layer.out_features for layer in self.layers], dim=-1))
 
     @torch.compiler.disable
     def prepare(self) -> None:
