@@ -10,10 +10,8 @@ Writes one JSON with the machine, the versions and the commit into benchmarks/re
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -25,19 +23,19 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-import slimplus
 from slimplus.hub.checkpoint import write_checkpoint
 from slimplus.hub.quantizer import SlimplusConfig
+from slimplus.machine import describe_machine
 from slimplus.models.loading import build_on_meta
+from slimplus.nn import prepare_inference
 from slimplus.quantization.affine import QuantizedWeight, group_count, per_column
 from slimplus.quantization.packing import count_bits, pack, unpack
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "packing.json"
 GROUP_SIZE = 128
-PACKAGES = ("torch", "transformers", "safetensors")
 READ = 2**24  # bytes at a time
 
 
@@ -63,7 +61,8 @@ def main() -> None:
         checkpoint = Path(folder) / "packed"
         figures = measure_packing(config, checkpoint)
         figures |= measure_loading(checkpoint)
-    result = {"blocks": arguments.blocks, "hidden_size": arguments.hidden, "machine": _machine(), **figures}
+    machine = describe_machine() | {"threads": torch.get_num_threads()}
+    result = {"blocks": arguments.blocks, "hidden_size": arguments.hidden, "machine": machine, **figures}
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
     sys.stdout.write(json.dumps(result, indent=2) + "\n")
 
@@ -174,25 +173,16 @@ def _load_in_a_process(folder: Path) -> dict[str, float]:
 
 
 def load_seconds(folder: Path) -> dict[str, float]:
-    """`load`, and then touching every page of every tensor, in case one was only mapped."""
+    """`from_pretrained`; touching every page of every tensor, in case one was only mapped; and making ready to run."""
     start = time.perf_counter()
-    model = slimplus.load(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
     loaded = time.perf_counter()
     for tensor in model.state_dict().values():
         tensor.flatten().view(torch.uint8)[::4096].sum()
-    return {"load": loaded - start, "touch": time.perf_counter() - loaded}
-
-
-def _machine() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{package: importlib.metadata.version(package) for package in PACKAGES},
-        "commit": commit.stdout.strip(),
-    }
+    touched = time.perf_counter()
+    for projections in prepare_inference(model):
+        projections.prepare()
+    return {"load": loaded - start, "touch": touched - loaded, "prepare": time.perf_counter() - touched}
 
 
 if __name__ == "__main__":
