@@ -42,7 +42,9 @@ def describe_type(field: FieldInfo) -> str:
     signs = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
     limits = [(limit, name, sign) for limit in field.metadata for name, sign in signs if hasattr(limit, name)]
     bounds = [f"{sign} {getattr(limit, name)}" for limit, name, sign in limits]
-    return " | ".join(options) + (f" {' and '.join(bounds)}" if bounds else "")
+    if bounds:
+        options[0] += f" {' and '.join(bounds)}"  # what has bounds comes before null
+    return " | ".join(options)
 
 
 def _suggestion(path: str) -> str:
