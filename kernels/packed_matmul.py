@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slimplus.kernels.launch import BUCKETS, LaunchConfig, choose_launch
+from slimplus.kernels.launch import LaunchConfig, choose_launch
 from slimplus.kernels.shards import ONES, FusedShape
 from slimplus.kernels.unpack import as_tile, turned_columns, unpack_group
 from slimplus.quantization.packing import padded_rows
@@ -87,17 +87,6 @@ def packed_matmul(
         num_warps=launch.num_warps,
     )
     return outputs
-
-
-def warm_up(
-    fused: Mapping[str, Tensor], shape: FusedShape, counters: Tensor, dtype: torch.dtype, bias: Tensor | None = None
-) -> None:
-    """Compile whatever `packed_matmul` will need for inputs of `dtype`: seconds, the first time on a machine.
-
-    Without it the first product of each number of tokens waits, and cannot be captured in a CUDA graph.
-    """
-    for tokens in BUCKETS:
-        packed_matmul(counters.new_zeros(tokens, shape.in_features, dtype=dtype), fused, shape, counters, bias)
 
 
 def kernel_constants(shape: FusedShape, launch: LaunchConfig, has_bias: bool) -> dict[str, int | bool]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks import kernels as benchmark
 from slimplus.kernels.launch import LaunchConfig
 from slimplus.kernels.measure import random_weights
-from slimplus.kernels.packed_matmul import packed_matmul, warm_up
+from slimplus.kernels.packed_matmul import packed_matmul
 from slimplus.kernels.shards import FusedShape, fuse_shards
 from slimplus.quantization.affine import QuantizedWeight, per_column, storable_scale, storable_zero_point
 from slimplus.quantization.packing import count_bits, pack
@@ -177,19 +177,6 @@ def test_padding_is_never_read_into_a_result() -> None:
     scales = case.fused["scales"].view(2, 32)
     scales[:, 20:] = torch.nan
     case.check(SMALL)
-
-
-def test_warming_up_launches_every_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
-    launched = []
-
-    def choose(*arguments: object) -> LaunchConfig:
-        launched.append(arguments[-1])
-        return LaunchConfig(32, 32, 1, 4, 2)
-
-    monkeypatch.setattr("slimplus.kernels.packed_matmul.choose_launch", choose)
-    case = make_case(in_features=64)
-    warm_up(case.fused, case.shape, case.counters, torch.bfloat16)
-    assert launched == [8, 16, 32, 64, 128, 256]
 
 
 def test_inputs_need_not_be_contiguous() -> None:
