@@ -25,13 +25,8 @@ class StepSampler(Sampler[int]):
     """
 
     def __init__(self, windows: int, batch_size: int, ranks: Ranks, seed: int) -> None:
-        self.steps, self.batch_size, self.ranks, self.seed, self.epoch = (
-            windows // batch_size,
-            batch_size,
-            ranks,
-            seed,
-            0,
-        )
+        self.steps, self.epoch = windows // batch_size, 0
+        self.batch_size, self.ranks, self.seed = batch_size, ranks, seed
 
     def set_epoch(self, epoch: int) -> None:
         """Lightning calls this before each epoch."""

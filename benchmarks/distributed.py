@@ -1,0 +1,148 @@
+"""Weak scaling of calibration and block reconstruction over processes: ddp and ZeRO 1, 2 and 3.
+
+    python benchmarks/distributed.py [recipe=smollm2_135m_2bit] [key=value ...] [--processes 1 2] [--steps 10]
+
+Quantizes and trains the model's first block, once for every strategy and number of processes, each in processes of its
+own. Every process takes one window a step, whatever their number, and on a CPU one thread unless OMP_NUM_THREADS says
+otherwise. Writes benchmarks/results/distributed.json with the machine, the versions and the commit; prints a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slimplus.files import write_atomic
+from slimplus.job import prepare, start
+from slimplus.machine import describe_machine, resident_bytes
+from slimplus.reading import load_recipe
+from slimplus.signals import Preemption
+from slimplus.training.block import BlockData, fake_quantized_block, quantize_block
+from slimplus.training.checkpoints import BlockCheckpoints
+from slimplus.training.fit import BlockFit
+from slimplus.training.reconstruction import BlockReconstruction
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = "recipe=smollm2_135m_2bit"
+STRATEGIES = ("ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
+WARM_UP = 3  # steps that are not timed
+
+
+def main() -> None:
+    """Parse the arguments, measure, write and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--steps", type=int, default=10, help="timed training steps")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/distributed.json")
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # what each process of a measurement runs
+    arguments, overrides = parser.parse_known_args()
+    if arguments.measure:
+        measure(overrides, arguments.measure)
+        return
+    if not any(override.startswith("recipe=") for override in overrides):
+        overrides = [RECIPE, *overrides]
+    rows = [
+        run(strategy, processes, arguments.steps, overrides)
+        for strategy in STRATEGIES
+        for processes in arguments.processes
+    ]
+    result = {"settings": overrides, "steps": arguments.steps, "machine": describe_machine(), "rows": rows}
+    write_atomic(arguments.output, json.dumps(result, indent=2) + "\n")
+    sys.stdout.write(table(rows) + "\n")
+
+
+def run(strategy: str, processes: int, steps: int, overrides: list[str]) -> dict[str, Any]:
+    """One measurement, by as many processes as it takes."""
+    keys = [
+        *overrides,
+        *("quantization.method=slimllm_plus", f"trainer.strategy={strategy}", f"trainer.devices={processes}"),
+        *("training.epochs=1", f"training.batch_size={processes}", "training.accumulate_grad_batches=1"),
+        *(f"data.samples={processes * (steps + WARM_UP)}", f"data.evaluation.windows={processes}"),
+    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [*launcher, __file__, "--measure", f"{folder}/row", *keys, f"run_dir={folder}/run"]
+        subprocess.run(command, check=True, cwd=ROOT)
+        ranks = [json.loads(Path(folder, f"row.{rank}").read_text()) for rank in range(processes)]
+    return {"strategy": strategy, "processes": processes, "ranks": ranks}
+
+
+class TimedReconstruction(BlockReconstruction):
+    """Notes when each step ends, and the memory then."""
+
+    def on_train_start(self) -> None:
+        self.ends: list[float] = []
+        self.resident: list[int] = []
+
+    def on_train_batch_end(self, *arguments: Any) -> None:
+        super().on_train_batch_end(*arguments)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.ends.append(time.perf_counter())
+        self.resident.append(resident_bytes() or 0)
+
+
+def measure(keys: list[str], file: Path) -> None:
+    """Quantize and train the first block in this process, and write what that took."""
+    recipe, preemption = load_recipe(keys), Preemption()
+    job = prepare(recipe, start(recipe), preemption)
+    model, runner = job.model, job.runner
+    inputs = model.block_inputs(job.shard(job.calibration.tokens), runner)
+    original, arguments = runner.load(model.blocks[0]), inputs.arguments[0]
+    targets = runner.run(original, inputs.hidden, arguments)
+    data = BlockData(original, inputs.hidden, arguments, runner, job.quantizer.ranks)
+    job.fabric.barrier()
+    begin = time.perf_counter()
+    weights = quantize_block(data, job.quantizer.quantization).weights
+    job.fabric.barrier()
+    calibration = time.perf_counter() - begin
+    block = fake_quantized_block(original, weights)
+    module = TimedReconstruction(block, arguments, job.quantizer.reconstruction, runner.precision)
+    checkpoints = BlockCheckpoints(job.run.root / "checkpoints", job.run.manifest, made_from="")
+    if runner.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(runner.device)
+    fit = (checkpoints, job.fabric, job.quantizer.fit, preemption)
+    BlockFit(module, inputs.hidden, targets, "block", *fit)()
+    times = module.ends[WARM_UP - 1 :]
+    row = {
+        "seconds_calibration": calibration,
+        "seconds_step": (times[-1] - times[0]) / (len(times) - 1),
+        "memory_bytes": max(module.resident),
+    }
+    if runner.device.type == "cuda":
+        row["device_memory_bytes"] = torch.cuda.max_memory_allocated(runner.device)
+    Path(f"{file}.{job.fabric.global_rank}").write_text(json.dumps(row))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = [
+        "| strategy | processes | samples/s | of linear scaling | calibration | memory a rank | GPU memory a rank |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    alone: dict[str, float] = {}
+    for row in rows:
+        step = max(rank["seconds_step"] for rank in row["ranks"])
+        rate = row["processes"] / step
+        first = alone.setdefault(row["strategy"], rate / row["processes"])
+        memory, device = (
+            max(rank.get(key, 0) for rank in row["ranks"]) / 1e9 for key in ("memory_bytes", "device_memory_bytes")
+        )
+        lines.append(
+            f"| `{row['strategy']}` | {row['processes']} | {rate:.2f} | {rate / row['processes'] / first:.0%} | "
+            f"{max(rank['seconds_calibration'] for rank in row['ranks']):.1f} s | {memory:.2f} GB | "
+            f"{f'{device:.2f} GB' if device else ''} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
