@@ -19,7 +19,7 @@ from slimplus.models.streaming import StreamedModel
 from slimplus.outer import packed_config, quantize_outer_layers
 from slimplus.plan import make_plan
 from slimplus.progress import track
-from slimplus.run import chain, write_allocation
+from slimplus.run import chain, locked, write_allocation
 from slimplus.signals import Preemption
 from slimplus.training.block import load_packed_block, packed_block, packed_tensors
 from slimplus.training.blockwise import BlockTask
@@ -41,7 +41,8 @@ def run(recipe: Recipe) -> str | None:
         TemporaryFailure: for what passes, such as a lost process.
         Preempted: after SIGTERM or SIGUSR1.
     """
-    with Preemption() as preemption, watched(fabric := start(recipe)):
+    fabric = start(recipe)
+    with Preemption() as preemption, watched(fabric), locked(recipe.run_dir, fabric.is_global_zero):
         job = prepare(recipe, fabric, preemption)
         measure_full_precision(job)
         quantize_blocks(job)

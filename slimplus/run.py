@@ -1,6 +1,7 @@
 """The run directory: what one job has written, and what another start of it may reuse.
 
 recipe.yaml            the resolved recipe
+.lock                  held by the job at work
 manifest.json          size and checksum of every complete file
 fingerprint.json       the recipe's keys and hashes of model, tokenizer and text that the rest depends on
 tokens/*.safetensors   calibration and evaluation windows
@@ -15,10 +16,12 @@ summary.txt
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,30 @@ logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
+LOCK = ".lock"
+
+
+@contextmanager
+def locked(root: str | Path, first: bool) -> Iterator[None]:
+    """Make the folder, and keep other jobs out of it meanwhile; only the first process of a job does so.
+
+    Raises:
+        InputError: if another job is at work there.
+    """
+    if not first:
+        yield
+        return
+    folder = Path(root).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"run_dir: another job is at work in {folder}; wait for it, or end it") from error
+        except OSError:
+            logger.warning("%s is on a file system without locks: see to it that no other job works there", folder)
+        yield
+
 
 class RunDirectory:
     """Reads and writes one run directory.
@@ -44,7 +71,7 @@ class RunDirectory:
     `open` it before anything else. Only the first process of a job writes.
 
     Args:
-        root: the folder; created by `repair`.
+        root: the folder; created by `locked`.
     """
 
     manifest: Manifest
@@ -63,7 +90,7 @@ class RunDirectory:
         self.manifest = Manifest(self.root)
 
     def repair(self) -> list[str]:
-        """Make the folder, mend what a killed process left, and drop every file that is not as it was written.
+        """Mend what a killed process left, and drop every file that is not as it was written.
 
         Returns:
             What was dropped, each in a sentence. What was made from it stays: see `load_block`.
@@ -71,7 +98,6 @@ class RunDirectory:
         Raises:
             InputError: if manifest.json is damaged.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
         clean(self.root)
         self.open()
         dropped = dict([*self._unnamed(), *self._damaged()])
@@ -103,7 +129,7 @@ class RunDirectory:
         Raises:
             InputError: if not.
         """
-        if resume == "never" and self.root.is_dir() and any(self.root.iterdir()):
+        if resume == "never" and any(path.name != LOCK for path in self.root.iterdir()):
             raise InputError(
                 f"run_dir: {self.root} is not empty; give another run_dir, or resume=auto to go on from what it holds"
             )

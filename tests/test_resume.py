@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -50,7 +51,7 @@ def test_every_complete_file_is_named(finished: Path) -> None:
     manifest = Manifest(finished)
     named = {str(path.relative_to(finished)) for path in manifest.named()}
     found = {str(p.relative_to(finished)) for p in finished.rglob("*") if p.is_file() and "logs" not in p.parts}
-    assert named == found - {"manifest.json"}
+    assert named == found - {"manifest.json", ".lock"}
     assert all(manifest.problem(path) is None for path in manifest.named())
 
 
@@ -179,6 +180,14 @@ def test_a_foreign_block_is_named_and_what_was_made_from_others_is_made_again(
     assert not (copy / "blocks/block_007.safetensors").exists()
     assert "block 1 was made from other blocks than those before it now; it is made again" in caplog.text
     assert (copy / PACKED).read_bytes() != (finished / PACKED).read_bytes()
+
+
+def test_two_jobs_in_one_folder_are_kept_apart(copy: Path, arguments: Arguments) -> None:
+    with (copy / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match=f"run_dir: another job is at work in {copy}; wait for it, or end it"):
+            run(arguments(copy))
+    run(arguments(copy))
 
 
 # Changes
