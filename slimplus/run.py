@@ -133,6 +133,11 @@ class RunDirectory:
             raise InputError(
                 f"run_dir: {self.root} is not empty; give another run_dir, or resume=auto to go on from what it holds"
             )
+        if any(self.blocks.glob("*")) and not self.manifest.file.is_file():
+            raise InputError(
+                f"run_dir: {self.root} holds blocks but no {self.manifest.file.name} to check them by; restore it, or "
+                "give another run_dir"
+            )
         if resume in ("auto", "never"):
             return
         given = Path(resume).expanduser()

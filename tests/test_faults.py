@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from typing import Any
 import faulty
 import pytest
 from conftest import Arguments
+
+from slimplus.training.guard import StepGuard
 
 SHIPPED = ("packed/model.safetensors", "packed/config.json", "allocation.json")
 # Each epoch has 8 steps, and each step a checkpoint.
@@ -202,6 +203,24 @@ def blocks(folder: Path) -> list[dict[str, Any]]:
     return metrics(folder)["blocks"]
 
 
+def test_which_gradients_are_admitted() -> None:
+    guard = StepGuard()
+    assert all(guard.admits(norm) for norm in (1e6, 1.0, 0.5, 2.0, 1.0, 1.0, 1.0))  # too few to tell
+    assert guard.admits(3.0)
+    assert not guard.admits(101.0)
+    assert guard.admits(99.0)
+    assert not any(guard.admits(norm) for norm in (math.nan, math.inf, 1e9))
+    restored = StepGuard()
+    restored.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+    assert vars(restored) == vars(guard)
+    assert (restored.skipped, restored.in_a_row, restored.diverged) == (4, 3, False)
+    assert not restored.admits(math.inf)
+    assert not restored.admits(math.inf)
+    assert restored.diverged
+    still = StepGuard()
+    assert all(still.admits(norm) for norm in [0.0] * 10 + [1e-9])
+
+
 def test_a_bad_step_is_skipped(arguments: Arguments, server: faulty.Server, undisturbed: Path, tmp_path: Path) -> None:
     status, said = server(arguments(tmp_path / "run"), nan_steps=[3], explode_step=STEPS + 12)
     assert status == 0, said
@@ -267,62 +286,3 @@ def test_a_singular_hessian(arguments: Arguments, server: faulty.Server, tmp_pat
     assert all(event in block["events"] for block in blocks(folder))
     assert blocks(folder)[0]["percdamp"]["mlp.down_proj"] == 0.01
     assert event in (folder / "summary.txt").read_text()
-
-
-# Several processes
-
-
-def start(arguments: list[str], **faults: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, faulty.__file__, json.dumps(faults), *arguments],
-        env=faulty.environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(process: subprocess.Popen[str], timeout: float = 240) -> tuple[int, str]:
-    """Once every process of the job has ended: each of them holds the pipe."""
-    try:
-        said, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    return process.returncode, said
-
-
-@pytest.mark.slow
-def test_one_of_two_deepspeed_processes_is_lost(arguments: Arguments, server: faulty.Server, tmp_path: Path) -> None:
-    """In the end it has the bytes that one process gives, to which nothing happened."""
-    folder = tmp_path / "lost"
-    devices = ("trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=deepspeed_stage_2")
-    two = arguments(folder, *devices, "training.batch_size=2", *OFTEN)
-    began = time.monotonic()
-    status, said = finish(start(two, rank=1, signal_batch=[3, signal.SIGKILL]))
-    assert status == 75, said
-    assert "process 1 of this machine was killed by SIGKILL; the job cannot go on without it; the same" in said
-    assert time.monotonic() - began < 120
-    status, said = finish(start(two, rank=0, signal_batch=[3, signal.SIGKILL]))
-    assert status == -signal.SIGKILL, said
-    status, said = finish(start(two, rank=1, signal_batch=[3, signal.SIGTERM]))  # only one is told
-    assert status == 143, said
-    status, said = finish(start(two))
-    assert status == 0, said
-    whole = tmp_path / "whole"
-    assert server(arguments(whole, "training.batch_size=2"))[0] == 0
-    for name in SHIPPED:
-        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["deepspeed_stage_2", "deepspeed_stage_3"])
-def test_a_bad_step_of_one_process_is_skipped_by_all(arguments: Arguments, tmp_path: Path, strategy: str) -> None:
-    devices = ("trainer.accelerator=cpu", "trainer.devices=2", f"trainer.strategy={strategy}", "training.batch_size=2")
-    status, said = finish(start(arguments(tmp_path / "run", *devices), rank=1, nan_steps=[2, *range(9, 20)]))
-    assert status == 0, said
-    first, second = blocks(tmp_path / "run")
-    assert first["skipped_steps"] == 1
-    assert first["loss"] < first["calibrated_loss"]
-    assert second["events"][-1].endswith("the calibrated quantizers are kept")

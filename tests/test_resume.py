@@ -111,6 +111,13 @@ def test_a_damaged_manifest_is_refused(copy: Path, arguments: Arguments) -> None
         run(arguments(copy))
 
 
+def test_blocks_without_a_manifest_are_left_alone(copy: Path, arguments: Arguments) -> None:
+    (copy / "manifest.json").unlink()
+    with pytest.raises(InputError, match=r"holds blocks but no manifest\.json to check them by; restore it"):
+        run(arguments(copy))
+    assert (copy / "blocks/block_000.safetensors").is_file()
+
+
 def test_bytes_are_on_the_disk_before_a_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     monkeypatch.setattr(files.os, "fsync", lambda descriptor: calls.append(os.readlink(f"/proc/self/fd/{descriptor}")))

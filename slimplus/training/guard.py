@@ -28,7 +28,7 @@ class StepGuard:
 
     def admits(self, norm: float) -> bool:
         """Whether the step is to be taken."""
-        usual = median(self.norms) if len(self.norms) >= NEEDED else math.inf
+        usual = (median(self.norms) if len(self.norms) >= NEEDED else 0.0) or math.inf
         if math.isfinite(norm) and norm <= EXPLODED * usual:
             self.norms = [*self.norms, norm][-REMEMBERED:]
             self.in_a_row = 0
