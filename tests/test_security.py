@@ -34,11 +34,13 @@ from slimplus import pipeline
 from slimplus.errors import InputError
 from slimplus.hub.checks import check_architecture, check_files, check_quantization
 from slimplus.hub.quantizer import SlimplusConfig
+from slimplus.manifest import Manifest
 from slimplus.quantization.affine import QuantizedWeight, choose_qparams, quantize, storable_scale, storable_zero_point
 from slimplus.quantization.packing import pack, unpack
 from slimplus.quantization.packing_checks import check_packed
 from slimplus.reading import load_recipe
 from slimplus.run import read_allocation
+from slimplus.training.checkpoints import BlockCheckpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUP_SIZE, SHAPE = 16, (20, 72)
@@ -283,15 +285,21 @@ def test_damaged_bytes_are_refused_or_leave_all_tensors_as_they_should_be(
         assert str(file) in said or "model." in said
 
 
-def test_pickled_weights_are_never_opened(checkpoint: Path, tmp_path: Path) -> None:
-    class Bomb:
-        def __reduce__(self) -> Any:
-            return os.mkdir, (str(tmp_path / "exploded"),)
+class Bomb:
+    """Makes a folder when it is unpickled."""
 
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_pickled_weights_are_never_opened(checkpoint: Path, tmp_path: Path) -> None:
     for name in ("pytorch_model.bin", "model.safetensors"):
         copy = shutil.copytree(checkpoint, tmp_path / name.split(".")[0])
         (copy / WEIGHTS).unlink()
-        (copy / name).write_bytes(pickle.dumps(Bomb()))
+        (copy / name).write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
         with pytest.raises(InputError):
             slimplus.load(copy)
         with pytest.raises((ValueError, OSError)):
@@ -332,6 +340,20 @@ def test_values_are_checked_after_loading(checkpoint: Path, tmp_path: Path) -> N
 
 
 # Other files of a run
+
+
+@pytest.mark.parametrize("damage", ["pickle", "cut", "empty"])
+def test_training_checkpoints_hold_tensors_and_plain_values_only(tmp_path: Path, damage: str) -> None:
+    checkpoints = BlockCheckpoints(tmp_path, Manifest(tmp_path), "")
+    torch.save({"state_dict": {"weight": torch.ones(100)}}, checkpoints.path)
+    assert checkpoints.load_checkpoint(checkpoints.path)["state_dict"]["weight"].sum() == 100
+    if damage == "pickle":
+        torch.save({"state_dict": {}, "loops": Bomb(tmp_path / "exploded")}, checkpoints.path)
+    else:
+        checkpoints.path.write_bytes(checkpoints.path.read_bytes()[: 500 if damage == "cut" else 0])
+    with pytest.raises(InputError, match=r"last\.ckpt is no checkpoint of tensors and plain values; delete"):
+        checkpoints.load_checkpoint(checkpoints.path)
+    assert not (tmp_path / "exploded").exists()
 
 
 @fuzz(1000)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import pickle
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins import TorchCheckpointIO
 
+from slimplus.errors import InputError
 from slimplus.manifest import Manifest
 
 logger = logging.getLogger(__name__)
@@ -83,3 +85,18 @@ class BlockCheckpoints(TorchCheckpointIO):
         content = io.BytesIO()
         torch.save(checkpoint, content)
         self.manifest.write(Path(path), content.getvalue())
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Tensors and plain values, and nothing else; tensors lie on the CPU.
+
+        Raises:
+            InputError: if there is anything else in the file, or it is damaged.
+        """
+        try:
+            content: dict[str, Any] = super().load_checkpoint(path, weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise InputError(
+                f"run_dir: {path} is no checkpoint of tensors and plain values; delete {self.folder} to have the block "
+                "trained anew"
+            ) from error
+        return content
