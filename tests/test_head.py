@@ -15,7 +15,7 @@ import torch
 from conftest import ModelMaker
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import slimplus
 from slimplus import pipeline
@@ -27,6 +27,7 @@ from slimplus.nn import PackedEmbedding, PackedLinear, TiedHead
 from slimplus.quantization.linear import QuantizationConfig, quantize_vocabulary
 from slimplus.quantization.packing import packed_size
 from slimplus.quantization.refit import output_error
+from slimplus.quantization.salience import HessianAccumulator
 from slimplus.reading import RecipeError, load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -264,6 +265,27 @@ def test_a_tied_weight_is_stored_once_unless_the_head_has_bits(
     for (name, tensor), (other, value) in zip(shared.state_dict().items(), again.state_dict().items(), strict=True):
         assert name == other
         assert torch.equal(tensor, value)
+
+
+def test_the_head_of_a_run_minds_what_the_packed_blocks_feed_it(
+    packed_tied: Path, make_model: ModelMaker, text_file: Path
+) -> None:
+    model = slimplus.load(packed_tied / "packed", dtype=torch.float32)
+    head = model.get_output_embeddings()
+    accumulator = HessianAccumulator(head.in_features, torch.device("cpu"))
+    head.register_forward_pre_hook(lambda _, inputs: accumulator.add(inputs[0]))
+    windows = load_file(packed_tied / "tokens/calibration.safetensors")["tokens"]
+    with torch.no_grad():
+        model(windows)
+    weight = AutoModelForCausalLM.from_pretrained(make_model("llama"), dtype=torch.float32).lm_head.weight.detach()
+    config = QuantizationConfig("gptq", 4, 16)
+    deaf = quantize_vocabulary(weight, None, config).dequantize()
+    same = quantize_vocabulary(weight, accumulator.hessian, config).dequantize()
+    ours, others, again = (
+        float(output_error(found - weight, accumulator.hessian).sum()) for found in (head.dequantize(), deaf, same)
+    )
+    assert ours < 0.9 * others
+    assert ours == pytest.approx(again, rel=0.02)  # the embedding was not packed yet when the inputs were gathered
 
 
 def test_other_outer_bits_reuse_the_blocks(arguments: Arguments, packed_tied: Path, tmp_path: Path) -> None:

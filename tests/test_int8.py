@@ -100,3 +100,16 @@ def test_a_tied_head_whose_tensors_are_moved_moves_those_of_the_embedding() -> N
     assert module.embedding.scales is moved["scales"]
     assert module.head.scales is moved["scales"]
     assert torch.equal(module.embedding(tokens), before)
+
+
+def test_embedding_and_tied_head_compile_as_one_graph() -> None:
+    module, tokens = Tied(8), torch.arange(6).view(2, 3)
+    prepare_inference(module)
+
+    def forward(asked: torch.Tensor) -> torch.Tensor:
+        return module.head(module.embedding(asked))
+
+    with torch.no_grad():
+        expected = forward(tokens)
+        compiled = torch.compile(forward, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(tokens), expected)
