@@ -33,6 +33,7 @@ import slimplus
 from slimplus import pipeline
 from slimplus.errors import InputError
 from slimplus.hub.checks import check_architecture, check_files, check_quantization
+from slimplus.hub.contents import read_contents
 from slimplus.hub.quantizer import SlimplusConfig
 from slimplus.manifest import Manifest
 from slimplus.quantization.affine import QuantizedWeight, choose_qparams, quantize, storable_scale, storable_zero_point
@@ -427,6 +428,19 @@ def damage_tensors(folder: Path, generator: random.Random) -> None:
 
 
 DAMAGE = (damage_quantization, damage_architecture, damage_header, damage_tensors)
+
+
+def test_what_lists_a_damaged_checkpoint_refuses_it_or_gives_figures(checkpoint: Path, tmp_path: Path) -> None:
+    generator = random.Random(1)
+    for number in range(600):
+        copy = shutil.copytree(checkpoint, tmp_path / "copy")
+        DAMAGE[number % len(DAMAGE)](copy, generator)
+        said = refusal(lambda: read_contents(str(tmp_path / "copy")))
+        if said is None:
+            contents = read_contents(str(copy))
+            assert contents.compression > 0
+            assert 1 <= contents.average_bits <= 8
+        shutil.rmtree(copy)
 
 
 def load_and_run(folder: Path) -> None:

@@ -182,7 +182,7 @@ def read_contents(path: str) -> CheckpointContents:
         stored = {key: _header(file, key) for key, file in places.items()}
         try:
             layers = tuple(_read_layers(config["quantization_config"], stored, places))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise InputError(
                 f"{folder}: config.json and the tensors do not fit together ({error}); the checkpoint is damaged: "
                 "export or download it again"
@@ -241,6 +241,8 @@ def _read_layers(
     for key in ("group_size", "full_size_bytes"):
         if int(quantization[key]) < 1:
             raise ValueError(f"{key} is {quantization[key]}")
+    if not quantization["modules"]:
+        raise ValueError("there are no packed layers")
     group_size = int(quantization["group_size"])
     tensors: dict[str, dict[str, StoredTensor]] = {name: {} for name in quantization["modules"]}
     for key, tensor in stored.items():
@@ -259,8 +261,8 @@ def _read_layers(
         )
         if layer.groups != {int(width): count for width, count in expected.items()}:
             raise ValueError(f"{name} has groups {layer.groups} among its tensors")
-        if sorted(order) != list(range(-(-columns // group_size))):
-            raise ValueError(f"{name}.group_index does not order the groups of {columns} columns")
+        if rows < 1 or len(order) != -(-columns // group_size) or sorted(order) != list(range(len(order))):
+            raise ValueError(f"{name}.group_index does not order the groups of {rows} x {columns} weights")
         yield layer
 
 
