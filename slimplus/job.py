@@ -29,6 +29,7 @@ from slimplus.models.architectures import blocks_path, find_blocks, find_linears
 from slimplus.models.loading import ModelSource, build_on_meta
 from slimplus.models.precision import resolve_precision
 from slimplus.models.streaming import BlockRunner, StreamedModel
+from slimplus.preflight import check_shares
 from slimplus.quantization.affine import group_count
 from slimplus.quantization.linear import QuantizationConfig
 from slimplus.reading import resolve_model_folder
@@ -199,7 +200,7 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption) -> Job:
     """
     logging.getLogger("slimplus").setLevel(logging.INFO if fabric.is_global_zero else logging.WARNING)
     L.seed_everything(recipe.seed, verbose=False)
-    _check_shares(recipe, fabric.world_size)
+    check_shares(recipe, fabric.world_size)
     runner = BlockRunner(fabric.device, resolve_precision(recipe.trainer.precision, fabric.device))
     source = model_source(recipe)
     config = source.config()
@@ -252,29 +253,6 @@ def _look_into(run: RunDirectory, recipe: Recipe, made_from: dict[str, Any], blo
         events.append(f"libraries changed during the run: {', '.join(upgrades)}")
         logger.warning("%s; the checkpoint may differ from that of an undisturbed run", events[-1])
     return events
-
-
-def _check_shares(recipe: Recipe, processes: int) -> None:
-    samples, windows = recipe.data.samples, recipe.data.evaluation.windows
-    if samples % processes:
-        raise InputError(
-            f"data.samples: {samples} windows cannot be shared evenly by {processes} processes; "
-            f"give a multiple of {processes}"
-        )
-    if recipe.quantization.method == "slimllm_plus":
-        step, parts = recipe.training.batch_size, recipe.training.accumulate_grad_batches
-        if step % (processes * parts):
-            raise InputError(
-                f"training.batch_size: {step} windows a step cannot be shared evenly by {processes} processes in "
-                f"{parts} parts each (training.accumulate_grad_batches); give a multiple of {processes * parts}"
-            )
-        if samples % step:
-            raise InputError(
-                f"data.samples: {samples} windows are no whole number of steps of {step} "
-                f"(training.batch_size); give a multiple of {step}"
-            )
-    if windows < processes:
-        raise InputError(f"data.evaluation.windows: {windows} is less than one for each of {processes} processes")
 
 
 def _check_model(model: PreTrainedModel, recipe: Recipe) -> tuple[list[str], dict[str, list[int]] | None]:

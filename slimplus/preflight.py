@@ -70,6 +70,33 @@ def _text_problem(path: str, split: Split, tokens: int, need: str) -> str | None
     return f"{short}; give a longer text or ask for less of it"
 
 
+def check_shares(recipe: Recipe, processes: int) -> None:
+    """Checks that the windows, and those of each training step, can be shared out evenly.
+
+    Raises:
+        RecipeError: naming the key and what it must be a multiple of.
+    """
+    samples, step, windows = recipe.data.samples, recipe.training.batch_size, recipe.data.evaluation.windows
+    parts = recipe.training.accumulate_grad_batches
+    if samples % processes:
+        raise RecipeError(
+            f"data.samples: {samples} windows cannot be shared evenly by {processes} processes; "
+            f"give a multiple of {processes}"
+        )
+    if recipe.quantization.method == "slimllm_plus" and step % (processes * parts):
+        raise RecipeError(
+            f"training.batch_size: {step} windows a step cannot be shared evenly by {processes} processes in "
+            f"{parts} parts each (training.accumulate_grad_batches); give a multiple of {processes * parts}"
+        )
+    if recipe.quantization.method == "slimllm_plus" and samples % step:
+        raise RecipeError(
+            f"data.samples: {samples} windows are no whole number of steps of {step} (training.batch_size); "
+            f"give a multiple of {step}"
+        )
+    if windows < processes:
+        raise RecipeError(f"data.evaluation.windows: {windows} is less than one for each of {processes} processes")
+
+
 def check_model(model: ModelConfig) -> None:
     """Looks for the model, without loading it.
 
@@ -87,6 +114,8 @@ def check_inputs(recipe: Recipe) -> None:
     Raises:
         RecipeError: everything that is wrong, a sentence a line.
     """
+    if not recipe.dry_run:
+        check_shares(recipe, recipe.trainer.devices * recipe.trainer.num_nodes)
     problems: list[str | None] = []
     data, allocation = recipe.data, recipe.quantization.allocation
     if not (recipe.dry_run and recipe.model.config):

@@ -27,12 +27,14 @@ from slimplus import pipeline
 from slimplus.errors import InputError
 from slimplus.models.loading import ModelSource
 from slimplus.models.streaming import BlockRunner, StreamedModel
+from slimplus.preflight import check_inputs
 from slimplus.quantization.salience import HessianAccumulator
 from slimplus.reading import load_recipe
 from slimplus.training.block import BlockData
 from slimplus.training.ranks import Ranks
 from slimplus.training.reconstruction import BlockReconstruction
 from slimplus.training.sampling import StepSampler
+from slimplus.training.strategies import launch
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,6 +93,35 @@ def test_a_step_takes_the_same_windows_on_any_number_of_ranks(count: int, share:
 def test_offloading_needs_a_stage_that_can(offload: str, strategy: str, needed: str) -> None:
     with pytest.raises(InputError, match=f"trainer.offload: {offload} needs trainer.strategy={needed}"):
         load_recipe([SETTINGS[0], f"trainer.strategy={strategy}", f"trainer.offload={offload}"])
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ("trainer.devices=3", "data.samples: 16 windows cannot be shared evenly by 3 processes; give a multiple of 3"),
+        (
+            "trainer.devices=4",
+            "training.batch_size: 2 windows a step cannot be shared evenly by 4 processes in 1 parts",
+        ),
+        ("training.accumulate_grad_batches=4", "by 1 processes in 4 parts each .* give a multiple of 4"),
+        ("training.batch_size=3", "data.samples: 16 windows are no whole number of steps of 3"),
+        (
+            "trainer.devices=4 training.batch_size=4",
+            "data.evaluation.windows: 2 is less than one for each of 4 processes",
+        ),
+    ],
+)
+def test_windows_that_cannot_be_shared_evenly(keys: str, said: str) -> None:
+    """Before PyTorch is loaded and a process started."""
+    with pytest.raises(InputError, match=said):
+        check_inputs(load_recipe([*SETTINGS, *keys.split()]))
+
+
+def test_torchrun_must_start_as_many_processes_as_the_recipe_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="torchrun has started 2 processes; give its --nproc-per-node"):
+        launch("cpu", devices=1, num_nodes=1, strategy="auto")
 
 
 def test_epochs_differ_in_their_order() -> None:

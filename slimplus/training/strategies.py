@@ -8,11 +8,13 @@ holds the module as an ordinary one with its full parameters, whatever the strat
 from typing import Literal
 
 from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from slimplus.errors import InputError
 from slimplus.training.zero import CPUZeROStrategy, ZeROStrategy
 
 STAGES = {"deepspeed_stage_1": 1, "deepspeed_stage_2": 2, "deepspeed_stage_3": 3}
@@ -30,7 +32,16 @@ def launch(accelerator: str, devices: int, num_nodes: int, strategy: str) -> Fab
 
     Returns a Fabric for work between the fits: `device`, `global_rank`, `world_size`, `all_reduce`,
     `broadcast`, `barrier`.
+
+    Raises:
+        InputError: if torchrun has started another number of processes.
     """
+    started = TorchElasticEnvironment().world_size() if TorchElasticEnvironment.detect() else devices * num_nodes
+    if started != devices * num_nodes:
+        raise InputError(
+            f"trainer.devices: {devices} devices on each of {num_nodes} machines (trainer.num_nodes), but torchrun has "
+            f"started {started} processes; give its --nproc-per-node as trainer.devices"
+        )
     alone = strategy == "auto" and devices * num_nodes == 1
     fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy="auto" if alone else "ddp")
     fabric.launch()
