@@ -18,6 +18,8 @@ from typing import Any
 from slimplus.errors import InputError
 from slimplus.machine import describe_machine
 
+SECONDS_TO_END = 5
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -96,6 +98,7 @@ def start_worker(name: str, candidate: Candidate, workload: Workload) -> Iterato
         yield Worker(name, ours)
     finally:
         ours.close()
+        process.join(SECONDS_TO_END)  # it sees the end of the pipe and cleans up, unless it is still loading
         process.terminate()
         process.join()
 

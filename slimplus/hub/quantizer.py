@@ -104,6 +104,11 @@ class SlimplusQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         return False
 
+    @property
+    def is_compileable(self) -> bool:
+        """Packed products are operators of their own: with a static cache, transformers may compile the decoding."""
+        return True
+
 
 def swap_packed_layers(model: PreTrainedModel, config: SlimplusConfig) -> None:
     """Replace the linear layers and embeddings that `config` names by empty packed ones, on the meta device.
