@@ -33,6 +33,7 @@ class Faults:
         rank: the local rank that these happen on; others are sound. All, if it is None.
         largest_batch: windows beyond which a training batch does not fit the device.
         singular: the Hessian of layers with that many inputs has one direction only.
+        overflow: and that is infinite.
         worsen: training ends above the calibrated loss.
     """
 
@@ -75,7 +76,8 @@ class Faults:
         add = HessianAccumulator.add
 
         def add_one_direction(self_: HessianAccumulator, inputs: torch.Tensor) -> None:
-            one = torch.ones_like(inputs) * 1e3 if inputs.shape[-1] == self.faults["singular"] else inputs
+            size = torch.inf if self.faults.get("overflow") else 1e3
+            one = torch.ones_like(inputs) * size if inputs.shape[-1] == self.faults["singular"] else inputs
             add(self_, one)
 
         if "singular" in self.faults:

@@ -286,3 +286,12 @@ def test_a_singular_hessian(arguments: Arguments, server: faulty.Server, tmp_pat
     assert all(event in block["events"] for block in blocks(folder))
     assert blocks(folder)[0]["percdamp"]["mlp.down_proj"] == 0.01
     assert event in (folder / "summary.txt").read_text()
+
+
+def test_a_hessian_beyond_repair(arguments: Arguments, server: faulty.Server, tmp_path: Path) -> None:
+    status, said = server(arguments(tmp_path / "run"), singular=160, overflow=True)
+    assert status == 2
+    assert said.splitlines()[-1].startswith(
+        "block_000: the Hessian holds NaN or infinity: the block's inputs overflowed"
+    )
+    assert "Traceback" not in said

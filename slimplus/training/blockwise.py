@@ -10,6 +10,7 @@ from typing import Any
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
+from slimplus.errors import InputError
 from slimplus.models.streaming import BlockArguments, BlockRunner
 from slimplus.quantization.affine import QuantizedWeight
 from slimplus.quantization.linear import QuantizationConfig
@@ -66,10 +67,18 @@ class BlockQuantizer:
         return Ranks(self.fabric.global_rank, self.fabric.world_size)
 
     def __call__(self, task: BlockTask) -> tuple[dict[str, QuantizedWeight], dict[str, Any]]:
-        """The quantized weights by the layers' names in the block, and a record of how they came about."""
+        """The quantized weights by the layers' names in the block, and a record of how they came about.
+
+        Raises:
+            InputError: if a Hessian cannot be inverted, or a window does not fit the device.
+            Preempted: in training, after a checkpoint.
+        """
         start = time.perf_counter()
         data = BlockData(task.block, task.hidden, task.arguments, self.runner, self.ranks)
-        result = quantize_block(data, self.quantization, task.bits)
+        try:
+            result = quantize_block(data, self.quantization, task.bits)
+        except ValueError as error:  # a Hessian beyond repair
+            raise InputError(f"{task.name}: {error}; finished blocks are kept") from error
         record: dict[str, Any] = {
             "divergence": result.divergence,
             "percdamp": result.percdamp,
