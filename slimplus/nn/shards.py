@@ -13,6 +13,7 @@ from slimplus.kernels.launch import BUCKETS
 from slimplus.kernels.shards import FusedShape, can_multiply, fuse_shards, split_shards
 from slimplus.nn.packed import PackedLinear, stacked_bias
 
+OLDEST = (8, 0)  # compute capability; before it tensor cores are other ones, and the kernels spill their registers
 NAMES = ("qplane1", "qplane2", "qplane4", "scales", "zeros", "group_index", "shard_table")
 
 
@@ -42,6 +43,8 @@ class FusedShards:
         """Whether the kernels take inputs of so many rows."""
         from slimplus.kernels.packed_matmul import MAX_TOKENS  # Triton, which a machine without a GPU may lack
 
+        if torch.cuda.get_device_capability() < OLDEST:
+            return False
         half = dtype in (torch.float16, torch.bfloat16)
         return half and 0 < rows <= MAX_TOKENS and can_multiply(dict.fromkeys(widths, 1), group_size)
 
