@@ -7,6 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("slimplus", deadline=None)  # timings decide no test
+settings.load_profile("slimplus")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the suite needs no network, and must not wait for one
 

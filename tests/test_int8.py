@@ -25,7 +25,7 @@ from slimplus.quantization.affine import per_column
     widths=st.sets(st.integers(1, 8), min_size=1),
     seed=st.integers(0, 2**16),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_int8_is_as_exact_as_bfloat16(
     group_size: int, out_features: int, in_features: int, rows: int, widths: set[int], seed: int
 ) -> None:

@@ -79,7 +79,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     widths=st.sets(st.integers(1, 4), min_size=1),
     seed=st.integers(0, 2**16),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_int4_is_as_exact_as_bfloat16(
     group_size: int, out_features: int, in_features: int, rows: int, widths: set[int], seed: int
 ) -> None:

@@ -45,7 +45,7 @@ def quantized_weights(draw: st.DrawFn) -> QuantizedWeight:
 
 
 @given(quantized_weights())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_packing_round_trip_is_exact(weight: QuantizedWeight) -> None:
     group_size = weight.group_size
     packed = pack(weight)
@@ -63,7 +63,7 @@ def test_packing_round_trip_is_exact(weight: QuantizedWeight) -> None:
 
 
 @given(quantized_weights())
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_a_weight_on_the_grid_rounds_to_itself(weight: QuantizedWeight) -> None:
     group_size = weight.group_size
     integers = quantize(weight.dequantize(), weight.scale, weight.zero_point, weight.bits, group_size)
@@ -117,7 +117,7 @@ def test_ties_round_as_in_the_reference() -> None:
 
 
 @given(st.integers(1, 400), st.sampled_from(GROUP_SIZES), st.integers(2, 7), st.integers(0, 2**32), st.integers(0, 20))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_the_average_is_kept_exactly(in_features: int, group_size: int, target: int, seed: int, pairs: int) -> None:
     groups = -(-in_features // group_size)
     salience = torch.rand(groups, generator=torch.Generator().manual_seed(seed))

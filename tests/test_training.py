@@ -55,7 +55,7 @@ def _quantized(rows: int, columns: int, bits: list[int], seed: int = 0) -> Quant
     st.integers(0, 2**31),
     st.booleans(),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_fake_quantized_equals_packed_bit_for_bit(
     rows: int, columns: int, bits: list[int], seed: int, with_bias: bool
 ) -> None:
