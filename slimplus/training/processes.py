@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import subprocess
@@ -15,8 +14,6 @@ from contextlib import contextmanager
 from lightning.fabric import Fabric
 
 from slimplus.errors import TemporaryFailure
-
-logger = logging.getLogger(__name__)
 
 INTERVAL, GRACE = 0.5, 10.0  # seconds between two looks, and for a process to end by itself once another has
 LOST, PREEMPTED = 75, 128 + signal.SIGTERM
