@@ -12,7 +12,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
@@ -22,15 +25,18 @@ from conftest import ModelMaker
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch import Tensor
 
 from slimplus import pipeline
 from slimplus.errors import InputError
 from slimplus.models.loading import ModelSource
 from slimplus.models.streaming import BlockRunner, StreamedModel
 from slimplus.preflight import check_inputs
+from slimplus.quantization.linear import Method, QuantizationConfig
 from slimplus.quantization.salience import HessianAccumulator
 from slimplus.reading import load_recipe
-from slimplus.training.block import BlockData
+from slimplus.training import block as block_module
+from slimplus.training.block import BlockData, BlockResult, quantize_block
 from slimplus.training.ranks import Ranks
 from slimplus.training.reconstruction import BlockReconstruction
 from slimplus.training.sampling import StepSampler
@@ -166,6 +172,67 @@ def test_layers_are_shared_out_and_those_of_one_hessian_stay_together(make_model
         *(f"self_attn.{name}_proj" for name in "qkvo"),
         *("mlp.gate_proj", "mlp.up_proj"),
     }
+
+
+class Meeting:
+    """Where the ranks of a job in threads hand each other tensors."""
+
+    def __init__(self, count: int) -> None:
+        self.barrier = threading.Barrier(count, timeout=60)
+        self.brought: list[Tensor] = [torch.empty(0)] * count
+
+    def gather(self, rank: int, tensor: Tensor) -> list[Tensor]:
+        self.brought[rank] = tensor.clone()
+        self.barrier.wait()
+        brought = list(self.brought)
+        self.barrier.wait()
+        return brought
+
+
+@dataclass(frozen=True)
+class ThreadRanks(Ranks):
+    """Ranks that are threads of this process."""
+
+    meeting: Meeting = field(default_factory=lambda: Meeting(1))
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return tensor.copy_(torch.stack(self.meeting.gather(self.rank, tensor)).sum(dim=0))
+
+    def sum_on(self, owner: int, tensor: Tensor) -> Tensor:
+        total = self.sum(tensor)
+        return total if owner == self.rank else total.fill_(torch.nan)
+
+    def send(self, owner: int, tensor: Tensor) -> Tensor:
+        return tensor.copy_(self.meeting.gather(self.rank, tensor)[owner])
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
+@pytest.mark.parametrize("method", ["rtn", "slimllm"])
+def test_a_block_is_quantized_alike_by_any_number_of_ranks(
+    make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch, method: Method, count: int
+) -> None:
+    """The search looks at 5 of 12 windows: an uneven share, and with 6 ranks none for the last."""
+    monkeypatch.setattr(block_module, "SEARCH_TOKENS", 5 * 32)
+    streamed, runner = StreamedModel(ModelSource(str(make_model("llama"))).model(), CPU), BlockRunner(CPU, "32-true")
+    tokens = torch.randint(1, 250, (12, 32), generator=torch.Generator().manual_seed(0))
+    inputs = streamed.block_inputs(tokens, runner)
+    config, meeting = QuantizationConfig(method, 2, 16), Meeting(count)
+
+    def quantize(ranks: Ranks) -> BlockResult:
+        own = inputs.hidden[ranks.rank :: ranks.count]
+        return quantize_block(BlockData(blocks.pop(), own, inputs.arguments[0], runner, ranks), config)
+
+    blocks = [runner.load(streamed.blocks[0]) for _ in range(count + 1)]  # hooks are not to be shared
+    alone = quantize(Ranks())
+    with ThreadPoolExecutor(count) as pool:
+        results = list(pool.map(quantize, (ThreadRanks(rank, count, meeting) for rank in range(count))))
+    for result in results:
+        assert result.percdamp == alone.percdamp
+        for name, weight in alone.weights.items():
+            for part in ("integers", "scale", "zero_point", "bits"):
+                assert torch.equal(getattr(result.weights[name], part), getattr(weight, part)), (name, part)
+    if method == "slimllm":
+        assert any((weight.bits != 2).any() for weight in alone.weights.values())
 
 
 # Real processes

@@ -290,21 +290,6 @@ def test_the_command(arguments: Arguments, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_2"])
-def test_two_processes(arguments: Arguments, tmp_path: Path, strategy: str) -> None:
-    done = _train(
-        arguments(
-            tmp_path / "run",
-            *("trainer.accelerator=cpu", "trainer.devices=2", "training.batch_size=2", f"trainer.strategy={strategy}"),
-        )
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("average bits") == 1
-    assert _metrics(tmp_path / "run")["average_bits"] == 2.0
-    assert len(_packed_layers(slimplus.load(tmp_path / "run/packed"))) == 14
-
-
-@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_blocks(
     arguments: Arguments, make_model: ModelMaker, tmp_path: Path
 ) -> None:
