@@ -16,6 +16,7 @@ from slimplus.generation import find_device
 from slimplus.hub.checkpoint import load
 from slimplus.machine import resident_bytes
 from slimplus.models.loading import ModelSource
+from slimplus.nn import PackedLinear
 
 
 class Stopwatch(BaseStreamer):
@@ -58,7 +59,7 @@ class Subject:
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device),
             "threads": torch.get_num_threads(),
             "load_seconds": time.perf_counter() - start,
-            "weight_bytes": sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers())),
+            "weight_bytes": _weight_bytes(self.model),
         }
         vocabulary = self.model.config.vocab_size
         generator = torch.Generator().manual_seed(0)
@@ -104,3 +105,10 @@ def _load(candidate: Candidate, dtype: str, device: torch.device) -> PreTrainedM
         return load(candidate.path, dtype=dtype, device_map=str(device))
     model: Any = ModelSource(candidate.path, candidate.gguf_file, dtype).model()
     return model.to(device)
+
+
+def _weight_bytes(model: PreTrainedModel) -> int:
+    """Parameters and buffers, and what packed layers were repacked to for the device."""
+    packed = (module.projections for module in model.modules() if isinstance(module, PackedLinear))
+    forms = {id(projections): projections.nbytes for projections in packed if projections is not None}
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) + sum(forms.values())
