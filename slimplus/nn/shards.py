@@ -57,15 +57,12 @@ class FusedShards:
         fused, shape = fuse_shards(tensors, bit_counts, out_features, first.in_features, first.group_size)
         for layer, views in zip(layers, split_shards(fused, bit_counts, out_features, first.group_size), strict=True):
             layer.replace_tensors(views)
-        return cls(
-            [fused[name] for name in NAMES],
-            torch.zeros(shape.counters, dtype=torch.int32, device=first.scales.device),
-            first.in_features,
-            first.group_size,
-            out_features,
-            list(shape.widths),
-            stacked_bias(layers),
-        )
+        counters = torch.zeros(shape.counters, dtype=torch.int32, device=first.scales.device)
+        parts, bias = [fused[name] for name in NAMES], stacked_bias(layers)
+        for tensor in (*parts, counters, *(() if bias is None else (bias,))):
+            # Else a CUDA graph that torch.compile makes would copy the weights to addresses of its own at each replay.
+            torch._dynamo.mark_static_address(tensor)
+        return cls(parts, counters, first.in_features, first.group_size, out_features, list(shape.widths), bias)
 
     @property
     def nbytes(self) -> int:
@@ -93,7 +90,8 @@ class FusedShards:
         return flat.view(*inputs.shape[:-1], flat.shape[-1])
 
 
-@torch.library.custom_op("slimplus::packed_matmul", mutates_args=("counters",))
+# The counters are as they were when the kernel is done. Called mutated, they would keep torch.compile from CUDA graphs.
+@torch.library.custom_op("slimplus::packed_matmul", mutates_args=())
 def packed_matmul(
     inputs: Tensor,
     tensors: Sequence[Tensor],
