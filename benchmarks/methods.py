@@ -9,14 +9,13 @@ and the commit into benchmarks/results/. Full precision is measured once.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from slimplus.machine import describe_machine
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = "smollm2_135m_2bit"
@@ -25,7 +24,6 @@ TOKENS = ("data.samples=64", "data.sequence_length=512")
 TRAINING = ("data.samples=64", "data.sequence_length=256", "training.epochs=8", "training.learning_rate=0.01")
 UNUSED = ("data.samples=1", "data.sequence_length=512")  # rounding to nearest looks at no text
 METHODS = {"rtn": UNUSED, "gptq": TOKENS, "slimllm": TOKENS, "slimllm_plus": TRAINING}
-PACKAGES = ("torch", "transformers", "lightning", "torchmetrics", "triton")
 
 
 def main() -> None:
@@ -47,7 +45,7 @@ def main() -> None:
         )
         metrics = json.loads((folder / "metrics.json").read_text())
         rows[method] = {"settings": [*keys, *overrides], "commit": commit, **metrics}
-    result = {"recipe": RECIPE, "machine": _machine(), "methods": rows}
+    result = {"recipe": RECIPE, "machine": describe_machine(), "methods": rows}
     file = ROOT / "benchmarks" / "results" / "smollm2_135m_methods.json"
     file.write_text(json.dumps(result, indent=2) + "\n")
     sys.stdout.write(table(rows) + "\n")
@@ -81,15 +79,6 @@ def _reuse_full_precision(folder: Path, runs: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         kept = {"evaluation": metrics["evaluation"], "perplexity": {"full": metrics["perplexity"]["full"]}}
         (folder / "metrics.json").write_text(json.dumps(kept | {"seconds": {}}))
-
-
-def _machine() -> dict[str, Any]:
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        **{package: importlib.metadata.version(package) for package in PACKAGES},
-    }
 
 
 def _note_commit(folder: Path) -> str:
