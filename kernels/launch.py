@@ -40,9 +40,9 @@ class LaunchConfig:
     num_stages: int
 
 
-WARPS_PER_MULTIPROCESSOR = 12  # as many as its registers hold; more would only leave more partial sums
+WARPS_PER_MULTIPROCESSOR = 12  # as its registers hold at up to 8 tokens; more would only leave more partial sums
 
-_DECODE = {8: LaunchConfig(128, 8, 1, 2, 3), 16: LaunchConfig(64, 16, 1, 2, 3)}
+_DECODE = {8: LaunchConfig(128, 8, 1, 2, 3), 16: LaunchConfig(128, 16, 1, 2, 3)}
 _LARGE = LaunchConfig(64, 64, 1, 4, 3)
 DEFAULTS = {
     80: _DECODE | {32: LaunchConfig(128, 32, 1, 4, 2), 256: _LARGE},
@@ -88,6 +88,8 @@ def default_launch(
     """A launch that fills the GPU, with at least two groups a program."""
     defaults = DEFAULTS.get(capability, DEFAULTS[80])
     launch = defaults[next(most for most in defaults if tokens <= most)]
+    if group_size > 128:  # 128 rows of such a group overflow the registers
+        launch = replace(launch, block_n=64)
     blocks = sum(-(-rows // launch.block_n) for rows in out_features) * -(-tokens // launch.block_m)
     wanted = -(-WARPS_PER_MULTIPROCESSOR * multiprocessors // (blocks * launch.num_warps))
     groups = -(-in_features // group_size)

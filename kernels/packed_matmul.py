@@ -18,7 +18,7 @@ from torch import Tensor
 
 from slimplus.kernels.launch import LaunchConfig, choose_launch
 from slimplus.kernels.shards import ONES, FusedShape
-from slimplus.kernels.unpack import as_tile, turned_columns, unpack_group
+from slimplus.kernels.unpack import as_tile, turned, unpack_group
 from slimplus.quantization.packing import padded_rows
 
 MAX_TOKENS = 256
@@ -138,15 +138,18 @@ def _accumulate_width(
     split_k = tl.num_programs(1)
     first = start + (tl.program_id(1) + split_k - start % split_k) % split_k
     inside = row < stride
-    TURNED: tl.constexpr = GROUP_SIZE < 128 and token.shape[0] <= MAX_DECODE_TOKENS
-    columns = turned_columns(GROUP_SIZE) if TURNED else tl.arange(0, GROUP_SIZE)
     for group in tl.range(first, stop, split_k, num_stages=STAGES):
-        column = tl.load(group_index + group).to(tl.int32) * GROUP_SIZE + columns
-        exists = token[None, :] < tokens
-        if RAGGED:
-            exists &= column[:, None] < in_features
-        pointers = inputs + token[None, :] * in_features + column[:, None]
-        values = tl.load(pointers, mask=exists, other=0.0, eviction_policy="evict_last")
+        first_column = tl.load(group_index + group).to(tl.int32) * GROUP_SIZE
+        if token.shape[0] > MAX_DECODE_TOKENS:
+            column = first_column + tl.arange(0, GROUP_SIZE)[:, None]
+            values = _load_inputs(inputs, token[None, :], column, tokens, in_features, RAGGED)
+        else:
+            # Tokens come first, so that 32 bytes of each lie side by side in shared memory: a row a token would put
+            # all tokens into the same banks.
+            sixteenths = first_column + tl.arange(0, CONTAINERS)[None, :, None] * 16
+            column = sixteenths + tl.arange(0, 16)[None, None, :]
+            values = _load_inputs(inputs, token[:, None, None], column, tokens, in_features, RAGGED)
+            values = turned(tl.reshape(tl.permute(values, (1, 2, 0)), (GROUP_SIZE, token.shape[0])))
         pairs = unpack_group(
             plane1,
             plane2,
@@ -169,10 +172,19 @@ def _accumulate_width(
         if token.shape[0] > MAX_DECODE_TOKENS:
             product = _dot(_centred(pairs, zero, ones, dtype), values)
         else:
-            product = _dot(as_tile(pairs, dtype, TURNED), values)
+            product = _dot(as_tile(pairs, dtype, TURNED=True), values)
             product -= (1 + zero)[:, None] * _column_sums(values, row.shape[0])
         sums += scale[:, None] * product
     return sums
+
+
+@triton.jit
+def _load_inputs(inputs, token, column, tokens, in_features, RAGGED: tl.constexpr):
+    """Inputs at `token` and `column`, which broadcast; zeros where there are none."""
+    exists = token < tokens
+    if RAGGED:
+        exists &= column < in_features
+    return tl.load(inputs + token * in_features + column, mask=exists, other=0.0, eviction_policy="evict_last")
 
 
 @triton.jit

@@ -87,24 +87,27 @@ def unpack_group(
 def as_tile(pairs, dtype: tl.constexpr, TURNED: tl.constexpr = False):
     """Pairs of weights `[rows, 8, containers]` → the weights `[rows, columns]` in dtype, without an instruction.
 
-    TURNED puts them in the order of `turned_columns`.
+    TURNED puts the columns in the order of `turned`.
     """
+    ROWS: tl.constexpr = pairs.shape[0]
     CONTAINERS: tl.constexpr = pairs.shape[2]
-    if TURNED:
-        pairs = tl.permute(tl.reshape(pairs, (pairs.shape[0], 4, 2, CONTAINERS)), (0, 1, 3, 2))
+    if TURNED and CONTAINERS > 1:
+        pairs = tl.permute(tl.reshape(pairs, (ROWS, 4, 2, CONTAINERS // 2, 2)), (0, 1, 4, 3, 2))
     first = (pairs & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
     second = (pairs >> 16).to(tl.int16).to(dtype, bitcast=True)
-    return tl.reshape(tl.join(first, second), (pairs.shape[0], CONTAINERS * 16))
+    return tl.reshape(tl.join(first, second), (ROWS, CONTAINERS * 16))
 
 
 @triton.jit
-def turned_columns(GROUP_SIZE: tl.constexpr):
-    """An order of a small group's columns in which the four weights a thread holds come from one word of a plane.
+def turned(values):
+    """`[columns, tokens]` of a group's inputs in the order of columns that costs the tensor cores' operands the least.
 
-    In the order of memory the 16 columns of a step of the tensor cores would come from several bit positions of fewer
-    words: every thread would shift by another distance, which costs an instruction more each time.
+    A thread takes four neighbours of this order at once, and four more 16 further on. Of the weights these come from
+    one bit position of a word and the next, so that all threads shift alike; the inputs that go into one instruction
+    are neighbours in memory, so that one load brings them to registers side by side.
     """
-    CONTAINERS: tl.constexpr = GROUP_SIZE // 16
-    place = tl.arange(0, GROUP_SIZE)
-    i = place // (4 * CONTAINERS) * 2 + place // 2 % 2
-    return i * (2 * CONTAINERS) + place // 4 % CONTAINERS * 2 + place % 2
+    COLUMNS: tl.constexpr = values.shape[0]
+    TOKENS: tl.constexpr = values.shape[1]
+    if COLUMNS > 16:
+        values = tl.permute(tl.reshape(values, (4, 2, COLUMNS // 32, 2, 2, TOKENS)), (0, 3, 2, 1, 4, 5))
+    return tl.reshape(values, (COLUMNS, TOKENS))

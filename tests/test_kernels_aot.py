@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from slimplus.kernels.launch import DEFAULTS, LaunchConfig
+from slimplus.kernels.launch import DEFAULTS, LaunchConfig, default_launch
 from slimplus.kernels.packed_matmul import kernel_constants, packed_matmul_kernel
 from slimplus.kernels.shards import WIDTHS, FusedShape
 from tests.sass import MachineCode, compile_kernel
@@ -23,13 +23,19 @@ from tests.sass import MachineCode, compile_kernel
 ARCHITECTURES = (80, 89, 90)
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 LAUNCHES = [
-    pytest.param(architecture, launch, id=f"sm_{architecture}-{most}")
+    pytest.param(architecture, launch, shards, id=f"sm_{architecture}-{most}-{shards}")
     for architecture in ARCHITECTURES
     for most, launch in DEFAULTS.get(architecture, DEFAULTS[80]).items()
+    for shards in ((1, 3) if architecture == 90 and most <= 16 else (3,))
 ]
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-MOST_INSTRUCTIONS = {128: {1: 2.6, 2: 2.6, 3: 4.2, 4: 2.6}, 64: {1: 3.1, 2: 3.1, 3: 4.4, 4: 3.3}}
-"""Group size → bits → per weight, in decoding at most 8 tokens on any architecture."""
+MOST_DECODE_TOKENS = 16
+MOST_INSTRUCTIONS = {
+    256: {1: 3.0, 2: 3.0, 3: 4.2, 4: 3.0},
+    128: {1: 2.6, 2: 2.6, 3: 4.2, 4: 2.6},
+    64: {1: 3.1, 2: 3.1, 3: 4.4, 4: 3.1},
+}
+"""Group size → bits → per weight, in decoding at most 16 tokens on any architecture."""
 
 pytestmark = [
     pytest.mark.slow,
@@ -72,21 +78,26 @@ def check(code: MachineCode, architecture: int, launch: LaunchConfig, group_size
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPES.values())
-@pytest.mark.parametrize(("architecture", "launch"), LAUNCHES)
-def test_shipped_launches_compile_well(architecture: int, launch: LaunchConfig, dtype: torch.dtype) -> None:
-    code = compile_product(architecture, launch, dtype, shards=3, in_features=4096, group_size=128)
+@pytest.mark.parametrize(("architecture", "launch", "shards"), LAUNCHES)
+def test_shipped_launches_compile_well(
+    architecture: int, launch: LaunchConfig, dtype: torch.dtype, shards: int
+) -> None:
+    code = compile_product(architecture, launch, dtype, shards, in_features=4096, group_size=128)
     instructions = check(code, architecture, launch, 128)
     for bits, loop in zip(WIDTHS, code.product_loops(), strict=True):
         bytes_a_thread = (launch.block_n * bits / 8 + launch.block_m * 2) * 128 / (32 * launch.num_warps)
         wide = [i.name for i in loop if i.name.startswith(("LDG.", "LDGSTS.")) and i.name.endswith(".128")]
         assert len(wide) >= bytes_a_thread // 16  # weights and inputs
-    if launch.block_m == 8:
+    if launch.block_m <= MOST_DECODE_TOKENS:
         check_counts(instructions, 128)
 
 
-@pytest.mark.parametrize(("most", "group_size", "in_features"), [(8, 64, 4096), (8, 32, 4104), (256, 64, 4104)])
-def test_small_groups_and_ragged_columns_compile_well(most: int, group_size: int, in_features: int) -> None:
-    launch = DEFAULTS[90][most]
+@pytest.mark.parametrize(
+    ("most", "group_size", "in_features"),
+    [(8, 64, 4096), (16, 64, 4096), (8, 256, 4096), (16, 256, 4096), (8, 32, 4104), (256, 64, 4104)],
+)
+def test_other_groups_and_ragged_columns_compile_well(most: int, group_size: int, in_features: int) -> None:
+    launch = default_launch(90, (4096,), in_features, group_size, most, multiprocessors=132)
     code = compile_product(90, launch, torch.bfloat16, shards=1, in_features=in_features, group_size=group_size)
     instructions = check(code, 90, launch, group_size)
     if not in_features % group_size:
