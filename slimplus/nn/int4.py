@@ -16,7 +16,7 @@ from slimplus.quantization.packing import padded_rows
 WIDEST = 4
 GROUP_SIZES = (256, 128, 64, 32)  # those the operator takes, largest first
 CENTRE = 8  # the operator's level for the integer q is (q - 8) * scale + zero
-MAX_ROWS = 384  # from about here on, dequantizing the weight and multiplying in bfloat16 takes less time
+MAX_ROWS = 256  # from about here on, dequantizing the weight and multiplying in bfloat16 takes less time
 
 
 @dataclass(frozen=True)
