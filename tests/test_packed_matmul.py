@@ -92,3 +92,14 @@ def test_too_few_counters_are_refused() -> None:
     counters = torch.zeros(shape.counters, dtype=torch.int32)
     with pytest.raises(ValueError, match="16 counters are too few for 1 x 32 blocks"):
         packed_matmul(torch.zeros(256, 96, dtype=torch.float16), fused, shape, counters, launch=CPU_LAUNCH)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_weights_less_their_zero_points_are_exact_in_16_bits(bits: int, dtype: torch.dtype) -> None:
+    """What `_centred` rests on, whose assembly only a GPU can run: no step of it rounds."""
+    levels, zero_points = torch.arange(2**bits).double() / 2**bits, torch.arange(256).double() / 256
+    centred = levels[:, None] - zero_points
+    steps = [1 + levels, centred, zero_points if dtype == torch.bfloat16 else 1 + zero_points]
+    for step in steps:
+        assert torch.equal(step.to(dtype).double(), step)
