@@ -17,14 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from slimplus.kernels.launch import LaunchConfig, choose_launch
-from slimplus.kernels.shards import ONES, FusedShape
+from slimplus.kernels.shards import FUSED, ONES, FusedShape
 from slimplus.kernels.unpack import as_tile, turned, unpack_group
 from slimplus.quantization.packing import padded_rows
 
 MAX_TOKENS = 256
 """Tokens from which on it is faster to dequantize the whole weight and multiply."""
 
-FUSED = ("qplane1", "qplane2", "qplane4", "scales", "zeros", "group_index", "shard_table")
 MAX_DECODE_TOKENS = tl.constexpr(16)  # a block; beyond, zero points are subtracted from the weights, not the products
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # Triton's interpreter multiplies bfloat16 bit patterns
 

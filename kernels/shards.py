@@ -14,6 +14,9 @@ from slimplus.quantization.packing import ROW_MULTIPLE, BitCounts, check_feature
 WIDTHS = (1, 2, 3, 4)
 GROUP_SIZES = (16, 32, 64, 128, 256)
 PLANES = ("qplane1", "qplane2", "qplane4")
+FUSED = (*PLANES, "scales", "zeros", "group_index", "shard_table")
+"""Tensors of a launch, in the order in which the kernel takes them."""
+
 TABLE_COLUMNS = 16
 ONES = {torch.float16: 0x3C003C00, torch.bfloat16: 0x3F803F80}  # two of them in an int32
 _DTYPES = {

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from slimplus.kernels.launch import BUCKETS
-from slimplus.kernels.shards import FusedShape, can_multiply, fuse_shards, split_shards
+from slimplus.kernels.shards import FUSED, FusedShape, can_multiply, fuse_shards, split_shards
 from slimplus.nn.packed import PackedLinear, stacked_bias
 
 OLDEST = (8, 0)  # compute capability; before it tensor cores are other ones, and the kernels spill their registers
-NAMES = ("qplane1", "qplane2", "qplane4", "scales", "zeros", "group_index", "shard_table")
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class FusedShards:
     """The packed tensors of layers that read the same input, end to end; see `slimplus.kernels.packed_matmul`.
 
     Attributes:
-        tensors: by NAMES.
+        tensors: by FUSED.
         counters: int32 zeros by which programs learn who finishes last; zeros again after every launch.
         in_features, group_size: of every layer.
         out_features: rows of each layer.
@@ -58,7 +57,7 @@ class FusedShards:
         for layer, views in zip(layers, split_shards(fused, bit_counts, out_features, first.group_size), strict=True):
             layer.replace_tensors(views)
         counters = torch.zeros(shape.counters, dtype=torch.int32, device=first.scales.device)
-        parts, bias = [fused[name] for name in NAMES], stacked_bias(layers)
+        parts, bias = [fused[name] for name in FUSED], stacked_bias(layers)
         for tensor in (*parts, counters, *(() if bias is None else (bias,))):
             # Else a CUDA graph that torch.compile makes would copy the weights to addresses of its own at each replay.
             torch._dynamo.mark_static_address(tensor)
@@ -67,7 +66,7 @@ class FusedShards:
     @property
     def nbytes(self) -> int:
         """Memory it takes beside the packed tensors, which are parts of it."""
-        return self.counters.nbytes + self.tensors[NAMES.index("shard_table")].nbytes
+        return self.counters.nbytes + self.tensors[FUSED.index("shard_table")].nbytes
 
     def warm_up(self, dtype: torch.dtype) -> None:
         """Compile every launch for inputs of `dtype`: none is compiled in the middle of serving."""
@@ -107,7 +106,7 @@ def packed_matmul(
 
     shape = FusedShape(in_features, group_size, tuple(out_features), tuple(widths))
     with torch.cuda.device_of(inputs):  # Triton launches on the current device, whatever that of the tensors is
-        return launch(inputs, dict(zip(NAMES, tensors, strict=True)), shape, counters, bias)
+        return launch(inputs, dict(zip(FUSED, tensors, strict=True)), shape, counters, bias)
 
 
 @packed_matmul.register_fake
