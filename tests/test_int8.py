@@ -57,6 +57,7 @@ def test_the_widths_decide_the_form(widths: tuple[int, ...], form: type) -> None
     assert type(projections._form) is form
     many = inputs_of(MAX_ROWS + 400, 256)
     assert torch.equal(module(many), nn.functional.linear(many, layer.dequantize(many.dtype), layer.bias.bfloat16()))  # type: ignore[union-attr]
+    assert layer(inputs[0, 0]).shape == (24,)
     assert not projections.takes(torch.float32, 1)
     assert not projections.takes(torch.bfloat16, 0)
 

@@ -78,7 +78,7 @@ def _recentred(weight: QuantizedWeight) -> tuple[Tensor, Tensor, Tensor]:
 def int8_linear(inputs: Tensor, int8: Tensor, scales: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
     """`inputs` `[..., in]` times the weight of an `Int8Weight`; an operator of its own for `torch.compile`."""
     groups, rows, size = int8.shape
-    flat = inputs.flatten(0, -2).to(torch.bfloat16)
+    flat = inputs.reshape(-1, inputs.shape[-1]).to(torch.bfloat16)
     flat = torch.nn.functional.pad(flat, (0, groups * size - flat.shape[1]))
     parts = flat.unflatten(1, (groups, size)).transpose(0, 1).contiguous()
     outputs = parts.sum(dim=-1, dtype=torch.float32).T @ offsets
