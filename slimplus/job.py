@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from slimplus.data.windows import Windows, calibration_windows, evaluation_windo
 from slimplus.errors import InputError
 from slimplus.fingerprint import differences, fingerprint, library_versions
 from slimplus.layout import PackedLayout
+from slimplus.machine import peak_resident_bytes
 from slimplus.models.architectures import blocks_path, find_blocks, find_linears, outer_bits
 from slimplus.models.loading import ModelSource, build_on_meta
 from slimplus.models.precision import resolve_precision
@@ -114,12 +114,13 @@ class Job:
         self.note(f"block {index} was made from other blocks than those before it now; it is made again")
         return None
 
-    def save_block(self, index: int, tensors: dict[str, Tensor], record: Record, made_from: str) -> None:
-        """Keep a finished block, from the first rank: all ranks hold the same."""
+    def save_block(self, index: int, tensors: dict[str, Tensor], record: Record, made_from: str) -> str:
+        """Keep a finished block, from the first rank: all ranks hold the same. Returns its `chain`."""
+        link = chain(made_from, tensors)
         if self.fabric.is_global_zero:
-            links = {"made_from": made_from, "chain": chain(made_from, tensors)}
-            self.run.save_block(index, tensors, record | links)
+            self.run.save_block(index, tensors, record | {"made_from": made_from, "chain": link})
         self.fabric.barrier()
+        return link
 
     def note(self, event: str) -> None:
         """Warn of something that a reader of the results should know, and keep it in metrics.json."""
@@ -145,9 +146,7 @@ class Job:
         layout, group_size = PackedLayout(), self.quantizer.quantization.group_size
         for index, (block_name, block) in enumerate(zip(self.block_names, self.model.blocks, strict=True)):
             tensors, record = self.run.load_block(index)
-            layout.records.append(
-                {key: value for key, value in record.items() if key not in ("divergence", "made_from", "chain")}
-            )
+            layout.records.append({key: value for key, value in record.items() if key not in UNREPORTED})
             for name, linear in find_linears(block).items():
                 layout.add(f"{block_name}.{name}", layer_tensors(tensors, name), linear.weight.shape, group_size)
         return layout
@@ -175,15 +174,10 @@ class Job:
         start = time.perf_counter()
         yield
         self.metrics["seconds"][name] = self.metrics["seconds"].get(name, 0) + time.perf_counter() - start
-        self.metrics["peak_memory_bytes"] = max(self.metrics.get("peak_memory_bytes", 0), peak_memory())
+        self.metrics["peak_memory_bytes"] = max(self.metrics.get("peak_memory_bytes", 0), peak_resident_bytes())
         if self.runner.device.type == "cuda":
             self.metrics["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated(self.runner.device)
         self.save_metrics()
-
-
-def peak_memory() -> int:
-    """Largest resident size of this process so far, bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 def start(recipe: Recipe) -> Fabric:

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import resource
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,11 @@ def resident_bytes() -> int | None:
         return None
     _size, resident, *_ = STATM.read_text().split()
     return int(resident) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_resident_bytes() -> int:
+    """Most memory that this process has had in RAM so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 def _processor() -> str:

@@ -94,6 +94,7 @@ def quantize_blocks(job: Job) -> None:
             targets = job.runner.run(original, full, arguments) if job.quantizer.trains else full
             if (stored := job.stored_block(index, made_from)) is not None:
                 packed = load_packed_block(block, stored, job.quantizer.quantization.group_size)
+                made_from = chain(made_from, stored)
             else:
                 weights, record = job.quantizer(
                     BlockTask(
@@ -107,8 +108,7 @@ def quantize_blocks(job: Job) -> None:
                     )
                 )
                 packed = packed_block(block, weights)
-                job.save_block(index, packed_tensors(packed), record, made_from)
-            made_from = chain(made_from, packed_tensors(packed))
+                made_from = job.save_block(index, packed_tensors(packed), record, made_from)
             quantized = job.runner.run(job.runner.load(packed), quantized, arguments)
             full = targets
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from typing import Any
 
@@ -14,7 +13,7 @@ from transformers.generation import BaseStreamer
 from slimplus.benchmarking import Candidate, Workload
 from slimplus.generation import find_device
 from slimplus.hub.checkpoint import load
-from slimplus.machine import resident_bytes
+from slimplus.machine import peak_resident_bytes, resident_bytes
 from slimplus.models.loading import ModelSource
 from slimplus.nn import PackedLinear
 
@@ -92,7 +91,7 @@ class Subject:
     def memory(self) -> dict[str, int | None]:
         """Of this process so far, libraries included; of the device, what PyTorch allocated there."""
         resident = resident_bytes()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+        peak = peak_resident_bytes()
         return {
             "resident_bytes": resident,
             "peak_resident_bytes": max(peak, resident or 0),  # the kernel brings the peak up to date only now and then

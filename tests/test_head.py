@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ModelMaker
+from conftest import SMALL, ModelMaker
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -31,18 +31,7 @@ from slimplus.quantization.salience import HessianAccumulator
 from slimplus.reading import RecipeError, load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = (
-    "model.gguf_file=null",
-    "model.dtype=auto",
-    "data.samples=8",
-    "data.sequence_length=32",
-    "data.evaluation.sequence_length=64",
-    "data.evaluation.windows=2",
-    "quantization.group_size=16",
-    "quantization.method=gptq",
-    "quantization.bits=4",
-    "trainer.precision=32-true",
-)
+GPTQ = (*SMALL, "quantization.method=gptq", "quantization.bits=4")
 BOTH = ("quantization.embedding_bits=8", "quantization.head_bits=4")
 
 Arguments = Callable[..., list[str]]
@@ -58,7 +47,7 @@ def arguments(make_model: ModelMaker, text_file: Path) -> Arguments:
             f"model.path={make_model(model_type)}",
             f"data.calibration.path={text_file}",
             f"data.evaluation.path={text_file}",
-            *SMALL,
+            *GPTQ,
             f"run_dir={run_dir}",
             *overrides,
         ]

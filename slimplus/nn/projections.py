@@ -32,6 +32,7 @@ class Projections:
 
     def __init__(self, layers: Sequence[PackedLinear]) -> None:
         self.layers = tuple(layers)
+        self._widths = frozenset(width for layer in layers for width in layer.bit_counts)
         self._form: Form | None = None
         self._pending: tuple[Tensor, int, list[Tensor | None]] | None = None
 
@@ -41,9 +42,8 @@ class Projections:
 
     def _kind(self, dtype: torch.dtype, rows: int) -> type[Form] | None:
         first = self.layers[0]
-        widths = {width for layer in self.layers for width in layer.bit_counts}
         forms = FORMS.get(first.scales.device.type, ())
-        return next((form for form in forms if form.takes(dtype, rows, widths, first.group_size)), None)
+        return next((form for form in forms if form.takes(dtype, rows, self._widths, first.group_size)), None)
 
     def __call__(self, inputs: Tensor, layer: PackedLinear, dtype: torch.dtype) -> Tensor:
         """Output of one of the layers, computed in `dtype`; see `takes`."""
