@@ -27,7 +27,7 @@ from slimplus.reading import load_recipe
 from slimplus.signals import Preemption
 from slimplus.training.block import BlockData, fake_quantized_block, quantize_block
 from slimplus.training.checkpoints import BlockCheckpoints
-from slimplus.training.fit import BlockFit
+from slimplus.training.fit import Fit
 from slimplus.training.reconstruction import BlockReconstruction
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,16 +101,16 @@ def measure(keys: list[str], file: Path) -> None:
     data = BlockData(original, inputs.hidden, arguments, runner, job.quantizer.ranks)
     job.fabric.barrier()
     begin = time.perf_counter()
-    weights = quantize_block(data, job.quantizer.quantization).weights
+    result = quantize_block(data, job.quantizer.quantization)
     job.fabric.barrier()
     calibration = time.perf_counter() - begin
-    block = fake_quantized_block(original, weights)
+    block = fake_quantized_block(original, result, job.quantizer.quantizer)
     module = TimedReconstruction(block, arguments, job.quantizer.reconstruction, runner.precision)
     checkpoints = BlockCheckpoints(job.run.root / "checkpoints", job.run.manifest, made_from="")
     if runner.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(runner.device)
     fit = (checkpoints, job.fabric, job.quantizer.fit, preemption)
-    BlockFit(module, inputs.hidden, targets, "block", *fit)()
+    Fit(module, (inputs.hidden, targets), "block", *fit)()
     times = module.ends[WARM_UP - 1 :]
     row = {
         "seconds_calibration": calibration,

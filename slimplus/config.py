@@ -99,8 +99,9 @@ class DataConfig(Section):
 class QuantizationConfig(Section):
     """How weights become integers."""
 
-    method: Literal["rtn", "gptq", "slimllm", "slimllm_plus"] = Field(
-        description="round to nearest, GPTQ, SliM-LLM (gradient-free), SliM-LLM+ (trained)"
+    method: Literal["rtn", "gptq", "slimllm", "slimllm_plus", "qat"] = Field(
+        description="round to nearest, GPTQ, SliM-LLM (gradient-free), SliM-LLM+ (the grid is trained), "
+        "qat (the grid and the rounding are trained)"
     )
     bits: int = Field(ge=1, le=8, description="average bits per weight, met exactly")
     group_size: Literal[16, 32, 64, 128, 256, 512, 1024] = Field(
@@ -120,34 +121,134 @@ class QuantizationConfig(Section):
     allocation: str | None = Field(
         None,
         min_length=1,
-        description="allocation.json of another run, imported instead of searching for bits",
+        description="who gets how many bits: slimllm (bits-1 to bits+1, layer by layer), uniform, block or model "
+        "(any of quantization.widths by measured sensitivity, under one average for a block or the model), or a FILE: "
+        "allocation.json of another run, or the authors' group precision; null is uniform for rtn and gptq, else "
+        "slimllm",
+    )
+    widths: list[int] = Field([1, 2, 3, 4], description="widths that the allocations block and model choose from")
+    size_bytes: int | None = Field(
+        None,
+        ge=1,
+        description="with allocation=model, bytes for all packed linear layers, scales and zero points included, "
+        "instead of an average of quantization.bits",
     )
 
-    @field_validator("bits")
-    @classmethod
-    def _mixed_bits(cls, bits: int, info: ValidationInfo) -> int:
-        method = info.data.get("method")
-        if method in ("slimllm", "slimllm_plus") and not 2 <= bits <= 7:
+    @property
+    def allocates_by(self) -> Literal["slimllm", "uniform", "block", "model", "file"]:
+        """How widths are found; `file` reads them from `allocation`."""
+        match self.allocation:
+            case None:
+                return "uniform" if self.method in ("rtn", "gptq") else "slimllm"
+            case "slimllm" | "uniform" | "block" | "model":
+                return self.allocation
+        return "file"
+
+    @property
+    def trains(self) -> bool:
+        """Whether blocks are trained after their calibration."""
+        return self.method in ("slimllm_plus", "qat")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> QuantizationConfig:
+        if self.allocates_by == "slimllm" and not 2 <= self.bits <= 7:
             raise ValueError(
-                f"expected 2 to 7 with quantization.method={method}, got {bits}, because its groups get "
-                "bits-1 to bits+1 and the packed format holds 1 to 8"
+                f"quantization.bits: expected 2 to 7 with quantization.allocation=slimllm, got {self.bits}, because "
+                "groups get bits-1 to bits+1 and the packed format holds 1 to 8"
             )
-        return bits
+        if sorted(set(self.widths)) != self.widths or not all(1 <= width <= 8 for width in self.widths):
+            raise ValueError(f"quantization.widths: expected rising ones from 1 to 8, got {self.widths}")
+        by_sensitivity = self.allocates_by in ("block", "model")
+        if by_sensitivity and self.size_bytes is None and not self.widths[0] <= self.bits <= self.widths[-1]:
+            raise ValueError(
+                f"quantization.bits: no average of {self.bits} can be made of quantization.widths={self.widths}"
+            )
+        if self.size_bytes is not None and self.allocates_by != "model":
+            raise ValueError("quantization.size_bytes: needs quantization.allocation=model")
+        return self
+
+
+class LossConfig(Section):
+    """What a block is trained on; the choices go together in any way."""
+
+    error: Literal["mse", "normalized", "after_norm"] = Field(
+        "normalized",
+        description="squared error of a block's output: as it is, over each token's energy, or that behind the "
+        "normalization that follows",
+    )
+    leave_out: Number = Field(0.0, ge=0, lt=1, description="share of tokens, those of the largest error, left out")
+    salient_channels: bool = Field(
+        False, description="weight channels by the squared gradient of the model's loss, which is measured first"
+    )
+    auxiliary: Number = Field(
+        0.0, ge=0, description="weight of the error against the full-precision block on the quantized input"
+    )
 
 
 class TrainingConfig(Section):
-    """Block reconstruction; only quantization.method=slimllm_plus trains."""
+    """Block reconstruction, with quantization.method=slimllm_plus or qat."""
 
     epochs: int = Field(8, ge=1, description="passes over the calibration windows for each block")
     batch_size: int = Field(
         1, ge=1, description="windows per step, of all devices together; a multiple of their number"
     )
-    learning_rate: Number = Field(
-        0.01, gt=0, description="AdamW learning rate of the ends of each grid, in steps of its scale"
+    parametrization: Literal["rounding", "weights"] = Field(
+        "rounding", description="what method=qat trains beside the grid: which level each weight takes, or the weights"
+    )
+    optimizer: Literal["auto", "sign_sgd", "adamw", "adamw_8bit"] = Field(
+        "auto",
+        description="auto is sign_sgd for parametrization=rounding, else adamw; adamw_8bit is bitsandbytes'",
+    )
+    learning_rate: Number | None = Field(
+        None,
+        gt=0,
+        description="peak for the ends of each grid, in steps of its scale; null is 2 / steps for sign_sgd, else 0.01",
+    )
+    schedule: Literal["auto", "constant", "linear", "cosine"] = Field(
+        "auto", description="how that falls to zero; auto is linear for sign_sgd, else cosine"
+    )
+    element_learning_rate: Number | None = Field(
+        None,
+        gt=0,
+        description="the same for what each weight has of its own: the offset of its rounding, in steps, or itself; "
+        "null is 2 / steps for sign_sgd, else 3e-4",
+    )
+    element_schedule: Literal["auto", "constant", "linear", "cosine"] = Field("auto", description="how that falls")
+    width_rates: dict[int, Number] = Field(
+        {}, description="factor on both learning rates for groups of a width, such as {1: 0.5, 3: 2}"
     )
     weight_decay: Number = Field(0.0, ge=0, description="AdamW weight decay")
     accumulate_grad_batches: int = Field(
         1, ge=1, description="parts in which a device takes its share of a step, to save memory"
+    )
+    patience: int | None = Field(
+        None, ge=1, description="epochs without a lower loss after which a block's training ends early"
+    )
+    loss: LossConfig = LossConfig()
+
+
+class EndToEndConfig(Section):
+    """Training of scales through the whole model, the integers frozen, after the blocks are done."""
+
+    epochs: int = Field(0, ge=0, description="passes over the calibration windows; 0 leaves this stage out")
+    batch_size: int = Field(4, ge=1, description="windows per step, of all devices together")
+    accumulate_grad_batches: int = Field(
+        1, ge=1, description="parts in which a device takes its share of a step, to save memory"
+    )
+    optimizer: Literal["adamw", "adamw_8bit", "sign_sgd"] = Field("adamw", description="adamw_8bit is bitsandbytes'")
+    learning_rate: Number = Field(0.01, gt=0, description="peak for the ends of each grid, in steps of its scale")
+    norm_learning_rate: Number = Field(1e-3, ge=0, description="peak for the norms' gains; 0 leaves them alone")
+    zero_points: bool = Field(True, description="train zero points besides scales")
+    next_token: Number = Field(0.0, ge=0, description="weight of the cross-entropy of the text's next token")
+    distillation: Number = Field(1.0, ge=0, description="weight of the KL to the full-precision model's predictions")
+    hidden_states: Number = Field(0.0, ge=0, description="weight of the error of the last hidden states")
+    teacher: Literal["cached", "int8", "nf4"] = Field(
+        "cached",
+        description="the full-precision model: its last hidden states kept in main memory, or the model itself held by "
+        "bitsandbytes",
+    )
+    activation_checkpointing: bool = Field(
+        False, description="keep the blocks' inputs only, and compute the rest twice"
     )
 
 
@@ -204,6 +305,7 @@ class Recipe(Section):
     data: DataConfig = DataConfig()
     quantization: QuantizationConfig
     training: TrainingConfig = TrainingConfig()
+    end_to_end: EndToEndConfig = EndToEndConfig()
     trainer: TrainerConfig = TrainerConfig()
     run_dir: str = Field(
         min_length=1, description="folder for all that the run writes; runs/NAME if the recipe sets none"

@@ -22,6 +22,7 @@ FREE_KEYS = (
     *("run_dir", "resume", "dry_run", "data.evaluation", "trainer.checkpoint_seconds"),
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.offload"),
     *("quantization.embedding_bits", "quantization.head_bits"),  # quantized after the blocks
+    "end_to_end",  # comes after the blocks, and knows what it was made from
     "training.accumulate_grad_batches",  # in how many parts a device takes its share of a step
 )
 LIBRARIES = ("torch", "transformers", "lightning", "deepspeed", "safetensors", "tokenizers")
@@ -44,13 +45,13 @@ def fingerprint(
     precision: str,
 ) -> dict[str, Any]:
     """All that finished blocks depend on: recipe keys by their names, the rest as hashes."""
-    free = FREE_KEYS if recipe.quantization.method == "slimllm_plus" else (*FREE_KEYS, "training")
+    free = FREE_KEYS if recipe.quantization.trains else (*FREE_KEYS, "training")
     keys = {key: value for key, value in flatten(recipe).items() if not key.startswith(free)}
     # What is in a file says more than its path, and the resolved precision more than `auto`.
     keys["data.calibration.path"] = digest(text)
     keys["model.path"] = weights_digest(source, config)
     keys["trainer.precision"] = precision
-    if recipe.quantization.allocation is not None:
+    if recipe.quantization.allocation is not None and recipe.quantization.allocates_by == "file":
         keys["quantization.allocation"] = digest(Path(recipe.quantization.allocation).expanduser().read_bytes())
     values = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
     architecture = json.dumps(values, sort_keys=True, default=str)

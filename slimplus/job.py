@@ -6,10 +6,11 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -18,14 +19,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from slimplus.config import Recipe, to_yaml
+from slimplus.config import Recipe, TrainingConfig, to_yaml
 from slimplus.data.text import load_text
 from slimplus.data.windows import Windows, calibration_windows, evaluation_windows
 from slimplus.errors import InputError
 from slimplus.fingerprint import differences, fingerprint, library_versions
 from slimplus.layout import PackedLayout
 from slimplus.machine import peak_resident_bytes
-from slimplus.models.architectures import blocks_path, find_blocks, find_linears, outer_bits
+from slimplus.models.architectures import blocks_path, find_blocks, find_linears, following_norm, outer_bits
 from slimplus.models.loading import ModelSource, build_on_meta
 from slimplus.models.precision import resolve_precision
 from slimplus.models.streaming import BlockRunner, StreamedModel
@@ -36,9 +37,11 @@ from slimplus.reading import resolve_model_folder
 from slimplus.run import Record, RunDirectory, chain, read_allocation
 from slimplus.signals import Preemption
 from slimplus.training.block import layer_tensors
-from slimplus.training.blockwise import BlockQuantizer
+from slimplus.training.blockwise import BlockQuantizer, QuantizerConfig
 from slimplus.training.fit import FitConfig
-from slimplus.training.reconstruction import ReconstructionConfig
+from slimplus.training.losses import LossConfig
+from slimplus.training.optimizers import RateConfig, Schedule
+from slimplus.training.reconstruction import ReconstructionConfig, Surroundings
 from slimplus.training.strategies import launch
 
 logger = logging.getLogger(__name__)
@@ -58,7 +61,8 @@ class Job:
 
     Attributes:
         metrics: the content of metrics.json, written after every stage.
-        allocation: widths imported from another run, by layer, or None.
+        allocation: widths by layer, imported or found for the whole model, or None.
+        channels: `[blocks, hidden]`, salience of each block's output channels, if it was measured.
         outer_bits: name → bits of the layers outside the blocks that get packed.
     """
 
@@ -75,6 +79,8 @@ class Job:
     allocation: dict[str, list[int]] | None
     outer_bits: dict[str, int]
     metrics: dict[str, Any]
+    channels: Tensor | None = None
+    tuned: dict[str, Tensor] | None = None
 
     @cached_property
     def model(self) -> StreamedModel:
@@ -86,6 +92,17 @@ class Job:
         self.__dict__.pop("model", None)
 
     @property
+    def needs_auxiliary(self) -> bool:
+        """Whether the loss has a second target."""
+        return self.quantizer.trains and self.quantizer.reconstruction.loss.auxiliary > 0
+
+    @property
+    def measures_sensitivity(self) -> bool:
+        """Whether the whole model's sensitivity is asked for."""
+        salient = self.quantizer.trains and self.quantizer.reconstruction.loss.salient_channels
+        return salient or self.recipe.quantization.allocates_by == "model"
+
+    @property
     def block_count(self) -> int:
         return len(self.block_names)
 
@@ -93,8 +110,8 @@ class Job:
         """This rank's windows."""
         return tokens[self.fabric.global_rank :: self.fabric.world_size]
 
-    def imported_bits(self, index: int) -> dict[str, Tensor] | None:
-        """Widths of one block's layers from the imported allocation."""
+    def given_bits(self, index: int) -> dict[str, Tensor] | None:
+        """Widths of one block's layers, if they were not left to be found with the block."""
         if self.allocation is None:
             return None
         prefix = f"{self.block_names[index]}."
@@ -103,6 +120,11 @@ class Job:
             for name, widths in self.allocation.items()
             if name.startswith(prefix)
         }
+
+    def surroundings(self, index: int) -> Surroundings:
+        """What a loss needs to know of the place of a block."""
+        norm = deepcopy(following_norm(self.model.model, index)).to(self.runner.device, torch.float32)
+        return Surroundings(norm, None if self.channels is None else self.channels[index].to(self.runner.device))
 
     def stored_block(self, index: int, made_from: str) -> dict[str, Tensor] | None:
         """The tensors of a finished block, if it was made from the blocks before it, whose `chain` is `made_from`."""
@@ -121,6 +143,13 @@ class Job:
             self.run.save_block(index, tensors, record | {"made_from": made_from, "chain": link})
         self.fabric.barrier()
         return link
+
+    def finished_block(self, index: int) -> tuple[dict[str, Tensor], Record]:
+        """The packed tensors of a finished block as they are to be saved, and its record."""
+        tensors, record = self.run.load_block(index)
+        prefix = f"{self.block_names[index]}."
+        tuned = self.tuned or {}
+        return tensors | {key: tuned[prefix + key] for key in tensors if prefix + key in tuned}, record
 
     def note(self, event: str) -> None:
         """Warn of something that a reader of the results should know, and keep it in metrics.json."""
@@ -145,7 +174,7 @@ class Job:
         """Widths and sizes of all the packed layers, from the block files; one block in memory at a time."""
         layout, group_size = PackedLayout(), self.quantizer.quantization.group_size
         for index, (block_name, block) in enumerate(zip(self.block_names, self.model.blocks, strict=True)):
-            tensors, record = self.run.load_block(index)
+            tensors, record = self.finished_block(index)
             layout.records.append({key: value for key, value in record.items() if key not in UNREPORTED})
             for name, linear in find_linears(block).items():
                 layout.add(f"{block_name}.{name}", layer_tensors(tensors, name), linear.weight.shape, group_size)
@@ -153,18 +182,19 @@ class Job:
 
     def checkpoint_tensors(self, outer: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the packed model by its name, block by block; `outer` are those packed outside the blocks."""
+        tuned = self.tuned or {}
         for name, tensor in self.model.outer_tensors():
             if name.removesuffix(".weight") not in outer:
-                yield name, tensor
+                yield name, tuned.get(name, tensor)
         for name, tensors in outer.items():
             for key, tensor in tensors.items():
                 yield f"{name}.{key}", tensor
         for index, (name, block) in enumerate(zip(self.block_names, self.model.blocks, strict=True)):
-            packed, _ = self.run.load_block(index)
+            packed, _ = self.finished_block(index)
             linears = find_linears(block)
             for key, tensor in block.state_dict().items():
                 if key.rpartition(".")[0] not in linears:
-                    yield f"{name}.{key}", tensor
+                    yield f"{name}.{key}", tuned.get(f"{name}.{key}", tensor)
             for key, tensor in packed.items():
                 yield f"{name}.{key}", tensor
 
@@ -253,7 +283,7 @@ def _check_model(model: PreTrainedModel, recipe: Recipe) -> tuple[list[str], dic
     """Names of the blocks, and the imported allocation if there is one, checked against the model's layers."""
     blocks, group_size = find_blocks(model), recipe.quantization.group_size
     names = [f"{blocks_path(model.config)}.{index}" for index in range(len(blocks))]
-    if recipe.quantization.allocation is None:
+    if recipe.quantization.allocation is None or recipe.quantization.allocates_by != "file":
         return names, None
     allocation = read_allocation(recipe.quantization.allocation, group_size)
     expected = {
@@ -318,12 +348,20 @@ def _metrics(
 def _quantizer(
     recipe: Recipe, fabric: Fabric, runner: BlockRunner, logs: Path, preemption: Preemption
 ) -> BlockQuantizer:
-    quantization, training, trainer = recipe.quantization, recipe.training, recipe.trainer
+    quantization, trainer = recipe.quantization, recipe.trainer
+    search = quantization.allocates_by
+    elements = recipe.training.parametrization if quantization.method == "qat" else None
     return BlockQuantizer(
         quantization=QuantizationConfig(
-            quantization.method, quantization.bits, quantization.group_size, quantization.percdamp
+            quantization.method,
+            quantization.bits,
+            quantization.group_size,
+            quantization.percdamp,
+            search if search in ("slimllm", "block") else "uniform",  # the others' widths are given
+            tuple(quantization.widths),
         ),
-        reconstruction=ReconstructionConfig(**training.model_dump()),
+        quantizer=QuantizerConfig(elements, recipe.training.width_rates),
+        reconstruction=_reconstruction(recipe.training, elements),
         fit=FitConfig(
             trainer.devices,
             trainer.num_nodes,
@@ -336,4 +374,29 @@ def _quantizer(
         runner=runner,
         fabric=fabric,
         preemption=preemption,
+    )
+
+
+def _reconstruction(training: TrainingConfig, elements: str | None) -> ReconstructionConfig:
+    """The training of a block, `auto` and null resolved."""
+    optimizer = training.optimizer
+    if optimizer == "auto":
+        optimizer = "sign_sgd" if elements == "rounding" else "adamw"
+    signs = optimizer == "sign_sgd"
+
+    def rate(peak: float | None, usual: float, schedule: Schedule | Literal["auto"]) -> RateConfig:
+        if schedule == "auto":
+            schedule = "linear" if signs else "cosine"
+        return RateConfig(usual if peak is None and not signs else peak, schedule)
+
+    return ReconstructionConfig(
+        epochs=training.epochs,
+        batch_size=training.batch_size,
+        accumulate_grad_batches=training.accumulate_grad_batches,
+        optimizer=optimizer,
+        grid=rate(training.learning_rate, 0.01, training.schedule),
+        elements=rate(training.element_learning_rate, 3e-4, training.element_schedule),
+        weight_decay=training.weight_decay,
+        patience=training.patience,
+        loss=LossConfig(**training.loss.model_dump()),
     )

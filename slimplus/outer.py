@@ -52,7 +52,7 @@ def _head_hessian(job: Job) -> Tensor:
     hidden = inputs.hidden
     job.run.open()  # the first rank has written blocks since the others read which files are complete
     for index, (block, arguments) in enumerate(zip(job.model.blocks, inputs.arguments, strict=True)):
-        tensors, _ = job.run.load_block(index)
+        tensors, _ = job.finished_block(index)
         packed = load_packed_block(block, tensors, job.quantizer.quantization.group_size)
         hidden = runner.run(runner.load(packed), hidden, arguments)
     accumulator = HessianAccumulator(job.model.head.in_features, runner.device)

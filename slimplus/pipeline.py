@@ -6,7 +6,7 @@ import logging
 
 import torch
 
-from slimplus import report
+from slimplus import report, whole_model
 from slimplus.config import Recipe, to_yaml
 from slimplus.evaluation import continue_text, perplexity
 from slimplus.files import staging_folder
@@ -19,7 +19,7 @@ from slimplus.models.streaming import StreamedModel
 from slimplus.outer import packed_config, quantize_outer_layers
 from slimplus.plan import make_plan
 from slimplus.progress import track
-from slimplus.run import chain, locked, write_allocation
+from slimplus.run import SENSITIVITY, chain, locked, write_allocation
 from slimplus.signals import Preemption
 from slimplus.training.block import load_packed_block, packed_block, packed_tensors
 from slimplus.training.blockwise import BlockTask
@@ -45,7 +45,9 @@ def run(recipe: Recipe) -> str | None:
     with Preemption() as preemption, watched(fabric), locked(recipe.run_dir, fabric.is_global_zero):
         job = prepare(recipe, fabric, preemption)
         measure_full_precision(job)
+        measure_sensitivity(job)
         quantize_blocks(job)
+        train_end_to_end(job)
         export(job)
         sentence = measure_packed(job)
         return finish(job, sentence)
@@ -76,6 +78,24 @@ def measure_full_precision(job: Job) -> None:
         )
 
 
+def measure_sensitivity(job: Job) -> None:
+    """How much each group's width matters to the model's loss, and the widths that follow, where the recipe asks."""
+    if not job.measures_sensitivity:
+        return
+    tables = job.run.load_tensors(SENSITIVITY, "")
+    if tables is None:
+        with job.stage("sensitivity"):
+            tables = whole_model.measure(job)
+            if job.fabric.is_global_zero:
+                job.run.save_tensors(SENSITIVITY, tables, "")
+            job.fabric.barrier()
+    else:
+        logger.info("sensitivity: found in %s, skipped", SENSITIVITY)
+    job.channels = tables["channels"]
+    if job.recipe.quantization.allocates_by == "model":
+        job.allocation = whole_model.allocate_model(job, tables)
+
+
 def quantize_blocks(job: Job) -> None:
     """Quantize the blocks in order, each on what the quantized ones before it give; finished ones are replayed."""
     found = job.run.finished_blocks(job.block_count)
@@ -96,6 +116,7 @@ def quantize_blocks(job: Job) -> None:
                 packed = load_packed_block(block, stored, job.quantizer.quantization.group_size)
                 made_from = chain(made_from, stored)
             else:
+                auxiliary = job.runner.run(original, quantized, arguments) if job.needs_auxiliary else None
                 weights, record = job.quantizer(
                     BlockTask(
                         block=original,
@@ -103,7 +124,9 @@ def quantize_blocks(job: Job) -> None:
                         arguments=arguments,
                         hidden=quantized,
                         targets=targets,
-                        bits=job.imported_bits(index),
+                        auxiliary=auxiliary,
+                        bits=job.given_bits(index),
+                        surroundings=job.surroundings(index),
                         checkpoints=job.run.block_checkpoints(index, made_from),
                     )
                 )
@@ -111,6 +134,20 @@ def quantize_blocks(job: Job) -> None:
                 made_from = job.save_block(index, packed_tensors(packed), record, made_from)
             quantized = job.runner.run(job.runner.load(packed), quantized, arguments)
             full = targets
+
+
+def train_end_to_end(job: Job) -> None:
+    """Train grids and norms through the whole model, if the recipe has epochs for it."""
+    if not job.recipe.end_to_end.epochs:
+        return
+    made_from = whole_model.made_from(job)
+    job.tuned = job.run.load_tuned(made_from)
+    if job.tuned is not None:
+        logger.info("end_to_end: found in %s, skipped", job.run.root)
+        return
+    job.forget_checkpoint()
+    with job.stage("end_to_end"):
+        job.tuned = whole_model.train(job, made_from)
 
 
 def export(job: Job) -> None:

@@ -83,12 +83,12 @@ def check_shares(recipe: Recipe, processes: int) -> None:
             f"data.samples: {samples} windows cannot be shared evenly by {processes} processes; "
             f"give a multiple of {processes}"
         )
-    if recipe.quantization.method == "slimllm_plus" and step % (processes * parts):
+    if recipe.quantization.trains and step % (processes * parts):
         raise RecipeError(
             f"training.batch_size: {step} windows a step cannot be shared evenly by {processes} processes in "
             f"{parts} parts each (training.accumulate_grad_batches); give a multiple of {processes * parts}"
         )
-    if recipe.quantization.method == "slimllm_plus" and samples % step:
+    if recipe.quantization.trains and samples % step:
         raise RecipeError(
             f"data.samples: {samples} windows are no whole number of steps of {step} (training.batch_size); "
             f"give a multiple of {step}"
@@ -127,7 +127,10 @@ def check_inputs(recipe: Recipe) -> None:
         tokens = data.evaluation.sequence_length
         need = f"one window of data.evaluation.sequence_length={tokens}"
         problems.append(_text_problem(data.evaluation.path, "evaluation", tokens, need))
-    if allocation and not Path(allocation).expanduser().is_file():
-        problems.append(f"quantization.allocation: {allocation} is not a file; give the allocation.json of a run")
+    if allocation and recipe.quantization.allocates_by == "file" and not Path(allocation).expanduser().is_file():
+        problems.append(
+            f"quantization.allocation: {allocation} is neither slimllm, uniform, block or model nor a file; "
+            "give one of them, or the allocation.json of a run"
+        )
     if any(problems):
         raise RecipeError("\n".join(filter(None, problems)))

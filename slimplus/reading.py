@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -33,10 +33,13 @@ _SHORTHANDS = {
 def describe_type(field: FieldInfo) -> str:
     """What a key takes, in words: `integer >= 1`, `auto | never`, `text | null`."""
     names: dict[Any, str] = {str: "text", int: "integer", float: "number", bool: "true | false"}
-    names |= {dict: "mapping", NoneType: "null"}
-    kinds = get_args(field.annotation) if isinstance(field.annotation, UnionType) else (field.annotation,)
+    names |= {dict: "mapping", list: "list", NoneType: "null"}
+    unions = (Union, UnionType)
+    kinds = get_args(field.annotation) if get_origin(field.annotation) in unions else (field.annotation,)
     options: list[str] = []
     for kind in kinds:
+        if get_origin(kind) is Annotated:
+            kind, *_ = get_args(kind)
         literals = get_args(kind) if get_origin(kind) is Literal else ()
         options += map(str, literals) if literals else [names[get_origin(kind) or kind]]
     signs = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
@@ -80,6 +83,8 @@ def _sentences(error: ErrorDetails) -> Iterator[str]:
     if field is None and inside is None:
         for leaf in _leaves(path, error["input"]):
             yield f"{leaf}: unknown key; {_suggestion(leaf)}"
+    elif error["type"] == "value_error" and field is None:
+        yield str(error["ctx"]["error"])  # of a section as a whole; it names the key
     elif field is None:
         yield f"{path}: expected keys such as {inside}, got {got}"
     elif error["type"] == "missing":

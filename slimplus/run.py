@@ -6,7 +6,9 @@ manifest.json          size and checksum of every complete file
 fingerprint.json       the recipe's keys and hashes of model, tokenizer and text that the rest depends on
 tokens/*.safetensors   calibration and evaluation windows
 blocks/*.safetensors   one packed block each, with its record
-checkpoints/           Lightning checkpoints of the block in training
+sensitivity.safetensors  loss of each group at each width, where bits were allocated by it
+end_to_end.safetensors  packed layers and norms after the training of the whole model
+checkpoints/           Lightning checkpoints of the training in progress
 logs/                  TensorBoard and CSV; the only files that may be incomplete
 allocation.json        bits per group per linear layer
 metrics.json           figures
@@ -41,6 +43,7 @@ logger = logging.getLogger(__name__)
 Record = dict[str, Any]
 
 LOCK = ".lock"
+END_TO_END, SENSITIVITY = "end_to_end", "sensitivity.safetensors"
 
 
 @contextmanager
@@ -142,11 +145,12 @@ class RunDirectory:
             return
         given = Path(resume).expanduser()
         index = next((index for index in range(blocks) if not self.has_block(index)), blocks)
-        expected = self._checkpoint_folder(index) / CHECKPOINT
+        folder = self._checkpoint_folder(index) if index < blocks else self.checkpoints / END_TO_END
+        expected = folder / CHECKPOINT
         held = f"{self.root} holds {expected}" if expected.exists() else f"{self.root} holds none"
         problem = None
         if given.resolve() != expected.resolve() or not expected.exists():
-            problem = f"{given} is not the checkpoint of the block in training ({held})"
+            problem = f"{given} is not the checkpoint of the training in progress ({held})"
         problem = problem or self.manifest.problem(expected)
         if problem:
             raise InputError(f"resume: {problem}; give that of this run_dir, or resume=auto")
@@ -228,6 +232,37 @@ class RunDirectory:
     def block_checkpoints(self, index: int, made_from: str) -> BlockCheckpoints:
         """Where the training of a block keeps its Lightning checkpoints; `made_from` is the chain of those before."""
         return BlockCheckpoints(self._checkpoint_folder(index), self.manifest, made_from)
+
+    def last_chain(self, blocks: int) -> str:
+        """`chain` of the last of the finished blocks."""
+        return str(self._read_record(blocks - 1)["chain"])
+
+    def end_to_end_checkpoints(self, made_from: str) -> BlockCheckpoints:
+        """Where the training of the whole model keeps its checkpoints."""
+        return BlockCheckpoints(self.checkpoints / END_TO_END, self.manifest, made_from)
+
+    def save_tuned(self, tensors: Mapping[str, Tensor], made_from: str) -> None:
+        """Keep what the training of the whole model made; its checkpoints are no longer needed."""
+        self.save_tensors(f"{END_TO_END}.safetensors", tensors, made_from)
+        self.manifest.forget(self.checkpoints / END_TO_END)
+
+    def load_tuned(self, made_from: str) -> dict[str, Tensor] | None:
+        """What `save_tuned` kept, if it was made from the same."""
+        return self.load_tensors(f"{END_TO_END}.safetensors", made_from)
+
+    def save_tensors(self, name: str, tensors: Mapping[str, Tensor], made_from: str) -> None:
+        """Write a file of tensors, with a hash of what they were made from."""
+        self.manifest.write(self.root / name, save(dict(tensors), metadata={"made_from": made_from}))
+
+    def load_tensors(self, name: str, made_from: str) -> dict[str, Tensor] | None:
+        """The tensors of a file, or None where there is none made from the same."""
+        file = self.root / name
+        if not (self.manifest.names(file) and file.is_file()):
+            return None
+        with safe_open(file, framework="pt") as opened:
+            if opened.metadata()["made_from"] != made_from:
+                return None
+        return load(file.read_bytes())
 
     def _checkpoint_folder(self, index: int) -> Path:
         return self.checkpoints / f"block_{index:03d}"

@@ -56,10 +56,10 @@ class Faults:
             (BlockRunner, "run"),
         ):
             setattr(owner, name, self._counted(getattr(owner, name), name))
-        exact = reconstruction.normalized_error
+        exact = reconstruction.reconstruction_loss
 
-        def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-            result = exact(output, target)
+        def loss(output: torch.Tensor, target: torch.Tensor, *others: Any) -> torch.Tensor:
+            result = exact(output, target, *others)
             if not torch.is_grad_enabled():
                 return result / 1e6 if self.faults.get("worsen") else result
             self.batches += 1
@@ -72,7 +72,7 @@ class Faults:
                 return result * torch.nan
             return result * 1e6 if self.batches == self.faults.get("explode_step") else result
 
-        reconstruction.normalized_error = loss
+        reconstruction.reconstruction_loss = loss  # type: ignore[assignment]
         add = HessianAccumulator.add
 
         def add_one_direction(self_: HessianAccumulator, inputs: torch.Tensor) -> None:

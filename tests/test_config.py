@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -32,7 +33,7 @@ def problems(*arguments: str) -> list[str]:
 
 
 def test_the_recipes_are_those_of_the_paper_and_the_demo() -> None:
-    assert set(recipe_names()) == {*PAPER, "smollm2_135m_2bit"}
+    assert set(recipe_names()) == {*PAPER, "smollm2_135m_2bit", "smollm2_135m_2bit_best"}
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -55,6 +56,8 @@ def test_paper_recipes_hold_the_papers_settings(name: str, bits: int) -> None:
         "embedding_bits": None,
         "head_bits": None,
         "allocation": None,
+        "widths": [1, 2, 3, 4],
+        "size_bytes": None,
     }
     assert (recipe.data.samples, recipe.data.sequence_length) == (128, 2048)
     assert (recipe.data.calibration.path, recipe.data.evaluation.path) == ("wikitext2", "wikitext2")
@@ -136,6 +139,10 @@ def values_of(key: str) -> st.SearchStrategy[Any]:
         return st.text(min_size=1).filter(lambda text: text.isprintable())
     if said == "mapping | null":
         return st.none() | st.dictionaries(st.sampled_from(["hidden_size", "rope_theta"]), st.integers())
+    if said == "mapping":
+        return st.dictionaries(st.integers(1, 8), st.floats(0.1, 10), max_size=3)
+    if said == "list":
+        return st.just([1, 2, 3, 4])
     if said.startswith("integer"):
         return st.integers(2, 7)
     if said.startswith("number"):
@@ -150,8 +157,14 @@ def test_any_value_survives_the_command_line_and_the_written_recipe(
     data: st.DataObject, key: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     value = data.draw(values_of(key))
-    needed = {"trainer.offload": ["trainer.strategy=deepspeed_stage_3"]}.get(key, [])
-    recipe = load_recipe([DEMO, *needed, f"{key}={json.dumps(value, ensure_ascii=False)}"])
+    needs = {
+        "trainer.offload": ["trainer.strategy=deepspeed_stage_3"],
+        "quantization.size_bytes": ["quantization.allocation=model"],
+    }
+    written = json.dumps(value, ensure_ascii=False)
+    if key == "training.width_rates":  # JSON has no numbers as keys
+        written = yaml.safe_dump(value, default_flow_style=True)
+    recipe = load_recipe([DEMO, *needs.get(key, []), f"{key}={written}"])
     found: Any = recipe
     for part in key.split("."):
         found = getattr(found, part)
@@ -185,7 +198,7 @@ def test_whatever_is_typed_gives_a_recipe_or_a_recipe_error(key: str, text: str)
         ("quantization.bits=9", "quantization.bits: expected integer >= 1 and <= 8, got 9"),
         (
             "quantization.bits=1",
-            "quantization.bits: expected 2 to 7 with quantization.method=slimllm_plus, got 1",
+            "quantization.bits: expected 2 to 7 with quantization.allocation=slimllm, got 1",
         ),
         ("quantization.bits=8", "bits-1 to bits+1"),
         ("quantization.bits=two", "quantization.bits: expected integer >= 1 and <= 8, got 'two'"),
@@ -195,11 +208,11 @@ def test_whatever_is_typed_gives_a_recipe_or_a_recipe_error(key: str, text: str)
         ("quantization.group_size=8", "the packed format stores 16 a container"),
         (
             "quantization.method=awq",
-            "quantization.method: expected rtn | gptq | slimllm | slimllm_plus, got 'awq'",
+            "quantization.method: expected rtn | gptq | slimllm | slimllm_plus | qat, got 'awq'",
         ),
         ("quantization.percdamp=0", "quantization.percdamp: expected number > 0 and <= 1, got 0"),
-        ("training.learning_rate=fast", "training.learning_rate: expected number > 0, got 'fast'"),
-        ("training.learning_rate=.inf", "training.learning_rate: expected number > 0, got inf"),
+        ("training.learning_rate=fast", "training.learning_rate: expected number > 0 | null, got 'fast'"),
+        ("training.learning_rate=.inf", "training.learning_rate: expected number > 0 | null, got inf"),
         ("data.samples=0", "data.samples: expected integer >= 1, got 0 (calibration windows)"),
         ("trainer.devices=0", "trainer.devices: expected integer >= 1, got 0"),
         ("dry_run=1", "dry_run: expected true | false, got 1"),
@@ -258,7 +271,7 @@ def test_a_recipe_must_be_named() -> None:
     ("name", "guess"),
     [
         ("smollm2_135m_2bits", "smollm2_135m_2bit?"),
-        ("smollm", "smollm2_135m_2bit?"),
+        ("smollm", "smollm2_135m_2bit or smollm2_135m_2bit_best?"),
         ("opt_1.3b", "opt_1.3b_2bit?"),
     ],
 )

@@ -93,7 +93,7 @@ def test_salience_weighted_calibration(golden: Golden) -> None:
 def test_output_error_is_no_larger(golden: Golden) -> None:
     hessian = golden.hessian
     config = QuantizationConfig("slimllm", golden.target_bits, golden.group_size)
-    quantized = quantize_linear(golden["weight"], golden["bits"], hessian, invert_hessian(hessian), config)
+    quantized = quantize_linear(golden["weight"], golden["bits"], hessian, invert_hessian(hessian), config).weight
     weight = quantized.dequantize()
     error = (golden["inputs"] @ (weight - golden["weight"]).T).double().square().sum()
     assert error <= golden["gptq_output_error"]

@@ -173,7 +173,7 @@ def test_error_compensation_lowers_the_output_error() -> None:
     methods = {}
     for method in ("rtn", "gptq", "slimllm"):
         config = QuantizationConfig(method, 3, 64)
-        quantized = quantize_linear(weight, bits, hessian, inverse, config)
+        quantized = quantize_linear(weight, bits, hessian, inverse, config).weight
         levels = quantized.dequantize()
         methods[method] = float(output_error(levels - weight, hessian).sum())
     assert methods["gptq"] < 0.9 * methods["rtn"]
@@ -184,7 +184,7 @@ def test_refit_never_makes_a_row_worse() -> None:
     weight, hessian = _layer()
     quantized = quantize_linear(
         weight, uniform_bits(160, 64, 2), hessian, invert_hessian(hessian), QuantizationConfig("gptq", 2, 64)
-    )
+    ).weight
     before = quantized.dequantize()
     after = dequantize(quantized.integers, *refit_qparams(weight, quantized, hessian), 64)
     old, new = output_error(before - weight, hessian), output_error(after - weight, hessian)
@@ -199,7 +199,7 @@ def test_what_is_stored_can_be_stored(method: str, bits: int) -> None:
     widths = paired_bits(torch.arange(3.0), 0, bits, 160, 64)
     widths[0] -= 1
     config = QuantizationConfig(method, bits, 64)  # type: ignore[arg-type]
-    quantized = quantize_linear(weight, widths, hessian, invert_hessian(hessian), config)
+    quantized = quantize_linear(weight, widths, hessian, invert_hessian(hessian), config).weight
     assert (quantized.integers <= per_column(2**widths - 1, 64, 160)).all()
     assert torch.equal(storable_scale(quantized.scale), quantized.scale)
     assert torch.equal(storable_zero_point(quantized.zero_point, widths), quantized.zero_point)
@@ -210,7 +210,9 @@ def test_dead_columns_become_zero_and_the_hessian_is_left_alone() -> None:
     hessian[:, 7] = hessian[7] = 0
     before = hessian.clone()
     inverse = invert_hessian(hessian)
-    quantized = quantize_linear(weight, uniform_bits(160, 64, 4), hessian, inverse, QuantizationConfig("gptq", 4, 64))
+    quantized = quantize_linear(
+        weight, uniform_bits(160, 64, 4), hessian, inverse, QuantizationConfig("gptq", 4, 64)
+    ).weight
     assert torch.equal(hessian, before)
     assert inverse.dead.nonzero().flatten().tolist() == [7]
     assert (quantized.dequantize()[:, 7] == 0).all()

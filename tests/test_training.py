@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from slimplus.quantization.linear import QuantizationConfig
 from slimplus.signals import Preemption
 from slimplus.training.block import (
     BlockData,
+    BlockResult,
     fake_quantized_block,
     load_packed_block,
     packed_block,
@@ -28,9 +30,12 @@ from slimplus.training.block import (
     quantize_block,
     trained_weights,
 )
+from slimplus.training.blockwise import QuantizerConfig
 from slimplus.training.checkpoints import BlockCheckpoints
-from slimplus.training.fit import BlockFit, FitConfig
-from slimplus.training.reconstruction import BlockReconstruction, ReconstructionConfig, normalized_error
+from slimplus.training.fit import Fit, FitConfig
+from slimplus.training.losses import normalized_error
+from slimplus.training.optimizers import RateConfig
+from slimplus.training.reconstruction import BlockReconstruction, ReconstructionConfig
 from slimplus.training.strategies import launch
 
 CPU = torch.device("cpu")
@@ -106,13 +111,13 @@ def block_and_inputs(make_model: ModelMaker) -> tuple[nn.Module, BlockInputs]:
 
 def _quantize(
     block_and_inputs: tuple[nn.Module, BlockInputs], method: str, bits: dict[str, Tensor] | None = None
-) -> tuple[nn.Module, dict[str, QuantizedWeight]]:
+) -> tuple[nn.Module, BlockResult]:
     block, inputs = block_and_inputs
-    config = QuantizationConfig(method, 2, GROUP_SIZE)  # type: ignore[arg-type]
+    search = "slimllm" if method == "slimllm" else "uniform"
+    config = QuantizationConfig(method, 2, GROUP_SIZE, allocation=search)  # type: ignore[arg-type]
     original = RUNNER.load(block)
     data = BlockData(original, inputs.hidden, inputs.arguments[0], RUNNER)
-    result = quantize_block(data, config, bits)
-    return original, result.weights
+    return original, quantize_block(data, config, bits)
 
 
 def _error(block: nn.Module, original: nn.Module, inputs: BlockInputs) -> float:
@@ -133,8 +138,8 @@ def test_layers_that_read_the_same_tensor_share_a_hessian(
 def test_each_method_is_better_than_the_one_before(block_and_inputs: tuple[nn.Module, BlockInputs]) -> None:
     errors = {}
     for method in ("rtn", "gptq", "slimllm"):
-        original, weights = _quantize(block_and_inputs, method)
-        packed = packed_block(block_and_inputs[0], weights)
+        original, result = _quantize(block_and_inputs, method)
+        packed = packed_block(block_and_inputs[0], result.weights)
         errors[method] = _error(packed, original, block_and_inputs[1])
     assert errors["slimllm"] < errors["gptq"] < errors["rtn"]
 
@@ -142,8 +147,8 @@ def test_each_method_is_better_than_the_one_before(block_and_inputs: tuple[nn.Mo
 def test_given_bits_are_used(block_and_inputs: tuple[nn.Module, BlockInputs]) -> None:
     layers = find_linears(block_and_inputs[0])
     bits = {name: torch.full((-(-layer.in_features // 32),), 3) for name, layer in layers.items()}
-    _, weights = _quantize(block_and_inputs, "slimllm", bits)
-    assert all(torch.equal(weights[name].bits, bits[name]) for name in layers)
+    _, result = _quantize(block_and_inputs, "slimllm", bits)
+    assert all(torch.equal(result.weights[name].bits, bits[name]) for name in layers)
 
 
 def test_calibration_leaves_the_block_alone(block_and_inputs: tuple[nn.Module, BlockInputs]) -> None:
@@ -156,8 +161,8 @@ def test_calibration_leaves_the_block_alone(block_and_inputs: tuple[nn.Module, B
 
 def test_packed_tensors_restore_a_block(block_and_inputs: tuple[nn.Module, BlockInputs]) -> None:
     block, inputs = block_and_inputs
-    original, weights = _quantize(block_and_inputs, "gptq")
-    packed = packed_block(block, weights)
+    original, result = _quantize(block_and_inputs, "gptq")
+    packed = packed_block(block, result.weights)
     restored = load_packed_block(block, packed_tensors(packed), GROUP_SIZE)
     arguments = inputs.arguments[0]
     ours = RUNNER.run(RUNNER.load(restored), inputs.hidden, arguments)
@@ -165,14 +170,19 @@ def test_packed_tensors_restore_a_block(block_and_inputs: tuple[nn.Module, Block
 
 
 def _fit(
-    block_and_inputs: tuple[nn.Module, BlockInputs], folder: Path, epochs: int = 12, stop_after: int | None = None
+    block_and_inputs: tuple[nn.Module, BlockInputs],
+    folder: Path,
+    epochs: int = 12,
+    stop_after: int | None = None,
+    elements: Literal["rounding", "weights"] | None = None,
+    config: ReconstructionConfig | None = None,
 ) -> tuple[nn.Module, dict[str, QuantizedWeight]]:
-    original, weights = _quantize(block_and_inputs, "slimllm")
+    original, result = _quantize(block_and_inputs, "slimllm")
     inputs = block_and_inputs[1]
     module = BlockReconstruction(
-        fake_quantized_block(original, weights),
+        fake_quantized_block(original, result, QuantizerConfig(elements, {})),
         inputs.arguments[0],
-        ReconstructionConfig(epochs, 2, 1, 1e-2, 0.0),
+        config or ReconstructionConfig(epochs, 2, grid=RateConfig(1e-2, "cosine")),
         "32-true",
     )
     if stop_after is not None:
@@ -180,8 +190,8 @@ def _fit(
     targets = RUNNER.run(original, inputs.hidden, inputs.arguments[0])
     fabric = launch("cpu", 1, 1, "auto")
     checkpoints = BlockCheckpoints(folder / "checkpoints", Manifest(folder), "")
-    config = FitConfig(1, 1, "auto", "none", folder / "logs", seed=0, checkpoint_seconds=3600)
-    BlockFit(module, inputs.hidden, targets, "block_000", checkpoints, fabric, config, Preemption())()
+    where = FitConfig(1, 1, "auto", "none", folder / "logs", seed=0, checkpoint_seconds=3600)
+    Fit(module, (inputs.hidden, targets), "block_000", checkpoints, fabric, where, Preemption())()
     return original, trained_weights(module.block)
 
 
@@ -197,8 +207,9 @@ def _stop(module: BlockReconstruction, epoch: int) -> None:
 def test_training_lowers_the_error_and_touches_quantizers_only(
     block_and_inputs: tuple[nn.Module, BlockInputs], tmp_path: Path
 ) -> None:
-    original, calibrated = _quantize(block_and_inputs, "slimllm")
-    trainable = fake_quantized_block(original, calibrated)
+    original, result = _quantize(block_and_inputs, "slimllm")
+    calibrated = result.weights
+    trainable = fake_quantized_block(original, result, QuantizerConfig(None, {}))
     names = {name.rpartition(".")[2] for name, p in trainable.named_parameters() if p.requires_grad}
     assert names == {"low_shift", "high_shift"}
     _, trained = _fit(block_and_inputs, tmp_path)
@@ -232,12 +243,12 @@ def test_training_resumed_from_a_checkpoint_ends_the_same(
 def test_autocast_trains_in_bfloat16_and_keeps_parameters_in_float32(
     block_and_inputs: tuple[nn.Module, BlockInputs],
 ) -> None:
-    original, weights = _quantize(block_and_inputs, "slimllm")
+    original, result = _quantize(block_and_inputs, "slimllm")
     inputs = block_and_inputs[1]
-    block = fake_quantized_block(original, weights)
+    block = fake_quantized_block(original, result, QuantizerConfig(None, {}))
     seen: list[torch.dtype] = []
     block.get_submodule("mlp").register_forward_hook(lambda _, __, output: seen.append(output.dtype))
-    module = BlockReconstruction(block, inputs.arguments[0], ReconstructionConfig(1, 1, 1, 1e-2, 0.0), "bf16-mixed")
+    module = BlockReconstruction(block, inputs.arguments[0], ReconstructionConfig(1, 1), "bf16-mixed")
     loss = normalized_error(module(inputs.hidden[:1]), run_block(original, inputs.hidden[:1], inputs.arguments[0]))
     loss.backward()
     assert seen == [torch.bfloat16]

@@ -49,6 +49,20 @@ def find_linears(block: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
 
 
+def following_norm(model: PreTrainedModel, index: int) -> nn.Module:
+    """The normalization that reads the output of block `index`: the next block's first one, or the model's last.
+
+    Raises:
+        UnsupportedModelError: if there is none.
+    """
+    blocks, path = find_blocks(model), blocks_path(model.config)
+    reader = blocks[index + 1] if index + 1 < len(blocks) else model.get_submodule(path.rpartition(".")[0])
+    for child in reader.children():
+        if type(child).__name__.endswith("Norm"):
+            return child
+    raise UnsupportedModelError(f"model.path: no normalization follows block {index}; architecture not supported")
+
+
 @dataclass(frozen=True)
 class OuterLayers:
     """The two large layers outside the blocks.

@@ -167,7 +167,22 @@ class StreamedModel:
     @torch.no_grad()
     def logits(self, tokens: Tensor, hidden: Tensor, runner: BlockRunner) -> Tensor:
         """Logits `[windows, sequence_length, vocabulary]` from the output of the last block."""
+        return self._logits(tokens, hidden, runner)
 
+    def sampled_gradient(self, tokens: Tensor, hidden: Tensor, runner: BlockRunner, seed: int) -> Tensor:
+        """Gradient of `-log p(y)`, summed over the tokens, for the last block's output `hidden`.
+
+        Each `y` is drawn from the model's own prediction: the mean of the gradient's square is the Fisher information.
+        """
+        hidden = hidden.to(runner.device, torch.float32).requires_grad_()
+        with torch.enable_grad():
+            predicted = self._logits(tokens, hidden, runner).float().log_softmax(-1)
+            generator = torch.Generator(predicted.device).manual_seed(seed)
+            drawn = torch.multinomial(predicted.detach().exp().flatten(0, -2), 1, generator=generator)
+            (gradient,) = torch.autograd.grad(-predicted.flatten(0, -2).gather(1, drawn).sum(), hidden)
+        return gradient
+
+    def _logits(self, tokens: Tensor, hidden: Tensor, runner: BlockRunner) -> Tensor:
         def replay(index: int, passed: Tensor, **_: Any) -> Tensor:
             return hidden.to(passed.device, passed.dtype)
 

@@ -1,11 +1,21 @@
-"""A linear layer with frozen integers and a learnable grid."""
+"""Linear layers whose quantizers learn: the grid alone, or what lies on it as well.
+
+All of them start from calibrated integers. Every forward uses scale and zero point as they will be stored, so that the
+trained layer and the packed one agree bit for bit.
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from slimplus.quantization.affine import QuantizedWeight, storable_scale, storable_zero_point
+
+LARGEST_OFFSET = 0.5  # in steps: enough for a weight to take the other one of its two nearest levels
 
 
 def _straight_through(real: Tensor, stored: Tensor) -> Tensor:
@@ -13,8 +23,24 @@ def _straight_through(real: Tensor, stored: Tensor) -> Tensor:
     return real + (stored - real).detach()
 
 
+class _NearestInteger(torch.autograd.Function):
+    """Nearest of the integers `0 … largest`; its gradient is 1 for what lies between the ends of the grid, else 0."""
+
+    @staticmethod
+    def forward(ctx: Any, position: Tensor, largest: Tensor) -> Tensor:
+        rounded = position.round()
+        integers = rounded.clamp(min=0).minimum(largest)
+        ctx.save_for_backward(rounded == integers)
+        return integers
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (inside,) = ctx.saved_tensors
+        return gradients[0] * inside, None
+
+
 class FakeQuantizedLinear(nn.Module):
-    """Mixed-bit linear layer whose quantizers learn: SliM-LLM+ (arXiv 2405.14917, section 3.3).
+    """Mixed-bit linear layer with frozen integers and a learnable grid: SliM-LLM+ (arXiv 2405.14917, section 3.3).
 
     Trained are, per row and group, both ends of the grid, as shifts in steps of the calibrated scale: level `q = 0`
     lies at `low + low_shift * scale`, the largest one at `high + high_shift * scale`. At 1 bit they are the two levels.
@@ -23,46 +49,72 @@ class FakeQuantizedLinear(nn.Module):
     one column's rounding error by the others: from the calibrated start, re-rounding raised SmolLM2's first block error
     by 14 % in 128 steps, where moving the grid alone lowered it by 27 %. It also makes every gradient exact.
 
-    Every forward uses the scale and zero point as they will be stored, so that the trained layer and the packed one
-    agree bit for bit.
-
     Args:
         weight: the calibrated weight.
         bias: `[out]` or None, frozen.
+        width_rates: width → factor on the learning rates of its groups; 1 for those not named. It is a factor on the
+            parameters, which is the same for a sign step and an Adam.
+
+    Attributes:
+        bound: of `elements`.
     """
 
     integers: Tensor
     bits: Tensor
+    rates: Tensor
     bias: Tensor | None
     scale: Tensor
     zero_point: Tensor
+    bound = math.inf
 
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
+    def __init__(
+        self, weight: QuantizedWeight, bias: Tensor | None, width_rates: Mapping[int, float] | None = None
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.integers.shape
         self.group_size = weight.group_size
-        padded = nn.functional.pad(weight.integers, (0, -self.in_features % self.group_size))
         # Frozen tensors stay out of the state dict: a training checkpoint holds the quantizers alone.
-        self.register_buffer("integers", padded.unflatten(1, (-1, self.group_size)), persistent=False)
-        self.register_buffer("bits", weight.bits.to(padded.device), persistent=False)
+        self.register_buffer("integers", self._grouped(weight.integers), persistent=False)
+        self.register_buffer("bits", weight.bits.to(weight.integers.device), persistent=False)
+        rates = [(width_rates or {}).get(width, 1.0) for width in weight.bits.tolist()]
+        self.register_buffer("rates", weight.scale.new_tensor(rates), persistent=False)
         self.register_buffer("bias", bias, persistent=False)
         self.register_buffer("scale", weight.scale, persistent=False)
         self.register_buffer("zero_point", weight.zero_point, persistent=False)
         self.low_shift = nn.Parameter(torch.zeros_like(weight.scale))
         self.high_shift = nn.Parameter(torch.zeros_like(weight.scale))
 
+    def _grouped(self, weight: Tensor) -> Tensor:
+        """`[out, in]` → `[out, groups, group_size]`, the last group filled up with zeros."""
+        return nn.functional.pad(weight, (0, -self.in_features % self.group_size)).unflatten(1, (-1, self.group_size))
+
+    @property
+    def grid(self) -> list[nn.Parameter]:
+        """The parameters that place the grid."""
+        return [self.low_shift, self.high_shift]
+
+    @property
+    def elements(self) -> list[nn.Parameter]:
+        """The parameters that each weight has of its own."""
+        return []
+
     def qparams(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point `[out, groups]` as they will be stored, differentiable in the shifts."""
         steps = (2**self.bits - 1).to(self.scale.dtype)
-        scale = self.scale * (1 + (self.high_shift - self.low_shift) / steps)
+        low, high = self.low_shift * self.rates, self.high_shift * self.rates
+        scale = self.scale * (1 + (high - low) / steps)
         scale = _straight_through(scale, storable_scale(scale))
-        zero_point = (self.zero_point - self.low_shift) * self.scale / scale
+        zero_point = (self.zero_point - low) * self.scale / scale
         return scale, _straight_through(zero_point, storable_zero_point(zero_point, self.bits))
+
+    def rounded(self, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Integers `[out, groups, group_size]` on the grid of `scale` and `zero_point` `[out, groups, 1]`."""
+        return self.integers
 
     def fake_quantized_weight(self) -> Tensor:
         """`[out, in]`, float32."""
-        scale, zero_point = self.qparams()
-        levels = (self.integers - zero_point[..., None]) * scale[..., None]
+        scale, zero_point = (values[..., None] for values in self.qparams())
+        levels = (self.rounded(scale, zero_point) - zero_point) * scale
         return levels.flatten(1)[:, : self.in_features]
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -72,5 +124,102 @@ class FakeQuantizedLinear(nn.Module):
     @torch.no_grad()
     def quantized_weight(self) -> QuantizedWeight:
         """What is packed: exactly the levels that `fake_quantized_weight` gives."""
-        integers = self.integers.flatten(1)[:, : self.in_features]
-        return QuantizedWeight(integers, *self.qparams(), self.bits, self.group_size)
+        scale, zero_point = self.qparams()
+        integers = self.rounded(scale[..., None], zero_point[..., None]).flatten(1)[:, : self.in_features]
+        return QuantizedWeight(integers.to(torch.uint8), scale, zero_point, self.bits, self.group_size)
+
+
+class ScaledLinear(FakeQuantizedLinear):
+    """Learns the scales alone: integers and zero points stay."""
+
+    @property
+    def grid(self) -> list[nn.Parameter]:
+        return [self.high_shift]
+
+    def qparams(self) -> tuple[Tensor, Tensor]:
+        steps = (2**self.bits - 1).to(self.scale.dtype)
+        scale = self.scale * (1 + self.high_shift * self.rates / steps)
+        return _straight_through(scale, storable_scale(scale)), self.zero_point
+
+
+class _RoundingLinear(FakeQuantizedLinear):
+    """Base of the layers that round at every step."""
+
+    largest: Tensor
+    position: Tensor
+
+    def __init__(
+        self,
+        weight: QuantizedWeight,
+        bias: Tensor | None,
+        width_rates: Mapping[int, float] | None,
+        remainder: Tensor,
+    ) -> None:
+        super().__init__(weight, bias, width_rates)
+        self.register_buffer("position", self.integers + self._grouped(remainder), persistent=False)
+        del self.integers
+        self.register_buffer("largest", (2**self.bits - 1)[:, None].to(self.scale.dtype), persistent=False)
+
+
+class LearnedRoundingLinear(_RoundingLinear):
+    """Learns which of its two nearest levels each weight takes, beside the grid (AutoRound, arXiv 2309.05516).
+
+    A weight's place on the grid is frozen where error compensation left it, and an offset of at most half a step is
+    trained. So the integers start as calibrated, and moving the grid moves no weight to another level, as it does in
+    AutoRound.
+
+    Args:
+        weight: the calibrated weight.
+        bias: `[out]` or None, frozen.
+        width_rates: as in `FakeQuantizedLinear`.
+        remainder: `[out, in]`, how far above its integer each weight lay, in steps; see `quantize_weight`.
+    """
+
+    bound = LARGEST_OFFSET
+
+    def __init__(
+        self,
+        weight: QuantizedWeight,
+        bias: Tensor | None,
+        width_rates: Mapping[int, float] | None,
+        remainder: Tensor,
+    ) -> None:
+        super().__init__(weight, bias, width_rates, remainder)
+        self.offset = nn.Parameter(torch.zeros_like(self.position))
+
+    @property
+    def elements(self) -> list[nn.Parameter]:
+        return [self.offset]
+
+    def rounded(self, scale: Tensor, zero_point: Tensor) -> Tensor:
+        return _NearestInteger.apply(self.position + self.offset * self.rates[:, None], self.largest)
+
+
+class TrainedWeightLinear(_RoundingLinear):
+    """Trains the weights themselves beside the grid, through the straight-through estimator (arXiv 2407.11062).
+
+    Takes what `LearnedRoundingLinear` takes; weights beyond the ends of the grid start half a step beyond.
+    """
+
+    start: Tensor
+
+    def __init__(
+        self,
+        weight: QuantizedWeight,
+        bias: Tensor | None,
+        width_rates: Mapping[int, float] | None,
+        remainder: Tensor,
+    ) -> None:
+        super().__init__(weight, bias, width_rates, remainder)
+        start = (self.position - self.zero_point[..., None]) * self.scale[..., None]
+        del self.position
+        self.register_buffer("start", start, persistent=False)
+        self.change = nn.Parameter(torch.zeros_like(start))
+
+    @property
+    def elements(self) -> list[nn.Parameter]:
+        return [self.change]
+
+    def rounded(self, scale: Tensor, zero_point: Tensor) -> Tensor:
+        weight = self.start + self.change * self.rates[:, None]
+        return _NearestInteger.apply(weight / scale + zero_point, self.largest)

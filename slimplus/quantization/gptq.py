@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,8 +11,27 @@ from torch import Tensor
 from slimplus.quantization.affine import QuantizedWeight, nearest_integers, storable_scale, storable_zero_point
 from slimplus.quantization.salience import InverseHessian
 
+HALF = 0.499  # less than half, so that integer and remainder together round to the integer
+
 QParamsChooser = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 """`(tile [out, columns], salience [out, columns], bits) -> scale [out], zero_point [out]`."""
+
+
+@dataclass(frozen=True)
+class RoundedWeight:
+    """What `quantize_weight` gives.
+
+    Attributes:
+        weight: ready to pack.
+        remainder: `[out, in]`, how far above its integer each weight lay before it was rounded, as compensated, in
+            steps of the grid; just less than half a step for a tie and for what lies beyond the ends of the grid.
+        loss: `[out, groups]`, what rounding a group adds to half the layer's output error `e H eᵀ`, the groups after
+            it making up for what they can.
+    """
+
+    weight: QuantizedWeight
+    remainder: Tensor
+    loss: Tensor
 
 
 def quantize_weight(
@@ -21,7 +41,7 @@ def quantize_weight(
     inverse: InverseHessian,
     choose: QParamsChooser,
     compensate: bool,
-) -> QuantizedWeight:
+) -> RoundedWeight:
     """Quantize group by group, and with `compensate` spread each column's rounding error over the later columns.
 
     Args:
@@ -34,8 +54,8 @@ def quantize_weight(
     """
     remaining = weight.masked_fill(inverse.dead, 0)
     upper = inverse.upper
-    integers = torch.empty_like(remaining, dtype=torch.uint8)
-    scales, zero_points = [], []
+    integers, remainders = torch.empty_like(remaining, dtype=torch.uint8), torch.empty_like(remaining)
+    scales, zero_points, losses = [], [], []
     for group, width in enumerate(bits.tolist()):
         span = slice(group * group_size, min((group + 1) * group_size, weight.shape[1]))
         tile = remaining[:, span].clone()
@@ -48,8 +68,15 @@ def quantize_weight(
         if compensate:
             errors = _round_columns(tile, upper[span, span], scale, zero_point, 2**width - 1)
             remaining[:, span.stop :] -= errors @ upper[span, span.stop :]
-        integers[:, span] = nearest_integers(tile, scale[:, None], zero_point[:, None], 2**width - 1).to(torch.uint8)
-    return QuantizedWeight(integers, torch.stack(scales, 1), torch.stack(zero_points, 1), bits, group_size)
+            losses.append(errors.square().sum(1) / 2)
+        nearest = nearest_integers(tile, scale[:, None], zero_point[:, None], 2**width - 1)
+        integers[:, span] = nearest.to(torch.uint8)
+        remainders[:, span] = (tile / scale[:, None] + zero_point[:, None] - nearest).clamp_(-HALF, HALF)
+        if not compensate:
+            level = (nearest - zero_point[:, None]) * scale[:, None]
+            losses.append(((tile - level) / diagonal).square().sum(1) / 2)
+    quantized = QuantizedWeight(integers, torch.stack(scales, 1), torch.stack(zero_points, 1), bits, group_size)
+    return RoundedWeight(quantized, remainders, torch.stack(losses, 1))
 
 
 def _round_columns(tile: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, largest: int) -> Tensor:

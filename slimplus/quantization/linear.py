@@ -12,11 +12,12 @@ from torch import Tensor
 from slimplus.quantization.affine import QuantizedWeight, tile_qparams
 from slimplus.quantization.allocation import uniform_bits
 from slimplus.quantization.calibration import calibrate_group
-from slimplus.quantization.gptq import quantize_weight
+from slimplus.quantization.gptq import RoundedWeight, quantize_weight
 from slimplus.quantization.refit import refit_qparams
 from slimplus.quantization.salience import InverseHessian, invert_hessian
 
-Method = Literal["rtn", "gptq", "slimllm", "slimllm_plus"]
+Method = Literal["rtn", "gptq", "slimllm", "slimllm_plus", "qat"]
+Search = Literal["slimllm", "uniform", "block"]
 
 REFITS = 3  # rounds of least squares and rounding; the output error falls by 15-40 %, little of it after the third
 
@@ -28,26 +29,30 @@ class QuantizationConfig:
     """How a linear weight is quantized.
 
     Attributes:
-        method: `slimllm_plus` starts training from what `slimllm` gives.
-        bits: average (and for `rtn` and `gptq` every) width.
+        method: `slimllm_plus` and `qat` start training from what `slimllm` gives.
+        bits: average width.
         group_size: columns a group.
         percdamp: damping of the Hessian, as a share of its mean diagonal.
+        allocation: how the widths of a block's groups are found where they are not given.
+        widths: those that the allocation `block` chooses from.
     """
 
     method: Method
     bits: int
     group_size: int
     percdamp: float = 0.01
+    allocation: Search = "uniform"
+    widths: tuple[int, ...] = (1, 2, 3, 4)
 
     @property
-    def mixes_bits(self) -> bool:
-        """Whether groups get different widths."""
-        return self.method in ("slimllm", "slimllm_plus")
+    def calibrates(self) -> bool:
+        """Whether scales and zero points are searched for and fitted, rather than those of min-max ranges."""
+        return self.method not in ("rtn", "gptq")
 
 
 def quantize_linear(
     weight: Tensor, bits: Tensor, hessian: Tensor, inverse: InverseHessian, config: QuantizationConfig
-) -> QuantizedWeight:
+) -> RoundedWeight:
     """Quantize `weight` `[out, in]`, its groups to `bits` `[groups]`.
 
     SliM-LLM's calibration and error compensation alternate with a least-squares fit of scales and zero points to the
@@ -61,15 +66,16 @@ def quantize_linear(
         config: method and constants.
     """
     size = config.group_size
-    if not config.mixes_bits:
+    if not config.calibrates:
         return quantize_weight(weight, bits, size, inverse, _minmax, compensate=config.method == "gptq")
     weight = weight.masked_fill(inverse.dead, 0)
-    quantized = quantize_weight(weight, bits, size, inverse, calibrate_group, compensate=True)
+    rounded = quantize_weight(weight, bits, size, inverse, calibrate_group, compensate=True)
     for round_ in range(REFITS):
-        scale, zero_point = refit_qparams(weight, quantized, hessian)
+        scale, zero_point = refit_qparams(weight, rounded.weight, hessian)
         if round_ < REFITS - 1:
-            quantized = quantize_weight(weight, bits, size, inverse, _Given(scale, zero_point), compensate=True)
-    return replace(quantized, scale=scale, zero_point=zero_point)
+            given = _Given(scale, zero_point)
+            rounded = quantize_weight(weight, bits, size, inverse, given, compensate=True)
+    return replace(rounded, weight=replace(rounded.weight, scale=scale, zero_point=zero_point))
 
 
 def quantize_vocabulary(weight: Tensor, hessian: Tensor | None, config: QuantizationConfig) -> QuantizedWeight:
@@ -84,7 +90,9 @@ def quantize_vocabulary(weight: Tensor, hessian: Tensor | None, config: Quantiza
     bits = uniform_bits(hidden, config.group_size, config.bits)
     hessian = torch.eye(hidden, device=weight.device) if hessian is None else hessian
     inverse = invert_hessian(hessian, config.percdamp)
-    parts = [quantize_linear(rows.float(), bits, hessian, inverse, config) for rows in weight.split(VOCABULARY_ROWS)]
+    parts = [
+        quantize_linear(rows.float(), bits, hessian, inverse, config).weight for rows in weight.split(VOCABULARY_ROWS)
+    ]
     integers, scale, zero_point = (
         torch.cat([getattr(part, name) for part in parts]) for name in ("integers", "scale", "zero_point")
     )

@@ -15,6 +15,7 @@ from slimplus.models.streaming import BlockArguments, BlockRunner
 from slimplus.nn import FakeQuantizedLinear, PackedLinear
 from slimplus.quantization.affine import QuantizedWeight, group_count
 from slimplus.quantization.allocation import AllocationSearch, paired_bits, uniform_bits
+from slimplus.quantization.gptq import RoundedWeight
 from slimplus.quantization.linear import QuantizationConfig, quantize_linear
 from slimplus.quantization.salience import HessianAccumulator, InverseHessian, group_salience, invert_hessian
 from slimplus.training.ranks import Ranks
@@ -96,11 +97,13 @@ class BlockResult:
 
     Attributes:
         weights: each linear layer, quantized.
+        remainders: of each layer, see `RoundedWeight`.
         divergence: each layer's KL for 0, 1, 2, … pairs, where the bits were searched.
         percdamp: the damping each layer's Hessian needed.
     """
 
     weights: dict[str, QuantizedWeight]
+    remainders: dict[str, Tensor]
     divergence: dict[str, list[float]]
     percdamp: dict[str, float]
 
@@ -118,7 +121,7 @@ def quantize_block(
     hessians = _hessians(data, config)
     inverses = {name: invert_hessian(hessian, config.percdamp) for name, hessian in hessians.items()}
     divergence: dict[str, list[float]] = {}
-    if bits is None and config.mixes_bits:
+    if bits is None and config.allocation == "slimllm":
         bits, divergence = _search(data, inverses, config)
     if bits is None:
         bits = {
@@ -128,8 +131,10 @@ def quantize_block(
     for name, layer in data.own_layers.items():
         leader = data.leader[name]
         own[name] = quantize_linear(layer.weight, bits[name], hessians[leader], inverses[leader], config)
-    weights = {name: _hand_out(data, name, bits[name], own.get(name), config.group_size) for name in data.layers}
-    return BlockResult(weights, divergence, _percdamp(data, inverses))
+    shared = {name: _hand_out(data, name, bits[name], own.get(name), config.group_size) for name in data.layers}
+    weights = {name: weight for name, (weight, _) in shared.items()}
+    remainders = {name: remainder for name, (_, remainder) in shared.items()}
+    return BlockResult(weights, remainders, divergence, _percdamp(data, inverses))
 
 
 def _hessians(data: BlockData, config: QuantizationConfig) -> dict[str, Tensor]:
@@ -177,17 +182,20 @@ def _search(
 
 
 def _hand_out(
-    data: BlockData, name: str, bits: Tensor, own: QuantizedWeight | None, group_size: int
-) -> QuantizedWeight:
+    data: BlockData, name: str, bits: Tensor, own: RoundedWeight | None, group_size: int
+) -> tuple[QuantizedWeight, Tensor]:
     """What the owner of a layer made of it, on every rank."""
     weight = data.layers[name].weight
     if own is None:
         grid = weight.new_empty(len(weight), len(bits))
-        own = QuantizedWeight(torch.empty_like(weight, dtype=torch.uint8), grid, grid.clone(), bits, group_size)
-    integers, scale, zero_point = (
-        data.ranks.send(data.owner[name], tensor.contiguous()) for tensor in (own.integers, own.scale, own.zero_point)
+        empty = QuantizedWeight(torch.empty_like(weight, dtype=torch.uint8), grid, grid.clone(), bits, group_size)
+        own = RoundedWeight(empty, torch.empty_like(weight), grid)
+    quantized = own.weight
+    integers, scale, zero_point, remainder = (
+        data.ranks.send(data.owner[name], tensor.contiguous())
+        for tensor in (quantized.integers, quantized.scale, quantized.zero_point, own.remainder)
     )
-    return QuantizedWeight(integers, scale, zero_point, bits, group_size)
+    return QuantizedWeight(integers, scale, zero_point, bits, group_size), remainder
 
 
 def _percdamp(data: BlockData, inverses: Mapping[str, InverseHessian]) -> dict[str, float]:
@@ -199,11 +207,15 @@ def _percdamp(data: BlockData, inverses: Mapping[str, InverseHessian]) -> dict[s
     return needed
 
 
-def fake_quantized_block(block: nn.Module, weights: Mapping[str, QuantizedWeight]) -> nn.Module:
+MakeQuantizer = Callable[[QuantizedWeight, Tensor | None, Tensor], FakeQuantizedLinear]
+"""`(weight, bias, remainder) -> layer`."""
+
+
+def fake_quantized_block(block: nn.Module, result: BlockResult, make: MakeQuantizer) -> nn.Module:
     """A copy of `block` whose linear layers carry learnable quantizers; nothing else in it requires a gradient."""
     copy = deepcopy(block).requires_grad_(False)
     for name, layer in find_linears(copy).items():
-        copy.set_submodule(name, FakeQuantizedLinear(weights[name], layer.bias))
+        copy.set_submodule(name, make(result.weights[name], layer.bias, result.remainders[name]))
     return copy
 
 

@@ -5,21 +5,43 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from slimplus.errors import InputError
 from slimplus.models.streaming import BlockArguments, BlockRunner
+from slimplus.nn import FakeQuantizedLinear, LearnedRoundingLinear, TrainedWeightLinear
 from slimplus.quantization.affine import QuantizedWeight
 from slimplus.quantization.linear import QuantizationConfig
 from slimplus.signals import Preemption
 from slimplus.training.block import BlockData, fake_quantized_block, quantize_block, trained_weights
 from slimplus.training.checkpoints import BlockCheckpoints
-from slimplus.training.fit import BlockFit, FitConfig
+from slimplus.training.fit import Fit, FitConfig
 from slimplus.training.ranks import Ranks
-from slimplus.training.reconstruction import BlockReconstruction, ReconstructionConfig
+from slimplus.training.reconstruction import BlockReconstruction, ReconstructionConfig, Surroundings
+from slimplus.training.sensitivity import allocate_block
+
+
+@dataclass(frozen=True)
+class QuantizerConfig:
+    """What a block's quantizers learn.
+
+    Attributes:
+        elements: what each weight has of its own beside the grid: its rounding, itself, or nothing.
+        width_rates: width → factor on the learning rates.
+    """
+
+    elements: Literal["rounding", "weights"] | None
+    width_rates: Mapping[int, float]
+
+    def __call__(self, weight: QuantizedWeight, bias: Tensor | None, remainder: Tensor) -> FakeQuantizedLinear:
+        """A layer with such a quantizer."""
+        if self.elements is None:
+            return FakeQuantizedLinear(weight, bias, self.width_rates)
+        layer = LearnedRoundingLinear if self.elements == "rounding" else TrainedWeightLinear
+        return layer(weight, bias, self.width_rates, remainder)
 
 
 @dataclass(frozen=True)
@@ -32,7 +54,9 @@ class BlockTask:
         arguments: the block's arguments besides its input.
         hidden: this rank's inputs of the block, from the quantized blocks before it, `[windows, length, hidden]`.
         targets: this rank's outputs of the block along the full-precision chain, the same shape.
+        auxiliary: this rank's outputs of the full-precision block for `hidden`, if the loss asks for them.
         bits: widths of each layer's groups, if they are given rather than searched.
+        surroundings: what the loss needs to know.
         checkpoints: of its training.
     """
 
@@ -41,7 +65,9 @@ class BlockTask:
     arguments: BlockArguments
     hidden: Tensor
     targets: Tensor
+    auxiliary: Tensor | None
     bits: Mapping[str, Tensor] | None
+    surroundings: Surroundings
     checkpoints: BlockCheckpoints
 
 
@@ -50,6 +76,7 @@ class BlockQuantizer:
     """Quantizes one block after the other, the same way on every rank."""
 
     quantization: QuantizationConfig
+    quantizer: QuantizerConfig
     reconstruction: ReconstructionConfig
     fit: FitConfig
     runner: BlockRunner
@@ -59,7 +86,7 @@ class BlockQuantizer:
     @property
     def trains(self) -> bool:
         """Whether blocks are trained after their calibration."""
-        return self.quantization.method == "slimllm_plus"
+        return self.quantization.method in ("slimllm_plus", "qat")
 
     @property
     def ranks(self) -> Ranks:
@@ -75,8 +102,11 @@ class BlockQuantizer:
         """
         start = time.perf_counter()
         data = BlockData(task.block, task.hidden, task.arguments, self.runner, self.ranks)
+        bits = task.bits
         try:
-            result = quantize_block(data, self.quantization, task.bits)
+            if bits is None and self.quantization.allocation == "block":
+                bits = allocate_block(data, self.quantization)
+            result = quantize_block(data, self.quantization, bits)
         except ValueError as error:  # a Hessian beyond repair
             raise InputError(f"{task.name}: {error}; finished blocks are kept") from error
         record: dict[str, Any] = {
@@ -93,14 +123,14 @@ class BlockQuantizer:
             return result.weights, record
         start = time.perf_counter()
         module = BlockReconstruction(
-            fake_quantized_block(task.block, result.weights),
+            fake_quantized_block(task.block, result, self.quantizer),
             task.arguments,
             self.reconstruction,
             self.runner.precision,
+            task.surroundings,
         )
-        fit = BlockFit(
-            module, task.hidden, task.targets, task.name, task.checkpoints, self.fabric, self.fit, self.preemption
-        )()
+        batches = (task.hidden, task.targets) + (() if task.auxiliary is None else (task.auxiliary,))
+        fit = Fit(module, batches, task.name, task.checkpoints, self.fabric, self.fit, self.preemption)()
         record["loss"], record["calibrated_loss"], record["skipped_steps"] = fit.loss, fit.calibrated_loss, fit.skipped
         record["seconds"]["training"] = time.perf_counter() - start
         record["events"] += fit.events

@@ -1,4 +1,4 @@
-"""One Lightning Trainer per block: loggers, checkpoints, progress, strategy; and what follows when it fails."""
+"""One Lightning Trainer per fit: loggers, checkpoints, progress, strategy; and what follows when it fails."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from slimplus.errors import InputError
 from slimplus.signals import Preemption
 from slimplus.training.checkpoints import Attempt, BlockCheckpoints
+from slimplus.training.module import QuantizerTraining
 from slimplus.training.ranks import Ranks
-from slimplus.training.reconstruction import BlockReconstruction
 from slimplus.training.sampling import StepSampler
 from slimplus.training.strategies import Offload, build_strategy
 from slimplus.training.supervisor import Supervisor
@@ -59,7 +59,7 @@ class FitResult:
     """How a training went.
 
     Attributes:
-        loss: mean of the last epoch; None if every attempt diverged.
+        loss: mean of the best epoch; None if every attempt diverged.
         calibrated_loss: before training.
         skipped: steps whose gradient was not fit to be used.
         events: what a reader of the results should know.
@@ -95,23 +95,21 @@ class ResumableLoader(DataLoader[tuple[Tensor, ...]]):
 
 
 @dataclass(frozen=True)
-class BlockFit:
-    """The training of one block: its module, its data, and where it runs.
+class Fit:
+    """One training: its module, its data, and where it runs.
 
     Attributes:
-        module: the block with its learnable quantizers, trained in place.
-        hidden: this rank's inputs of the block, `[windows, sequence_length, hidden]`.
-        targets: what it should give, the same shape.
-        name: of the block, in the logs.
-        checkpoints: of this block.
+        module: what is trained, in place; it is left in the state after its best epoch.
+        data: this rank's share of what a batch is made of, `[windows, …]` each.
+        name: of the training, in the logs.
+        checkpoints: of this training.
         fabric: the processes of the job.
         config: where and how to train.
         preemption: the signals of this process.
     """
 
-    module: BlockReconstruction
-    hidden: Tensor
-    targets: Tensor
+    module: QuantizerTraining
+    data: tuple[Tensor, ...]
     name: str
     checkpoints: BlockCheckpoints
     fabric: Fabric
@@ -137,9 +135,10 @@ class BlockFit:
             for name, parameter in module.named_parameters():
                 if name in initial:
                     parameter.data = initial[name].to(parameter.device, copy=True)
-            module.config = replace(recipe, learning_rate=recipe.learning_rate * RATES[attempt.restarts])
+            module.slowdown = RATES[attempt.restarts]
             supervisor = self._attempt(attempt, found)
             if supervisor is not None and not supervisor.guard.diverged:
+                module.load_state_dict(supervisor.best, strict=False)
                 return FitResult(supervisor.loss, calibrated_loss, supervisor.guard.skipped, attempt.events)
             attempt, found = self._next(attempt, supervisor), False
             logger.warning("%s: %s", self.name, attempt.events[-1])
@@ -150,7 +149,7 @@ class BlockFit:
 
     def _calibrated_loss(self) -> float:
         self.module.to(self.fabric.device)
-        mean = self.module.evaluate(zip(self.hidden.split(1), self.targets.split(1), strict=True))
+        mean = self.module.evaluate(zip(*(tensor.split(1) for tensor in self.data), strict=True))
         ranks = Ranks(self.fabric.global_rank, self.fabric.world_size)
         return float(ranks.sum(mean.double()) / ranks.count)
 
@@ -175,9 +174,8 @@ class BlockFit:
 
     def _loader(self, parts: int) -> ResumableLoader:
         ranks, step = Ranks(self.fabric.global_rank, self.fabric.world_size), self.module.config.batch_size
-        sampler = StepSampler(len(self.hidden) * ranks.count, step, ranks, self.config.seed)
-        windows = TensorDataset(self.hidden, self.targets)
-        return ResumableLoader(windows, batch_size=step // (ranks.count * parts), sampler=sampler)
+        sampler = StepSampler(len(self.data[0]) * ranks.count, step, ranks, self.config.seed)
+        return ResumableLoader(TensorDataset(*self.data), batch_size=step // (ranks.count * parts), sampler=sampler)
 
     def _attempt(self, attempt: Attempt, found: bool) -> Supervisor | None:
         """Train once; what became of it, or None where the device's memory did not suffice."""
@@ -187,7 +185,8 @@ class BlockFit:
         L.seed_everything(config.seed, verbose=False)
         with _quiet():
             logged = _logged(config.logs / "csv" / self.name / "metrics.csv") if found else []
-            supervisor = Supervisor(self.checkpoints, config.checkpoint_seconds, self.preemption, logged)
+            patience = self.module.config.patience
+            supervisor = Supervisor(self.checkpoints, config.checkpoint_seconds, self.preemption, logged, patience)
             trainer = L.Trainer(
                 accelerator=self.fabric.device.type,
                 devices=config.devices,

@@ -2,101 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
-import lightning as L
-import torch
 from torch import Tensor, nn
 
 from slimplus.models.precision import autocast
 from slimplus.models.streaming import BlockArguments, run_block
+from slimplus.nn import FakeQuantizedLinear
+from slimplus.nn.fake_quantized import LARGEST_OFFSET
+from slimplus.training.losses import LossConfig, reconstruction_loss
+from slimplus.training.module import QuantizerTraining, TrainingConfig
+from slimplus.training.optimizers import ParameterKind, RateConfig
 
 
 @dataclass(frozen=True)
-class ReconstructionConfig:
+class ReconstructionConfig(TrainingConfig):
     """How a block's quantizers are trained.
 
     Attributes:
-        epochs: passes over the calibration windows.
-        batch_size: windows a step, of all devices together.
-        accumulate_grad_batches: parts in which a device takes its share of a step, one after the other.
-        learning_rate: peak; it falls to zero along a cosine.
-        weight_decay: of AdamW.
+        elements: rate of what each weight has of its own: the offset of its rounding, or itself.
+        loss: what is minimised.
     """
 
-    epochs: int
-    batch_size: int
-    accumulate_grad_batches: int
-    learning_rate: float
-    weight_decay: float
+    elements: RateConfig = field(default_factory=RateConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
 
 
-def normalized_error(output: Tensor, target: Tensor) -> Tensor:
-    """Mean over tokens of `|output - target|² / |target|²`; both `[..., hidden]`.
+@dataclass(frozen=True)
+class Surroundings:
+    """What a loss asks of a block's place in the model.
 
-    A plain mean squared error is ruled by the few tokens whose activations are thousands of times larger than the
-    others' ("Massive Activations in Large Language Models", arXiv 2402.17762).
+    Attributes:
+        norm: the normalization that follows the block.
+        channels: `[hidden]`, salience of the block's output channels, if it was measured.
     """
-    output, target = output.float(), target.float()
-    return ((output - target).square().sum(-1) / target.square().sum(-1).clamp(min=1e-6)).mean()
+
+    norm: Callable[[Tensor], Tensor] | None = None
+    channels: Tensor | None = None
 
 
-class BlockReconstruction(L.LightningModule):
-    """Trains every parameter of `block` that requires a gradient on `normalized_error`.
+class BlockReconstruction(QuantizerTraining):
+    """Trains every parameter of `block` that requires a gradient on the error of its output.
 
-    A batch is `(hidden, target)`, both `[windows, sequence_length, hidden]`: the output of the quantized blocks before
-    this one, and the full-precision block's output along the full-precision chain.
+    A batch is `(hidden, target)` or `(hidden, target, auxiliary)`, all `[windows, sequence_length, hidden]`: the output
+    of the quantized blocks before this one, the full-precision block's output along the full-precision chain, and, for
+    the auxiliary loss, its output along the quantized chain.
 
     Args:
         block: the block, its linear layers fake-quantized.
         arguments: the block's other arguments, on its device.
-        config: epochs, rates.
+        config: epochs, rates, loss.
         precision: Lightning's name of the precision to autocast to.
-
-    Attributes:
-        steps: of the whole training; set before it begins.
+        surroundings: what the loss needs to know.
     """
 
-    steps: int
+    config: ReconstructionConfig
 
     def __init__(
-        self, block: nn.Module, arguments: BlockArguments, config: ReconstructionConfig, precision: str
+        self,
+        block: nn.Module,
+        arguments: BlockArguments,
+        config: ReconstructionConfig,
+        precision: str,
+        surroundings: Surroundings = Surroundings(),
     ) -> None:
-        super().__init__()
-        self.block, self.arguments, self.config, self.precision_name = block, arguments, config, precision
-        self._losses: list[Tensor] = []
+        super().__init__(config)
+        self.block, self.arguments, self.precision_name = block, arguments, precision
+        # In a tuple, so that the norm does not become a part of this module.
+        self._surroundings: tuple[Surroundings] = (surroundings,)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`[windows, sequence_length, hidden]` → the same."""
         with autocast(self.device, self.precision_name):
             return run_block(self.block, hidden.float(), self.arguments)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
-        hidden, target = batch
-        loss = normalized_error(self(hidden), target)
-        self._losses.append(loss.detach())
-        self.log("loss", loss, prog_bar=True, on_step=True, on_epoch=True, sync_dist=True)
-        return loss
+    def loss(self, batch: tuple[Tensor, ...]) -> Tensor:
+        hidden, target, *auxiliary = batch
+        output, config = self(hidden), self.config.loss
+        (around,) = self._surroundings
+        channels = around.channels if config.salient_channels else None
+        error = reconstruction_loss(output, target, config, around.norm, channels)
+        for other in auxiliary:
+            error = error + config.auxiliary * reconstruction_loss(output, other, config, around.norm, channels)
+        return error
 
-    def take_loss(self) -> Tensor:
-        """Mean loss of the batches since the last call."""
-        mean = torch.stack(self._losses).mean()
-        self._losses.clear()
-        return mean
-
-    @torch.no_grad()
-    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-        """Mean loss over `batches`."""
-        losses = [normalized_error(self(hidden.to(self.device)), target.to(self.device)) for hidden, target in batches]
-        return torch.stack(losses).mean()
-
-    def configure_optimizers(self) -> Any:
-        trained = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trained, lr=self.config.learning_rate, weight_decay=self.config.weight_decay, betas=(0.9, 0.95)
-        )
-        # Not `estimated_stepping_batches`: that sets up the loader before a checkpoint has told it where to go on.
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(self.steps, 1))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    def kinds(self) -> list[ParameterKind]:
+        layers = [module for module in self.block.modules() if isinstance(module, FakeQuantizedLinear)]
+        grid: list[Any] = [parameter for layer in layers for parameter in layer.grid]
+        elements: list[Any] = [parameter for layer in layers for parameter in layer.elements]
+        bound = max((layer.bound for layer in layers), default=LARGEST_OFFSET)
+        return [ParameterKind(elements, self.config.elements, bound), ParameterKind(grid, self.config.grid)]

@@ -15,12 +15,13 @@ from torch import Tensor
 from slimplus.signals import Preemption
 from slimplus.training.checkpoints import BlockCheckpoints
 from slimplus.training.guard import StepGuard
-from slimplus.training.reconstruction import BlockReconstruction
+from slimplus.training.module import QuantizerTraining
 from slimplus.training.strategies import discard_gradient, gradient_norm, takes_step
 
 
 class Supervisor(Callback):
-    """Skips bad steps, and writes a checkpoint at each epoch's end, after `seconds`, and when the job is pre-empted.
+    """Skips bad steps, keeps the best state, and writes a checkpoint at each epoch's end, after `seconds`, and when the
+    job is pre-empted.
 
     All decisions come from one sum over the ranks at each step, so that they agree. Checkpoints are written after
     whole steps only: no gradients are pending then.
@@ -30,40 +31,53 @@ class Supervisor(Callback):
         seconds: of training between two checkpoints; 0 for one at every step.
         preemption: the signals of this process.
         logged: rows of the CSV log of an earlier start.
+        patience: epochs without a lower loss that end the training; None for no such end.
 
     Attributes:
         guard: what became of the steps.
         loss_sum, steps: of the steps taken in this epoch, over all ranks.
+        loss: the mean over the steps of the best epoch.
+        best: what was trained, as it was after the best epoch.
+        waited: epochs since then.
     """
 
     def __init__(
-        self, checkpoints: BlockCheckpoints, seconds: float, preemption: Preemption, logged: list[dict[str, Any]]
+        self,
+        checkpoints: BlockCheckpoints,
+        seconds: float,
+        preemption: Preemption,
+        logged: list[dict[str, Any]],
+        patience: int | None,
     ) -> None:
         self.checkpoints, self.seconds, self.preemption, self.logged = checkpoints, seconds, preemption, logged
-        self.guard = StepGuard()
+        self.guard, self.patience = StepGuard(), patience
         self.loss_sum, self.steps = 0.0, 0
+        self.loss, self.waited = math.inf, 0
+        self.best: dict[str, Tensor] = {}
         self._saved_at = time.monotonic()
         self._stepped = self._asked = self._due = self._cut_short = False
-
-    @property
-    def loss(self) -> float:
-        """Mean over the steps of the last epoch."""
-        return self.loss_sum / self.steps if self.steps else math.nan
 
     def state_dict(self) -> dict[str, Any]:
         generators = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             generators["cuda"] = torch.cuda.get_rng_state()
-        return {"guard": self.guard.state_dict(), "loss": [self.loss_sum, self.steps], "generators": generators}
+        return {
+            "guard": self.guard.state_dict(),
+            "epoch": [self.loss_sum, self.steps],
+            "best": [self.loss, self.waited, self.best],
+            "generators": generators,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.guard.load_state_dict(state_dict["guard"])
-        self.loss_sum, self.steps = state_dict["loss"]
+        self.loss_sum, self.steps = state_dict["epoch"]
+        self.loss, self.waited, self.best = state_dict["best"]
         torch.set_rng_state(state_dict["generators"]["cpu"].cpu())
         if torch.cuda.is_available() and "cuda" in state_dict["generators"]:
             torch.cuda.set_rng_state(state_dict["generators"]["cuda"].cpu())
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._end_early(trainer)
         for log in trainer.loggers:
             if isinstance(log, CSVLogger) and trainer.is_global_zero:  # it begins with an empty file
                 log.experiment.metrics.extend(row for row in self.logged if int(row["step"]) < trainer.global_step)
@@ -75,7 +89,7 @@ class Supervisor(Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        assert isinstance(pl_module, BlockReconstruction)
+        assert isinstance(pl_module, QuantizerTraining)
         if not takes_step(trainer):
             return
         waited = trainer.is_global_zero and time.monotonic() - self._saved_at >= self.seconds
@@ -113,7 +127,23 @@ class Supervisor(Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._cut_short:  # Lightning ends the epoch even so
+            self._judge_epoch(trainer, pl_module)
             self._save(trainer)
+
+    def _judge_epoch(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Keep the state if it is the best one; all ranks hold the same losses, and so agree."""
+        assert isinstance(module, QuantizerTraining)
+        loss = self.loss_sum / self.steps if self.steps else math.inf
+        self.waited += 1
+        if loss < self.loss or not self.best:
+            state = trainer.strategy.lightning_module_state_dict()  # collective
+            self.best = {name: t.detach().cpu().clone() for name, t in module.trained_state(state).items()}
+            self.loss, self.waited = loss, 0
+        self._end_early(trainer)
+
+    def _end_early(self, trainer: L.Trainer) -> None:
+        if self.patience is not None and self.waited >= self.patience:
+            trainer.should_stop = True
 
     def _save(self, trainer: L.Trainer) -> None:
         trainer.save_checkpoint(self.checkpoints.path)

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ class ZeROStrategy(DeepSpeedStrategy):
 
     Its checkpoints are ordinary ones of Lightning, not DeepSpeed's shards: any strategy on any number of processes goes
     on from them, they appear whole or not at all, and loading them unpickles tensors and plain values only. What they
-    hold is small, since only the quantizers of one block are trained. The optimizer must be an Adam with one group.
+    hold is small, since only quantizers are trained. The optimizer must be an Adam, or one without state.
     """
 
     def __init__(self, stage: int, offload: str) -> None:
@@ -87,9 +88,11 @@ class ZeROStrategy(DeepSpeedStrategy):
         # DeepSpeed's own Adam for the CPU takes a compiler; so few parameters do not need it.
         self.config["zero_force_ds_cpu_optimizer"] = False
 
-    def _setup_model_and_optimizer(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def _setup_model_and_optimizer(self, model: nn.Module, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         before = {child: set(vars(child)) for child in model.modules()}
-        engine_and_optimizer = super()._setup_model_and_optimizer(model, *args, **kwargs)
+        # DeepSpeed puts flat shards in their place.
+        self._groups: list[list[nn.Parameter]] = [list(group["params"]) for group in optimizer.param_groups]
+        engine_and_optimizer = super()._setup_model_and_optimizer(model, optimizer, *args, **kwargs)
         self._added_attributes = {child: vars(child).keys() - names for child, names in before.items()}
         return engine_and_optimizer
 
@@ -104,15 +107,18 @@ class ZeROStrategy(DeepSpeedStrategy):
         from deepspeed.utils import safe_get_full_optimizer_state
 
         inner = self.deepspeed_engine.optimizer.optimizer
-        step = next(iter(inner.state.values()))["step"]
-        state = {
-            index: {
-                "step": step.clone(),
-                **{key: safe_get_full_optimizer_state(trained, key).clone() for key in MOMENTS},
-            }
-            for index, trained in enumerate(self._trained)
-        }
-        return {"state": state, "param_groups": [_settings(inner.param_groups[0]) | {"params": list(state)}]}
+        state = {}
+        if inner.state:
+            step = next(iter(inner.state.values()))["step"]
+            for index, trained in enumerate(self._trained):
+                moments = {key: safe_get_full_optimizer_state(trained, key).clone() for key in MOMENTS}
+                state[index] = {"step": step.clone(), **moments}
+        indices = iter(range(len(self._trained)))
+        groups = [
+            _settings(group) | {"params": list(islice(indices, len(parameters)))}
+            for group, parameters in zip(inner.param_groups, self._groups, strict=True)
+        ]
+        return {"state": state, "param_groups": groups}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write an ordinary Lightning checkpoint, from the first rank."""
@@ -129,7 +135,7 @@ class ZeROStrategy(DeepSpeedStrategy):
         module = self._module
         with gathered(module, modify=True):
             module.load_state_dict(checkpoint["state_dict"], strict=strict)
-        values = {id(p): checkpoint["state_dict"][name] for name, p in module.named_parameters()}
+        values = {id(p): checkpoint["state_dict"].get(name) for name, p in module.named_parameters()}
         for trained in self._trained:
             safe_set_full_fp32_param(trained, values[id(trained)].to(self.root_device))
 
@@ -143,8 +149,10 @@ class ZeROStrategy(DeepSpeedStrategy):
 
         (saved,) = checkpoint["optimizer_states"]
         zero = self.deepspeed_engine.optimizer
-        for group in zero.optimizer.param_groups:
-            group.update(_settings(saved["param_groups"][0]))
+        for group, settings in zip(zero.optimizer.param_groups, saved["param_groups"], strict=True):
+            group.update(_settings(settings))
+        if not saved["state"]:
+            return
         shards = zero.fp32_partitioned_groups_flat if self.zero_stage_3 else zero.single_partition_of_fp32_groups
         step = saved["state"][0]["step"]
         for shard in shards:
@@ -162,7 +170,8 @@ class ZeROStrategy(DeepSpeedStrategy):
 
     @property
     def _trained(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self._module.parameters() if parameter.requires_grad]
+        """In the order in which an ordinary optimizer numbers them."""
+        return [parameter for group in self._groups for parameter in group]
 
     @property
     def takes_step(self) -> bool:

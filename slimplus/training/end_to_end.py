@@ -1,0 +1,130 @@
+"""The whole quantized model as a LightningModule: its scales learn what the full-precision model predicts.
+
+Block by block, errors add up that no block can see; here the integers stay, and grids and norms make up for them
+(EfficientQAT's second phase, arXiv 2407.11062, with distillation besides).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from slimplus.models.architectures import find_blocks
+from slimplus.models.precision import autocast
+from slimplus.nn import FakeQuantizedLinear
+from slimplus.training.losses import normalized_error
+from slimplus.training.module import QuantizerTraining, TrainingConfig
+from slimplus.training.optimizers import ParameterKind, RateConfig
+from slimplus.training.teacher import Teacher
+
+JUDGED = 16  # windows a rank judges the model by before training: a pass over all of them takes as long as an epoch
+
+
+@dataclass(frozen=True)
+class EndToEndConfig(TrainingConfig):
+    """How the whole model is trained.
+
+    Attributes:
+        norms: rate of the norms' gains.
+        next_token: weight of the cross-entropy of the text's next token.
+        distillation: weight of the KL from the full-precision model's predictions to the quantized model's.
+        hidden_states: weight of the error of the last hidden states, token by token over the token's energy.
+        activation_checkpointing: keep the inputs of blocks only, and compute the rest a second time.
+    """
+
+    norms: RateConfig = field(default_factory=RateConfig)
+    next_token: float = 0.0
+    distillation: float = 1.0
+    hidden_states: float = 0.0
+    activation_checkpointing: bool = False
+
+
+class EndToEnd(QuantizerTraining):
+    """Trains the grids and the norms of `model`.
+
+    A batch is `(tokens,)`, `[windows, sequence_length]`, or `(tokens, states)` with what the full-precision model's
+    head reads, `[windows, sequence_length, hidden]`.
+
+    Args:
+        model: its blocks' linear layers fake-quantized, float32.
+        teacher: gives `states` where the batch has none.
+        config: losses, rates.
+        precision: Lightning's name of the precision to autocast to.
+    """
+
+    config: EndToEndConfig
+
+    def __init__(self, model: PreTrainedModel, teacher: Teacher | None, config: EndToEndConfig, precision: str) -> None:
+        super().__init__(config)
+        self.model, self.precision_name = model.requires_grad_(False), precision
+        self._teacher: tuple[Teacher | None] = (teacher,)  # in a tuple: no part of what is trained, moved or sharded
+        for block in find_blocks(model):
+            for module in block.modules():
+                if isinstance(module, FakeQuantizedLinear):
+                    for parameter in module.grid:
+                        parameter.requires_grad_()
+            if config.activation_checkpointing:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        for parameter in self._norms():
+            parameter.requires_grad_(config.norms.learning_rate != 0)
+
+    def _norms(self) -> list[nn.Parameter]:
+        norms = [module for module in self.model.modules() if type(module).__name__.endswith("Norm")]
+        return [parameter for module in norms for parameter in module.parameters(recurse=False)]
+
+    def kinds(self) -> list[ParameterKind]:
+        layers = [module for module in self.model.modules() if isinstance(module, FakeQuantizedLinear)]
+        grid: list[Any] = [parameter for layer in layers for parameter in layer.grid]
+        norms = [parameter for parameter in self._norms() if parameter.requires_grad]
+        return [ParameterKind(grid, self.config.grid), ParameterKind(norms, self.config.norms)]
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """`[windows, sequence_length]` → what the head reads, `[…, hidden]`, and its log-probabilities."""
+        with autocast(self.device, self.precision_name):
+            states = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+            return states, self._log_probabilities(states)
+
+    def _log_probabilities(self, states: Tensor) -> Tensor:
+        head = self.model.get_output_embeddings()
+        assert head is not None
+        with autocast(self.device, self.precision_name):
+            return head(states).float().log_softmax(-1)
+
+    def _taught(self, tokens: Tensor, states: list[Tensor]) -> Tensor:
+        (teacher,) = self._teacher
+        if states:
+            return states[0].float()
+        assert teacher is not None
+        return teacher(tokens).float()
+
+    def loss(self, batch: tuple[Tensor, ...]) -> Tensor:
+        tokens, *given = batch
+        states, predicted = self(tokens)
+        config, total = self.config, predicted.new_zeros(())
+        if config.next_token:
+            expected = tokens[:, 1:].flatten()
+            total = total + config.next_token * nn.functional.nll_loss(predicted[:, :-1].flatten(0, 1), expected)
+        if not (config.distillation or config.hidden_states):
+            return total
+        with torch.no_grad():
+            taught = self._taught(tokens, given)
+        if config.distillation:
+            with torch.no_grad():
+                wanted = self._log_probabilities(taught)
+            divergence = nn.functional.kl_div(predicted, wanted, reduction="sum", log_target=True)
+            total = total + config.distillation * divergence / tokens.numel()
+        if config.hidden_states:
+            total = total + config.hidden_states * normalized_error(states, taught)
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[tuple[Tensor, ...]]) -> Tensor:
+        return super().evaluate(islice(batches, JUDGED))

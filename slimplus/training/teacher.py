@@ -1,0 +1,59 @@
+"""The full-precision model as a teacher, its weights held by bitsandbytes in 8 or 4 bits to save memory."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slimplus.models.architectures import find_blocks, find_linears
+from slimplus.models.precision import autocast
+
+Held = Literal["int8", "nf4"]
+
+
+class Teacher:
+    """Gives what the head of a full-precision model reads.
+
+    Args:
+        model: changed: the linear layers of its blocks are replaced.
+        held: `int8` (vector-wise, arXiv 2208.07339) or `nf4` (QLoRA's, arXiv 2305.14314), of which int8 is the
+            more exact.
+        device: where it runs.
+        precision: Lightning's name of the precision to autocast to.
+
+    Raises:
+        ModuleNotFoundError: without bitsandbytes.
+    """
+
+    def __init__(self, model: PreTrainedModel, held: Held, device: torch.device, precision: str) -> None:
+        for block in find_blocks(model):
+            for name, layer in find_linears(block).items():
+                block.set_submodule(name, _held(layer, held, device))
+        model.requires_grad_(False).to(device)  # type: ignore[arg-type]
+        self.model, self.device, self.precision = model, device, precision
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """`[windows, sequence_length]` → `[windows, sequence_length, hidden]`."""
+        with autocast(self.device, self.precision):
+            states: Tensor = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        return states
+
+
+def _held(layer: nn.Linear, held: Held, device: torch.device) -> nn.Module:
+    import bitsandbytes as bnb  # takes a second, and comes with the extra `qat`
+
+    sizes, weight, biased = (layer.in_features, layer.out_features), layer.weight.data, layer.bias is not None
+    quantized: nn.Module
+    if held == "nf4":
+        quantized = bnb.nn.Linear4bit(*sizes, bias=biased, compute_dtype=torch.bfloat16, quant_type="nf4")
+        quantized.weight = bnb.nn.Params4bit(weight.to(torch.bfloat16), requires_grad=False, quant_type="nf4")
+    else:
+        quantized = bnb.nn.Linear8bitLt(*sizes, bias=biased, has_fp16_weights=False)
+        quantized.weight = bnb.nn.Int8Params(weight.to(torch.float16), requires_grad=False, has_fp16_weights=False)
+    if biased:
+        quantized.bias = layer.bias
+    return quantized.to(device)

@@ -1,0 +1,187 @@
+"""The stages that see the whole model: the sensitivity of every group before the blocks, the training after them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slimplus.errors import InputError
+from slimplus.fingerprint import digest
+from slimplus.job import Job
+from slimplus.models.architectures import find_linears
+from slimplus.nn import FakeQuantizedLinear, PackedLinear
+from slimplus.nn.fake_quantized import ScaledLinear
+from slimplus.progress import track
+from slimplus.quantization.budget import allocate, bit_costs, byte_costs
+from slimplus.quantization.packing import unpack
+from slimplus.training.block import SEARCH_TOKENS, BlockData, load_packed_block, packed_tensors
+from slimplus.training.end_to_end import EndToEnd, EndToEndConfig
+from slimplus.training.fit import Fit
+from slimplus.training.optimizers import RateConfig
+from slimplus.training.sensitivity import OutputGradient, backward_statistics, block_tables
+from slimplus.training.teacher import Teacher
+
+logger = logging.getLogger(__name__)
+
+WARMUP = 4  # steps: Adam's first moments are those of single batches
+
+
+def measure(job: Job) -> dict[str, Tensor]:
+    """Sensitivity `[widths, groups]` of every linear layer by its name in the model, and `channels` `[blocks, hidden]`.
+
+    The full-precision model is run forwards and then backwards, one block at a time on the device.
+    """
+    tokens = job.shard(job.calibration.tokens)
+    ranks, runner, settings = job.quantizer.ranks, job.runner, job.quantizer.quantization
+    windows = min(ranks.windows(max(SEARCH_TOKENS // tokens.shape[1], 1)), len(tokens))
+    inputs = job.model.block_inputs(tokens[:windows], runner)
+    hidden = [inputs.hidden]
+    for block, arguments in zip(job.model.blocks, inputs.arguments, strict=True):
+        hidden.append(runner.run(runner.load(block), hidden[-1], arguments))
+    gradients = torch.zeros(windows, *inputs.hidden.shape[1:])
+    for window in range(windows):
+        seed = job.recipe.seed + window * ranks.count + ranks.rank
+        span = slice(window, window + 1)
+        gradients[span] = job.model.sampled_gradient(tokens[span], hidden[-1][span], runner, seed).cpu()
+    tables, channels = {}, []
+    for index in track(list(reversed(range(job.block_count))), "sensitivity"):
+        channels.append(ranks.sum(gradients.square().sum((0, 1)).double()).float())
+        data = BlockData(runner.load(job.model.blocks[index]), hidden[index], inputs.arguments[index], runner, ranks)
+        statistics, gradients = backward_statistics(data, windows, _given(gradients))
+        for name, table in block_tables(data, statistics, settings.widths, settings).items():
+            tables[f"{job.block_names[index]}.{name}"] = table.cpu()
+    return tables | {"channels": torch.stack(channels[::-1])}
+
+
+def _given(gradients: Tensor) -> OutputGradient:
+    return lambda window, output: gradients[window : window + 1].to(output.device, output.dtype)
+
+
+def allocate_model(job: Job, tables: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Widths by layer that keep the summed sensitivity the smallest.
+
+    Raises:
+        InputError: if no widths fit `quantization.size_bytes`.
+    """
+    settings, size = job.quantizer.quantization, job.recipe.quantization.size_bytes
+    shapes = {
+        f"{block_name}.{name}": (layer.out_features, layer.in_features)
+        for block_name, block in zip(job.block_names, job.model.blocks, strict=True)
+        for name, layer in find_linears(block).items()
+    }
+    price = bit_costs if size is None else byte_costs
+    costs = {name: price(*shape, settings.group_size, settings.widths) for name, shape in shapes.items()}
+    budget = settings.bits * sum(rows * columns for rows, columns in shapes.values()) if size is None else size
+    losses = {name: tables[name] for name in shapes}
+    try:
+        found = allocate(losses, costs, settings.widths, budget, exact=size is None)
+    except ValueError as error:
+        raise InputError(f"quantization.allocation: {error}") from error
+    job.metrics["allocation_gap"] = found.gap
+    return {name: bits.tolist() for name, bits in found.bits.items()}
+
+
+def made_from(job: Job) -> str:
+    """Hash of what the training of the whole model starts from: the blocks, and its own keys."""
+    job.run.open()  # the first rank has written blocks since the others read which files are complete
+    return digest(job.run.last_chain(job.block_count) + job.recipe.end_to_end.model_dump_json())
+
+
+def train(job: Job, made_from: str) -> dict[str, Tensor]:
+    """Train the finished blocks together; what comes of it, by the names of the packed model, is kept in run_dir."""
+    settings = job.recipe.end_to_end
+    tokens = job.shard(job.calibration.tokens)
+    states: tuple[Tensor, ...] = ()
+    teacher = None
+    if settings.distillation or settings.hidden_states:
+        if settings.teacher == "cached":
+            states = (last_states(job, tokens),)
+        else:
+            teacher = Teacher(job.source.model(), settings.teacher, job.runner.device, job.runner.precision)
+    module = EndToEnd(_student(job), teacher, end_to_end_config(job), job.runner.precision)
+    fit = Fit(
+        module,
+        (tokens, *states),
+        "end_to_end",
+        job.run.end_to_end_checkpoints(made_from),
+        job.fabric,
+        job.quantizer.fit,
+        job.quantizer.preemption,
+    )()
+    job.metrics["end_to_end"] = {"loss": fit.loss, "before": fit.calibrated_loss, "skipped_steps": fit.skipped}
+    for event in fit.events:
+        job.note(f"end to end: {event}")
+    if not fit.helped:
+        job.note("training end to end ended above the loss it began with; the blocks stay as they were")
+        module = EndToEnd(_student(job), None, end_to_end_config(job), job.runner.precision)
+    tuned = tuned_tensors(module.to("cpu").model, job.model.dtype)
+    if job.fabric.is_global_zero:
+        job.run.save_tuned(tuned, made_from)
+    job.fabric.barrier()
+    job.release_model()  # it is the trained one now
+    return tuned
+
+
+def end_to_end_config(job: Job) -> EndToEndConfig:
+    """The training of the whole model as the recipe has it."""
+    recipe = job.recipe.end_to_end
+    return EndToEndConfig(
+        epochs=recipe.epochs,
+        batch_size=recipe.batch_size,
+        accumulate_grad_batches=recipe.accumulate_grad_batches,
+        optimizer=recipe.optimizer,
+        grid=RateConfig(recipe.learning_rate, "cosine"),
+        norms=RateConfig(recipe.norm_learning_rate, "cosine"),
+        warmup=WARMUP,
+        next_token=recipe.next_token,
+        distillation=recipe.distillation,
+        hidden_states=recipe.hidden_states,
+        activation_checkpointing=recipe.activation_checkpointing,
+    )
+
+
+def last_states(job: Job, tokens: Tensor) -> Tensor:
+    """What the full-precision model's head reads, `[windows, sequence_length, hidden]`, on the CPU."""
+    runner, kept = job.runner, []
+    inputs = job.model.block_inputs(tokens, runner)
+    hidden = inputs.hidden
+    for block, arguments in track(list(zip(job.model.blocks, inputs.arguments, strict=True)), "teacher"):
+        hidden = runner.run(runner.load(block), hidden, arguments)
+    job.model.watch_head(tokens, hidden, runner, lambda states: kept.append(states.to("cpu", runner.hidden_dtype)))
+    return torch.cat(kept)
+
+
+def _student(job: Job) -> PreTrainedModel:
+    """The model with the finished blocks, their linear layers fake-quantized; what it was before is gone."""
+    job.release_model()
+    model, settings = job.model.model, job.quantizer.quantization
+    kind = FakeQuantizedLinear if job.recipe.end_to_end.zero_points else ScaledLinear
+    for index, name in enumerate(job.block_names):
+        tensors, _ = job.run.load_block(index)
+        block = load_packed_block(model.get_submodule(name), tensors, settings.group_size)
+        for layer_name, layer in list(block.named_modules()):
+            if isinstance(layer, PackedLinear):
+                shape = layer.out_features, layer.in_features
+                block.set_submodule(
+                    layer_name, kind(unpack(layer.packed_tensors(), *shape, settings.group_size), layer.bias)
+                )
+        model.set_submodule(name, block.float())
+    return model
+
+
+def tuned_tensors(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What is saved of a trained model, by the names of the packed model: packed layers, and norms in `dtype`."""
+    tensors = {}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, FakeQuantizedLinear):
+            packed = nn.ModuleDict({"layer": PackedLinear.from_quantized(module.quantized_weight(), module.bias)})
+            for key, tensor in packed_tensors(packed).items():
+                tensors[f"{name}.{key.removeprefix('layer.')}"] = tensor.cpu()
+        elif type(module).__name__.endswith("Norm"):
+            for key, parameter in module.named_parameters(recurse=False):
+                tensors[f"{name}.{key}"] = parameter.detach().to("cpu", dtype)
+    return tensors

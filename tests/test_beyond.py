@@ -1,0 +1,175 @@
+"""Beyond SliM-LLM+ on tiny models: trained rounding and weights, allocation by sensitivity, training end to end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Arguments, ModelMaker
+from safetensors.torch import load_file
+
+import slimplus
+from slimplus import pipeline, whole_model
+from slimplus.errors import InputError
+from slimplus.job import prepare, start
+from slimplus.nn import PackedLinear
+from slimplus.reading import load_recipe
+from slimplus.signals import Preemption
+
+QAT = ("quantization.method=qat", "training.epochs=12")
+TUNED = (*QAT, "end_to_end.epochs=3", "end_to_end.batch_size=2")
+
+
+def _run(arguments: list[str]) -> dict[str, Any]:
+    recipe = load_recipe(arguments)
+    assert pipeline.run(recipe) is not None
+    metrics: dict[str, Any] = json.loads((Path(recipe.run_dir) / "metrics.json").read_text())
+    return metrics
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "packed" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def tuned(arguments: Arguments, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a finished run with every stage; tests copy it before they change anything."""
+    folder = tmp_path_factory.mktemp("tuned")
+    _run(arguments(folder, *TUNED, "quantization.allocation=model"))
+    return folder
+
+
+@pytest.mark.parametrize("parametrization", ["rounding", "weights"])
+def test_blocks_get_better_by_training(arguments: Arguments, tmp_path: Path, parametrization: str) -> None:
+    metrics = _run(arguments(tmp_path, *QAT, f"training.parametrization={parametrization}"))
+    for block in metrics["blocks"]:
+        assert block["loss"] < block["calibrated_loss"]
+    assert metrics["average_bits"] == 2.0
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "block", "model"])
+def test_every_allocation_meets_the_average(arguments: Arguments, tmp_path: Path, allocation: str) -> None:
+    metrics = _run(arguments(tmp_path, "quantization.method=slimllm", f"quantization.allocation={allocation}"))
+    assert metrics["average_bits"] == 2.0
+    widths = json.loads((tmp_path / "allocation.json").read_text())["bits"]
+    mixed = {width for layer in widths.values() for width in layer} != {2}
+    assert mixed == (allocation != "uniform")
+
+
+def test_the_models_allocation_differs_between_blocks(tuned: Path) -> None:
+    widths = json.loads((tuned / "allocation.json").read_text())["bits"]
+    per_block = [[sum(w) for name, w in widths.items() if f"layers.{index}." in name] for index in (0, 1)]
+    assert per_block[0] != per_block[1]
+
+
+def test_a_budget_in_bytes_is_kept(arguments: Arguments, tmp_path: Path) -> None:
+    keys = ("quantization.method=rtn", "quantization.allocation=model")
+    metrics = _run(arguments(tmp_path, *keys, "quantization.size_bytes=44000"))
+    packed = [t.nbytes for name, t in _weights(tmp_path).items() if "proj" in name]
+    assert 0.97 * 44000 < sum(packed) <= 44000
+    assert metrics["allocation_gap"] >= 0
+    with pytest.raises(InputError, match="quantization.allocation"):
+        _run(arguments(tmp_path / "small", *keys, "quantization.size_bytes=4400"))
+
+
+def test_sensitivity_is_the_loss_that_rounding_adds(arguments: Arguments, tmp_path: Path) -> None:
+    """Second-order, so that it holds where errors are small: 6 bits, one layer at a time."""
+    recipe = load_recipe(
+        arguments(tmp_path, "quantization.method=slimllm", "quantization.widths=[1,2,6]", "data.samples=64")
+    )
+    preemption = Preemption()
+    job = prepare(recipe, start(recipe), preemption)
+    tables = whole_model.measure(job)
+    assert tables["channels"].shape == (2, 64)
+    layers = {name: table for name, table in tables.items() if name != "channels"}
+    assert len(layers) == 14
+    for table in layers.values():
+        assert (table[0] > table[2]).all()
+        assert (table >= 0).all()
+
+
+def test_end_to_end_helps_and_is_what_is_shipped(tuned: Path, arguments: Arguments, tmp_path: Path) -> None:
+    metrics = json.loads((tuned / "metrics.json").read_text())
+    assert metrics["end_to_end"]["loss"] < metrics["end_to_end"]["before"]
+    shutil.copytree(tuned, tmp_path, dirs_exist_ok=True)
+    without = _run(arguments(tmp_path, *QAT, "quantization.allocation=model"))  # the same blocks, exported as they are
+    assert metrics["perplexity"]["quantized"] != without["perplexity"]["quantized"]
+    before, after = _weights(tmp_path), _weights(tuned)
+    changed = {name.rpartition(".")[2] for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert "scales" in changed
+    assert "weight" in changed  # of norms
+    assert not any(name.startswith("qplane") for name in changed)  # the integers are frozen
+
+
+def test_the_checkpoint_holds_the_trained_model_bit_for_bit(tuned: Path) -> None:
+    kept = load_file(tuned / "end_to_end.safetensors")
+    shipped = _weights(tuned)
+    assert all(torch.equal(tensor, shipped[name]) for name, tensor in kept.items())
+    model = slimplus.load(tuned / "packed", dtype=torch.float32)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    assert {f"{name}.scales" for name in layers} <= kept.keys()
+
+
+def test_finished_stages_are_skipped(tuned: Path, arguments: Arguments, tmp_path: Path) -> None:
+    shutil.copytree(tuned, tmp_path, dirs_exist_ok=True)
+    written = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.safetensors")}
+    _run(arguments(tmp_path, *TUNED, "quantization.allocation=model"))
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.safetensors")} == written
+
+
+def test_a_changed_training_of_the_model_keeps_the_blocks(tuned: Path, arguments: Arguments, tmp_path: Path) -> None:
+    shutil.copytree(tuned, tmp_path, dirs_exist_ok=True)
+    blocks = {file: file.read_bytes() for file in (tmp_path / "blocks").iterdir()}
+    keys = ("end_to_end.zero_points=false", "end_to_end.norm_learning_rate=0", "end_to_end.next_token=0.5")
+    _run(arguments(tmp_path, *TUNED, "quantization.allocation=model", *keys))
+    assert {file: file.read_bytes() for file in (tmp_path / "blocks").iterdir()} == blocks
+    old, new = _weights(tuned), _weights(tmp_path)
+    names = [name for name in old if name.endswith("zeros")]
+    blocks_zeros = {n: t for file in blocks for n, t in load_file(file).items() if n.endswith("zeros")}
+    assert sum(not torch.equal(old[name], new[name]) for name in names) > 0
+    assert blocks_zeros  # scales alone were trained: zero points are those of the blocks
+    for name in names:
+        index, rest = name.split("layers.")[1].split(".", 1)
+        stored = load_file(tmp_path / "blocks" / f"block_{int(index):03d}.safetensors")[rest]
+        assert torch.equal(new[name], stored)
+
+
+@pytest.mark.parametrize("teacher", ["int8", "nf4"])
+def test_the_teacher_may_be_held_in_few_bits(arguments: Arguments, tmp_path: Path, teacher: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    metrics = _run(arguments(tmp_path, *TUNED, f"end_to_end.teacher={teacher}", "end_to_end.hidden_states=0.1"))
+    assert metrics["end_to_end"]["loss"] < metrics["end_to_end"]["before"]
+
+
+def test_activation_checkpointing_changes_nothing(arguments: Arguments, tmp_path: Path) -> None:
+    _run(arguments(tmp_path / "plain", *TUNED))
+    _run(arguments(tmp_path / "checkpointed", *TUNED, "end_to_end.activation_checkpointing=true"))
+    plain, checkpointed = _weights(tmp_path / "plain"), _weights(tmp_path / "checkpointed")
+    assert all(torch.equal(tensor, checkpointed[name]) for name, tensor in plain.items())
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("training.optimizer=adamw_8bit", "training.parametrization=weights", "training.patience=1"),
+        ("training.loss.error=after_norm", "training.loss.leave_out=0.05", "training.loss.auxiliary=0.5"),
+        ("training.loss.salient_channels=true", "training.width_rates={1: 0.5, 3: 2.0}"),
+    ],
+)
+def test_choices_of_training_go_together(arguments: Arguments, tmp_path: Path, keys: tuple[str, ...]) -> None:
+    if "training.optimizer=adamw_8bit" in keys:
+        pytest.importorskip("bitsandbytes")
+    metrics = _run(arguments(tmp_path, *QAT, *keys))
+    assert all(block["loss"] <= block["calibrated_loss"] for block in metrics["blocks"])
+
+
+@pytest.mark.parametrize("architecture", ["mistral", "qwen2", "qwen3", "opt"])
+@pytest.mark.slow
+def test_other_architectures(arguments: Arguments, make_model: ModelMaker, tmp_path: Path, architecture: str) -> None:
+    keys = (*TUNED, "quantization.allocation=model", "training.loss.error=after_norm")
+    metrics = _run(arguments(tmp_path, *keys, model=make_model(architecture)))
+    assert metrics["end_to_end"]["loss"] < metrics["end_to_end"]["before"]
