@@ -139,6 +139,8 @@ def quantize_blocks(job: Job) -> None:
 def train_end_to_end(job: Job) -> None:
     """Train grids and norms through the whole model, if the recipe has epochs for it."""
     if not job.recipe.end_to_end.epochs:
+        if job.metrics.pop("end_to_end", None) is not None:  # an earlier start had it, and its checkpoint shows it
+            job.forget_checkpoint()
         return
     made_from = whole_model.made_from(job)
     job.tuned = job.run.load_tuned(made_from)

@@ -66,14 +66,3 @@ def reconstruction_loss(
 def normalized_error(output: Tensor, target: Tensor) -> Tensor:
     """Mean over tokens of `|output - target|² / |target|²`; both `[..., hidden]`."""
     return reconstruction_loss(output, target, LossConfig())
-
-
-def channel_salience(norm_weight: Tensor, readers: list[Tensor]) -> Tensor:
-    """Weight `[hidden]` of each output channel of a block, with mean 1: `Σ w²` over all that reads it.
-
-    Args:
-        norm_weight: `[hidden]`, gain of the normalization between the block and its readers.
-        readers: weights `[out, hidden]` of the linear layers behind it.
-    """
-    salience = torch.stack([weight.float().square().sum(0) for weight in readers]).sum(0) * norm_weight.float().square()
-    return salience / salience.mean()
