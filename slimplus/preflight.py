@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from slimplus.config import ModelConfig, Recipe, RecipeError
+from slimplus.config import EndToEndConfig, ModelConfig, Recipe, RecipeError, TrainingConfig
 from slimplus.data.text import HUB_SOURCES, OFFLINE, Split, TextError, check_source
 from slimplus.reading import resolve_model_folder
 
@@ -76,25 +76,32 @@ def check_shares(recipe: Recipe, processes: int) -> None:
     Raises:
         RecipeError: naming the key and what it must be a multiple of.
     """
-    samples, step, windows = recipe.data.samples, recipe.training.batch_size, recipe.data.evaluation.windows
-    parts = recipe.training.accumulate_grad_batches
+    samples, windows = recipe.data.samples, recipe.data.evaluation.windows
     if samples % processes:
         raise RecipeError(
             f"data.samples: {samples} windows cannot be shared evenly by {processes} processes; "
             f"give a multiple of {processes}"
         )
-    if recipe.quantization.trains and step % (processes * parts):
-        raise RecipeError(
-            f"training.batch_size: {step} windows a step cannot be shared evenly by {processes} processes in "
-            f"{parts} parts each (training.accumulate_grad_batches); give a multiple of {processes * parts}"
-        )
-    if recipe.quantization.trains and samples % step:
-        raise RecipeError(
-            f"data.samples: {samples} windows are no whole number of steps of {step} (training.batch_size); "
-            f"give a multiple of {step}"
-        )
+    if recipe.quantization.trains:
+        _check_step("training", recipe.training, samples, processes)
+    if recipe.end_to_end.epochs:
+        _check_step("end_to_end", recipe.end_to_end, samples, processes)
     if windows < processes:
         raise RecipeError(f"data.evaluation.windows: {windows} is less than one for each of {processes} processes")
+
+
+def _check_step(section: str, training: TrainingConfig | EndToEndConfig, samples: int, processes: int) -> None:
+    step, parts = training.batch_size, training.accumulate_grad_batches
+    if step % (processes * parts):
+        raise RecipeError(
+            f"{section}.batch_size: {step} windows a step cannot be shared evenly by {processes} processes in "
+            f"{parts} parts each ({section}.accumulate_grad_batches); give a multiple of {processes * parts}"
+        )
+    if samples % step:
+        raise RecipeError(
+            f"data.samples: {samples} windows are no whole number of steps of {step} ({section}.batch_size); "
+            f"give a multiple of {step}"
+        )
 
 
 def check_model(model: ModelConfig) -> None:

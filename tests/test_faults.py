@@ -295,3 +295,27 @@ def test_a_hessian_beyond_repair(arguments: Arguments, server: faulty.Server, tm
         "block_000: the Hessian holds NaN or infinity: the block's inputs overflowed"
     )
     assert "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parametrization", ["rounding", "weights"])
+def test_kills_with_every_stage_change_no_byte(
+    arguments: Arguments, server: faulty.Server, tmp_path: Path, parametrization: str
+) -> None:
+    """Sensitivity, trained rounding or weights, and training end to end, killed four times or more."""
+    keys = ("quantization.method=qat", f"training.parametrization={parametrization}", "quantization.allocation=model")
+    keys = (*OFTEN, *keys, "end_to_end.epochs=4", "end_to_end.batch_size=2")
+    status, said = server(arguments(tmp_path / "undisturbed", *keys), count=str(tmp_path / "events"))
+    assert status == 0, said
+    events, kills, within = int((tmp_path / "events").read_text()), 0, 0
+    folder, status = tmp_path / "run", 1
+    for at in (STARTING + events // 2, *[STARTING + events // 8] * 3, None):
+        signals = {} if at is None else {"signal_at": [at, signal.SIGKILL]}
+        status, said = server(arguments(folder, *keys), **signals)
+        kills += status == -signal.SIGKILL
+        within += (folder / "checkpoints/end_to_end/last.ckpt").exists()
+    assert status == 0, said
+    assert kills >= 3
+    assert within >= 1
+    assert_same(folder, tmp_path / "undisturbed")
+    assert metrics(folder)["end_to_end"] == metrics(tmp_path / "undisturbed")["end_to_end"]
