@@ -40,7 +40,7 @@ from slimplus.training.block import layer_tensors
 from slimplus.training.blockwise import BlockQuantizer, QuantizerConfig
 from slimplus.training.fit import FitConfig
 from slimplus.training.losses import LossConfig
-from slimplus.training.optimizers import RateConfig, Schedule
+from slimplus.training.optimizers import Name, RateConfig, Schedule
 from slimplus.training.reconstruction import ReconstructionConfig, Surroundings
 from slimplus.training.strategies import launch
 
@@ -379,15 +379,13 @@ def _quantizer(
 
 def _reconstruction(training: TrainingConfig, elements: str | None) -> ReconstructionConfig:
     """The training of a block, `auto` and null resolved."""
-    optimizer = training.optimizer
-    if optimizer == "auto":
-        optimizer = "sign_sgd" if elements == "rounding" else "adamw"
+    usual_optimizer: Name = "sign_sgd" if elements == "rounding" else "adamw"
+    optimizer = usual_optimizer if training.optimizer == "auto" else training.optimizer
     signs = optimizer == "sign_sgd"
 
     def rate(peak: float | None, usual: float, schedule: Schedule | Literal["auto"]) -> RateConfig:
-        if schedule == "auto":
-            schedule = "linear" if signs else "cosine"
-        return RateConfig(usual if peak is None and not signs else peak, schedule)
+        falls = ("linear" if signs else "cosine") if schedule == "auto" else schedule
+        return RateConfig(usual if peak is None and not signs else peak, falls)
 
     return ReconstructionConfig(
         epochs=training.epochs,

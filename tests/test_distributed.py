@@ -216,7 +216,8 @@ def test_a_block_is_quantized_alike_by_any_number_of_ranks(
     streamed, runner = StreamedModel(ModelSource(str(make_model("llama"))).model(), CPU), BlockRunner(CPU, "32-true")
     tokens = torch.randint(1, 250, (12, 32), generator=torch.Generator().manual_seed(0))
     inputs = streamed.block_inputs(tokens, runner)
-    config, meeting = QuantizationConfig(method, 2, 16), Meeting(count)
+    config = QuantizationConfig(method, 2, 16, allocation="slimllm" if method == "slimllm" else "uniform")
+    meeting = Meeting(count)
 
     def quantize(ranks: Ranks) -> BlockResult:
         own = inputs.hidden[ranks.rank :: ranks.count]
@@ -352,6 +353,23 @@ def test_two_nodes_of_torchrun_give_the_answer_of_one_process(runs: Path, common
     assert [output.count("average bits") for output in outputs] == [1, 0], "only the first rank reports"
     expected, found = (folder / "packed/model.safetensors" for folder in (runs / "alone", tmp_path / "run"))
     assert found.read_bytes() == expected.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "stage_1", "stage_2", "stage_3"])
+def test_two_processes_train_the_whole_model_as_one_does(common: list[str], tmp_path: Path, name: str) -> None:
+    """With the widths found over the whole model, and no training of blocks, so that they are the same."""
+    keys = ("quantization.method=slimllm", "quantization.allocation=model", "end_to_end.epochs=2")
+    pipeline.run(load_recipe([*common, *keys, f"run_dir={tmp_path / 'alone'}"]))
+    finish([torchrun(["train.py", *common, *keys, *TOGETHER[name], "trainer.devices=2", f"run_dir={tmp_path / name}"])])
+    assert (tmp_path / name / "allocation.json").read_bytes() == (tmp_path / "alone/allocation.json").read_bytes()
+    expected, found = (load_file(tmp_path / run / "end_to_end.safetensors") for run in ("alone", name))
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        if key.endswith("zeros"):
+            assert (found[key].int() - tensor.int()).abs().max() <= 1
+        else:
+            torch.testing.assert_close(found[key].float(), tensor.float(), rtol=5e-3, atol=1e-5)
 
 
 def main(jobs: str) -> None:

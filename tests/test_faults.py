@@ -189,7 +189,7 @@ def test_a_damaged_checkpoint_is_named_and_the_block_begins_anew(
     foreign = Path(shutil.copytree(undisturbed, tmp_path / "other")) / "metrics.json"
     status, said = server(arguments(folder, f"resume={foreign}"))
     assert status == 2
-    assert f"{foreign} is not the checkpoint of the block in training ({folder} holds {checkpoint})" in said
+    assert f"{foreign} is not the checkpoint of the training in progress ({folder} holds {checkpoint})" in said
     status, said = server(arguments(folder))
     assert status == 0, said
     assert f"{checkpoint} differs from its checksum; it is made again" in said
@@ -303,8 +303,8 @@ def test_kills_with_every_stage_change_no_byte(
     arguments: Arguments, server: faulty.Server, tmp_path: Path, parametrization: str
 ) -> None:
     """Sensitivity, trained rounding or weights, and training end to end, killed four times or more."""
-    keys = ("quantization.method=qat", f"training.parametrization={parametrization}", "quantization.allocation=model")
-    keys = (*OFTEN, *keys, "end_to_end.epochs=4", "end_to_end.batch_size=2")
+    qat = ("quantization.method=qat", f"training.parametrization={parametrization}", "quantization.allocation=model")
+    keys = (*OFTEN, *qat, "end_to_end.epochs=4", "end_to_end.batch_size=2")
     status, said = server(arguments(tmp_path / "undisturbed", *keys), count=str(tmp_path / "events"))
     assert status == 0, said
     events, kills, within = int((tmp_path / "events").read_text()), 0, 0

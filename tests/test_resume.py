@@ -251,7 +251,7 @@ def test_large_weights_are_sampled_from_end_to_end(tmp_path: Path, monkeypatch: 
 def test_resume_from_what_is_no_checkpoint_of_this_run(copy: Path, arguments: Arguments, tmp_path: Path) -> None:
     foreign = tmp_path / "last.ckpt"
     foreign.write_bytes(b"x")
-    message = rf"resume: {foreign} is not the checkpoint of the block in training \({copy} holds none\); give that"
+    message = rf"resume: {foreign} is not the checkpoint of the training in progress \({copy} holds none\); give that"
     with pytest.raises(InputError, match=message):
         run(arguments(copy, f"resume={foreign}"))
 

@@ -81,8 +81,8 @@ class FakeQuantizedLinear(nn.Module):
         self.register_buffer("bias", bias, persistent=False)
         self.register_buffer("scale", weight.scale, persistent=False)
         self.register_buffer("zero_point", weight.zero_point, persistent=False)
-        self.low_shift = nn.Parameter(torch.zeros_like(weight.scale))
-        self.high_shift = nn.Parameter(torch.zeros_like(weight.scale))
+        self.low_shift = nn.Parameter(weight.scale.new_zeros(weight.scale.shape))  # contiguous, for DeepSpeed
+        self.high_shift = nn.Parameter(weight.scale.new_zeros(weight.scale.shape))
 
     def _grouped(self, weight: Tensor) -> Tensor:
         """`[out, in]` → `[out, groups, group_size]`, the last group filled up with zeros."""

@@ -109,6 +109,8 @@ class ZeROStrategy(DeepSpeedStrategy):
         inner = self.deepspeed_engine.optimizer.optimizer
         state = {}
         if inner.state:
+            if not self.zero_stage_3:
+                self._link_optimizer_state()
             step = next(iter(inner.state.values()))["step"]
             for index, trained in enumerate(self._trained):
                 moments = {key: safe_get_full_optimizer_state(trained, key).clone() for key in MOMENTS}
@@ -119,6 +121,12 @@ class ZeROStrategy(DeepSpeedStrategy):
             for group, parameters in zip(inner.param_groups, self._groups, strict=True)
         ]
         return {"state": state, "param_groups": groups}
+
+    def _link_optimizer_state(self) -> None:
+        """Have every parameter find its moments: DeepSpeed does that once, when only the first group has stepped."""
+        zero = self.deepspeed_engine.optimizer
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write an ordinary Lightning checkpoint, from the first rank."""
