@@ -12,13 +12,12 @@ from transformers import PreTrainedModel
 from slimplus.errors import InputError
 from slimplus.fingerprint import digest
 from slimplus.job import Job
-from slimplus.models.architectures import find_linears
+from slimplus.models.architectures import find_linears, is_norm
 from slimplus.nn import FakeQuantizedLinear, PackedLinear
 from slimplus.nn.fake_quantized import ScaledLinear
 from slimplus.progress import track
 from slimplus.quantization.budget import allocate, bit_costs, byte_costs
-from slimplus.quantization.packing import unpack
-from slimplus.training.block import SEARCH_TOKENS, BlockData, load_packed_block, packed_tensors
+from slimplus.training.block import BlockData, load_packed_block, packed_tensors, search_windows
 from slimplus.training.end_to_end import EndToEnd, EndToEndConfig
 from slimplus.training.fit import Fit
 from slimplus.training.optimizers import RateConfig
@@ -37,7 +36,7 @@ def measure(job: Job) -> dict[str, Tensor]:
     """
     tokens = job.shard(job.calibration.tokens)
     ranks, runner, settings = job.quantizer.ranks, job.runner, job.quantizer.quantization
-    windows = min(ranks.windows(max(SEARCH_TOKENS // tokens.shape[1], 1)), len(tokens))
+    windows = search_windows(ranks, tokens)
     inputs = job.model.block_inputs(tokens[:windows], runner)
     hidden = [inputs.hidden]
     for block, arguments in zip(job.model.blocks, inputs.arguments, strict=True):
@@ -165,10 +164,7 @@ def _student(job: Job) -> PreTrainedModel:
         block = load_packed_block(model.get_submodule(name), tensors, settings.group_size)
         for layer_name, layer in list(block.named_modules()):
             if isinstance(layer, PackedLinear):
-                shape = layer.out_features, layer.in_features
-                block.set_submodule(
-                    layer_name, kind(unpack(layer.packed_tensors(), *shape, settings.group_size), layer.bias)
-                )
+                block.set_submodule(layer_name, kind(layer.quantized_weight(), layer.bias))
         model.set_submodule(name, block.float())
     return model
 
@@ -181,7 +177,7 @@ def tuned_tensors(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
             packed = nn.ModuleDict({"layer": PackedLinear.from_quantized(module.quantized_weight(), module.bias)})
             for key, tensor in packed_tensors(packed).items():
                 tensors[f"{name}.{key.removeprefix('layer.')}"] = tensor.cpu()
-        elif type(module).__name__.endswith("Norm"):
+        elif is_norm(module):
             for key, parameter in module.named_parameters(recurse=False):
                 tensors[f"{name}.{key}"] = parameter.detach().to("cpu", dtype)
     return tensors

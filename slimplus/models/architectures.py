@@ -49,6 +49,11 @@ def find_linears(block: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalization; transformers has a class of its own for every architecture."""
+    return type(module).__name__.endswith("Norm")
+
+
 def following_norm(model: PreTrainedModel, index: int) -> nn.Module:
     """The normalization that reads the output of block `index`: the next block's first one, or the model's last.
 
@@ -58,7 +63,7 @@ def following_norm(model: PreTrainedModel, index: int) -> nn.Module:
     blocks, path = find_blocks(model), blocks_path(model.config)
     reader = blocks[index + 1] if index + 1 < len(blocks) else model.get_submodule(path.rpartition(".")[0])
     for child in reader.children():
-        if type(child).__name__.endswith("Norm"):
+        if is_norm(child):
             return child
     raise UnsupportedModelError(f"model.path: no normalization follows block {index}; architecture not supported")
 

@@ -143,7 +143,7 @@ class ScaledLinear(FakeQuantizedLinear):
 
 
 class _RoundingLinear(FakeQuantizedLinear):
-    """Base of the layers that round at every step."""
+    """Base of the layers that round at every step; what each weight has of its own is `change`."""
 
     largest: Tensor
     position: Tensor
@@ -159,6 +159,11 @@ class _RoundingLinear(FakeQuantizedLinear):
         self.register_buffer("position", self.integers + self._grouped(remainder), persistent=False)
         del self.integers
         self.register_buffer("largest", (2**self.bits - 1)[:, None].to(self.scale.dtype), persistent=False)
+        self.change = nn.Parameter(torch.zeros_like(self.position))
+
+    @property
+    def elements(self) -> list[nn.Parameter]:
+        return [self.change]
 
 
 class LearnedRoundingLinear(_RoundingLinear):
@@ -177,22 +182,8 @@ class LearnedRoundingLinear(_RoundingLinear):
 
     bound = LARGEST_OFFSET
 
-    def __init__(
-        self,
-        weight: QuantizedWeight,
-        bias: Tensor | None,
-        width_rates: Mapping[int, float] | None,
-        remainder: Tensor,
-    ) -> None:
-        super().__init__(weight, bias, width_rates, remainder)
-        self.offset = nn.Parameter(torch.zeros_like(self.position))
-
-    @property
-    def elements(self) -> list[nn.Parameter]:
-        return [self.offset]
-
     def rounded(self, scale: Tensor, zero_point: Tensor) -> Tensor:
-        return _NearestInteger.apply(self.position + self.offset * self.rates[:, None], self.largest)
+        return _NearestInteger.apply(self.position + self.change * self.rates[:, None], self.largest)
 
 
 class TrainedWeightLinear(_RoundingLinear):
@@ -214,11 +205,6 @@ class TrainedWeightLinear(_RoundingLinear):
         start = (self.position - self.zero_point[..., None]) * self.scale[..., None]
         del self.position
         self.register_buffer("start", start, persistent=False)
-        self.change = nn.Parameter(torch.zeros_like(start))
-
-    @property
-    def elements(self) -> list[nn.Parameter]:
-        return [self.change]
 
     def rounded(self, scale: Tensor, zero_point: Tensor) -> Tensor:
         weight = self.start + self.change * self.rates[:, None]

@@ -156,6 +156,11 @@ def _hessians(data: BlockData, config: QuantizationConfig) -> dict[str, Tensor]:
     return hessians
 
 
+def search_windows(ranks: Ranks, held: Tensor) -> int:
+    """How many of this rank's windows, `held` `[windows, sequence_length, …]`, a search for widths looks at."""
+    return min(ranks.windows(max(SEARCH_TOKENS // held.shape[1], 1)), len(held))
+
+
 def _search(
     data: BlockData, inverses: Mapping[str, InverseHessian], config: QuantizationConfig
 ) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
@@ -170,7 +175,7 @@ def _search(
     searches = {
         name: AllocationSearch(layer.weight, salience[name], config.bits, size) for name, layer in data.layers.items()
     }
-    windows = data.ranks.windows(max(SEARCH_TOKENS // data.hidden.shape[1], 1))
+    windows = search_windows(data.ranks, data.hidden)
     data.watch({name: search.add for name, search in searches.items()}, windows)
     bits, divergence = {}, {}
     for name, search in searches.items():

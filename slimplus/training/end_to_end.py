@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from slimplus.models.architectures import find_blocks
+from slimplus.models.architectures import find_blocks, is_norm
 from slimplus.models.precision import autocast
 from slimplus.nn import FakeQuantizedLinear
 from slimplus.training.losses import normalized_error
@@ -77,7 +77,7 @@ class EndToEnd(QuantizerTraining):
             parameter.requires_grad_(config.norms.learning_rate != 0)
 
     def _norms(self) -> list[nn.Parameter]:
-        norms = [module for module in self.model.modules() if type(module).__name__.endswith("Norm")]
+        norms = [module for module in self.model.modules() if is_norm(module)]
         return [parameter for module in norms for parameter in module.parameters(recurse=False)]
 
     def kinds(self) -> list[ParameterKind]:

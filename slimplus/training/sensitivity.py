@@ -15,7 +15,7 @@ from slimplus.quantization.affine import group_count
 from slimplus.quantization.budget import allocate, bit_costs
 from slimplus.quantization.linear import QuantizationConfig
 from slimplus.quantization.sensitivity import GradientStatistics, group_sensitivity
-from slimplus.training.block import SEARCH_TOKENS, BlockData
+from slimplus.training.block import BlockData, search_windows
 
 OutputGradient = Callable[[int, Tensor], Tensor]
 """`(window, output of the block [1, sequence_length, hidden]) -> gradient of the loss`, the same shape."""
@@ -87,8 +87,7 @@ def allocate_block(data: BlockData, config: QuantizationConfig) -> dict[str, Ten
 
     The average over the block is `config.bits` exactly.
     """
-    windows = data.ranks.windows(max(SEARCH_TOKENS // data.hidden.shape[1], 1))
-    windows = min(windows, len(data.hidden))
+    windows = search_windows(data.ranks, data.hidden)
     generator = torch.Generator()
 
     def probe(window: int, output: Tensor) -> Tensor:
