@@ -1,0 +1,146 @@
+"""Every method side by side on one model: perplexity, bits, sizes, time, memory.
+
+    python benchmarks/quality.py --calibration FILE --evaluation wikitext2=FILE python=offline [--methods NAME ...]
+
+Each method quantizes with the real command, in a process of its own, on the same windows of the same text, with the
+same number of optimizer steps a block if it trains; every result is then measured in the same way on every evaluation
+text. A result goes into the JSON as soon as it is there, beside those of earlier calls; finished runs are reused and
+killed ones go on, so the table can be filled in pieces. The plot, which needs matplotlib, shows perplexity against
+stored bits. Arguments `key=value` go to every method, as to train.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from quality_methods import FULL, METHODS, PEER, Budget, identity
+from quality_report import plot, table
+
+from slimplus.files import write_atomic
+from slimplus.machine import commit, describe_machine
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
+RECIPE = "smollm2_135m_2bit_best"
+FIGURES = ("average_bits", "bits_per_weight", "seconds", "peak_memory_bytes", "allocation_gap", "end_to_end")
+
+Row = dict[str, Any]
+Texts = Mapping[str, str]
+
+
+def main() -> None:
+    """Parse the arguments, run and measure the methods, write and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
+    parser.add_argument("--calibration", required=True, help="text to calibrate on: a file, or a name train.py knows")
+    parser.add_argument("--evaluation", nargs="+", required=True, metavar="NAME=TEXT", help="texts to measure on")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help="rows")
+    parser.add_argument("--bits", type=int, default=2, help="average bits of a weight")
+    parser.add_argument("--samples", type=int, default=64, help="calibration windows")
+    parser.add_argument("--sequence-length", type=int, default=256, help="tokens in a calibration window")
+    parser.add_argument("--epochs", type=int, default=8, help="passes over the windows for each block")
+    parser.add_argument("--end-to-end-epochs", type=int, default=4, help="passes over them for the whole model")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "quality", help="folder for the runs")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the JSON; the plot stands beside it")
+    given, overrides = parser.parse_known_args()
+    texts = dict(text.split("=", 1) for text in given.evaluation)
+    for seed in given.seeds:
+        tokens = (given.samples, given.sequence_length)
+        budget = Budget(given.bits, *tokens, given.epochs, given.end_to_end_epochs, seed, tuple(overrides))
+        for method in given.methods:
+            keep(measured(method, budget, given.calibration, texts, given.runs), given.results)
+    rows = json.loads(given.results.read_text())["rows"]
+    sys.stdout.write(table(rows) + "\n")
+    plot(rows, next(iter(texts)), given.results.with_suffix(".png"))
+
+
+def measured(method: str, budget: Budget, calibration: str, texts: Texts, runs: Path) -> Row:
+    """Run a method unless its run is finished, and measure what came of it."""
+    folder = runs / budget.folder_name(method)
+    evaluated = f"data.evaluation.path={next(iter(texts.values()))}"
+    arguments = [f"recipe={RECIPE}", f"data.calibration.path={calibration}", evaluated, *budget.keys(method)]
+    row = budget.row(method, Path(calibration).name)
+    if method == FULL:
+        row["machine"] = describe_machine()
+    else:
+        _quantize(method, budget, arguments, runs)
+        metrics = json.loads((folder / "metrics.json").read_text())
+        row |= {key: metrics[key] for key in (*FIGURES, "version") if key in metrics}
+        row["machine"] = describe_machine() | {"commit": (folder / "commit").read_text()}
+    # In a process of its own: a new process, such as the next run, begins with its parent's peak memory.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        row["perplexity"] = pool.submit(perplexities, method, arguments, dict(texts), folder).result()
+    return row
+
+
+def _quantize(method: str, budget: Budget, arguments: list[str], runs: Path) -> None:
+    """Have the run of a method finished; a run after another's begins as a copy of that one."""
+    folder, after = runs / budget.folder_name(method), METHODS[method].after
+    if method == PEER:
+        command = [ROOT / "benchmarks" / "autoround_peer.py", folder, *arguments]
+        if (folder / "metrics.json").exists():
+            return
+    else:
+        command = [ROOT / "train.py", *arguments, "data.evaluation.windows=1", f"run_dir={folder}"]
+    if after is not None and not folder.exists():
+        copy = folder.with_suffix(".copy")
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(runs / budget.folder_name(after), copy)
+        copy.rename(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "commit").exists():  # a run is of the commit it began with
+        write_atomic(folder / "commit", str(commit()))
+    subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
+
+
+def perplexities(method: str, arguments: list[str], texts: Texts, folder: Path) -> dict[str, float]:
+    """Perplexity of a method's model on each text, by the text's name."""
+    import torch  # here, since the process that starts the runs stays small
+    from safetensors.torch import load_file
+
+    from slimplus.data.text import load_text
+    from slimplus.data.windows import evaluation_windows
+    from slimplus.evaluation import perplexity
+    from slimplus.hub.checkpoint import load
+    from slimplus.job import model_source
+    from slimplus.models.precision import resolve_precision
+    from slimplus.models.streaming import BlockRunner, StreamedModel
+    from slimplus.reading import load_recipe
+    from slimplus.training.strategies import launch
+
+    recipe = load_recipe(arguments)
+    source, evaluation = model_source(recipe), recipe.data.evaluation
+    device = launch(recipe.trainer.accelerator, 1, 1, "auto").device
+    runner = BlockRunner(device, resolve_precision(recipe.trainer.precision, device))
+    if method in (FULL, PEER):
+        model = source.model()
+        if method == PEER:
+            model.load_state_dict(load_file(folder / "weights.safetensors"), strict=False)
+    else:
+        model = load(folder / "packed", dtype=torch.float32)  # what is not packed; autocast makes the rest
+    streamed, measured = StreamedModel(model, device), {}
+    for name, path in texts.items():
+        text = load_text(path, "evaluation")
+        windows = evaluation_windows(text, source.tokenizer(), evaluation.windows, evaluation.sequence_length)
+        measured[name] = perplexity(streamed, windows.tokens, runner, f"{method} on {name}")
+    return measured
+
+
+def keep(row: Row, file: Path) -> None:
+    """Put a row into the results, in the place of an earlier one of the same."""
+    rows = json.loads(file.read_text())["rows"] if file.exists() else []
+    kept = {identity(before): before for before in rows} | {identity(row): row}
+    write_atomic(file, json.dumps({"rows": list(kept.values())}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""benchmarks/quality.py: methods side by side, one table, one plot."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SMALL, ModelMaker
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.quality_methods import FULL, METHODS, Budget, identity
+from benchmarks.quality_report import pareto, table
+from slimplus.reading import load_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+BUDGET = Budget(bits=2, samples=8, sequence_length=32, epochs=2, end_to_end_epochs=3, seed=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_a_recipe_of_its_own(method: str) -> None:
+    recipe = load_recipe(["recipe=smollm2_135m_2bit_best", *BUDGET.keys(method)])
+    assert recipe.quantization.bits == 2
+    assert recipe.end_to_end.epochs == (3 if METHODS[method].after else 0)
+    others = [load_recipe(["recipe=smollm2_135m_2bit_best", *BUDGET.keys(other)]) for other in METHODS]
+    same = [name for name, other in zip(METHODS, others, strict=True) if other == recipe]
+    named = {"AutoRound", "uniform, rounding"}, {FULL, "ours"}  # the first of each pair makes nothing of its own
+    assert set(same) in ({method}, *named)
+
+
+def test_a_row_is_known_by_its_settings() -> None:
+    row = BUDGET.row("ours", "text.txt")
+    assert identity(row) == identity(json.loads(json.dumps(row | {"perplexity": {"text": 3.0}})))
+    for other in (BUDGET.row("ours", "other.txt"), BUDGET.row("RTN", "text.txt"), row | {"seed": 1}):
+        assert identity(other) != identity(row)
+
+
+def measured(method: str, seed: int, perplexity: float, **values: Any) -> dict[str, Any]:
+    budget = Budget(2, 8, 32, 2, 3, seed)
+    figures = {
+        "average_bits": 2.0,
+        "bits_per_weight": 2.375,
+        "seconds": {"full_precision": 500.0, "blocks": 60.0},
+        "peak_memory_bytes": 2e9,
+    }
+    return budget.row(method, "text.txt") | figures | {"perplexity": {"wiki": perplexity}} | values
+
+
+def test_the_table_gives_seeds_by_mean_and_spread_and_budgets_apart() -> None:
+    full = {"method": FULL, "overrides": [], "perplexity": {"wiki": 20.83, "python": 9.9}}
+    rows = [full, measured("ours", 0, 50.0), measured("RTN", 0, 743157.2), measured("ours", 1, 52.0)]
+    rows.append(measured("ours", 0, 30.0, bits=3))
+    two, three = table(rows).split("\n\n3 bits")
+    assert "| full precision | 20.83 | 9.90 | 16 | 16 |  |  |" in two
+    assert "| ours | 51.00 ± 1.41 (2 seeds) |  | 2.000 | 2.375 | 1 | 2.0 GB |" in two
+    assert "| RTN | 743,157 |  |" in two
+    assert "| ours | 30.00 |" in three
+    assert "RTN" not in three
+
+
+@given(st.lists(st.tuples(st.floats(1, 8), st.floats(1, 1e6)), min_size=1))
+def test_no_point_beats_the_front(points: list[tuple[float, float]]) -> None:
+    front = pareto(points)
+    assert set(front) <= set(points)
+    for bits, perplexity in points:
+        assert any(best[0] <= bits and best[1] <= perplexity for best in front)
+    for one in front:
+        assert not any(other != one and other[0] <= one[0] and other[1] <= one[1] for other in points)
+
+
+@pytest.mark.slow
+def test_methods_side_by_side(make_model: ModelMaker, text_file: Path, tmp_path: Path) -> None:
+    methods = [FULL, "RTN", "ours", "ours, end to end"]
+    common = [
+        *("--calibration", str(text_file), "--evaluation", f"first={text_file}", "second=offline"),
+        *("--samples", "8", "--sequence-length", "32", "--epochs", "2", "--end-to-end-epochs", "1"),
+        *("--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "quality.json")),
+        *(key for key in SMALL if not key.startswith(("data.s", "training"))),
+        f"model.path={make_model('llama')}",
+    ]
+
+    def compare(*names: str) -> tuple[str, list[dict[str, Any]]]:
+        command = [sys.executable, ROOT / "benchmarks" / "quality.py", "--methods", *names, *common]
+        process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert process.returncode == 0, process.stderr
+        return process.stdout, json.loads((tmp_path / "quality.json").read_text())["rows"]
+
+    compare(*methods[:2])
+    first = tmp_path / "runs" / next(path.name for path in (tmp_path / "runs").iterdir())
+    made = (first / "packed" / "model.safetensors").stat().st_mtime_ns
+    printed, rows = compare(*methods[1:])
+    assert [row["method"] for row in rows] == methods
+    assert (first / "packed" / "model.safetensors").stat().st_mtime_ns == made
+    full, *others = rows
+    for row in others:
+        assert row["average_bits"] == 2
+        assert row["perplexity"].keys() == full["perplexity"].keys() == {"first", "second"}
+        assert row["machine"]["commit"]
+    assert len({row["perplexity"]["second"] for row in rows}) == len(rows)  # no model is measured twice
+    assert "second" in printed
+    assert (tmp_path / "quality.png").stat().st_size > 10_000
