@@ -123,7 +123,7 @@ class QuantizationConfig(Section):
         min_length=1,
         description="who gets how many bits: slimllm (bits-1 to bits+1, layer by layer), uniform, block or model "
         "(any of quantization.widths by measured sensitivity, under one average for a block or the model), or a FILE: "
-        "allocation.json of another run; null is uniform for rtn and gptq, else slimllm",
+        "allocation.json of another run, or the authors' .pt; null is uniform for rtn and gptq, else slimllm",
     )
     widths: list[int] = Field([1, 2, 3, 4], description="widths that the allocations block and model choose from")
     size_bytes: int | None = Field(

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from slimplus.allocation_file import read_allocation
 from slimplus.config import Recipe, TrainingConfig, to_yaml
 from slimplus.data.text import load_text
 from slimplus.data.windows import Windows, calibration_windows, evaluation_windows
@@ -34,7 +35,7 @@ from slimplus.preflight import check_shares
 from slimplus.quantization.affine import group_count
 from slimplus.quantization.linear import QuantizationConfig
 from slimplus.reading import resolve_model_folder
-from slimplus.run import Record, RunDirectory, chain, read_allocation
+from slimplus.run import Record, RunDirectory, chain
 from slimplus.signals import Preemption
 from slimplus.training.block import layer_tensors
 from slimplus.training.blockwise import BlockQuantizer, QuantizerConfig
@@ -45,8 +46,6 @@ from slimplus.training.reconstruction import ReconstructionConfig, Surroundings
 from slimplus.training.strategies import launch
 
 logger = logging.getLogger(__name__)
-
-UNREPORTED = ("divergence", "made_from", "chain")  # of a block's record: too long, or of no interest to a reader
 
 
 def model_source(recipe: Recipe) -> ModelSource:
@@ -175,7 +174,8 @@ class Job:
         layout, group_size = PackedLayout(), self.quantizer.quantization.group_size
         for index, (block_name, block) in enumerate(zip(self.block_names, self.model.blocks, strict=True)):
             tensors, record = self.finished_block(index)
-            layout.records.append({key: value for key, value in record.items() if key not in UNREPORTED})
+            unreported = ("divergence", "made_from", "chain")  # too long, or of no interest to a reader
+            layout.records.append({key: value for key, value in record.items() if key not in unreported})
             for name, linear in find_linears(block).items():
                 layout.add(f"{block_name}.{name}", layer_tensors(tensors, name), linear.weight.shape, group_size)
         return layout
@@ -281,11 +281,11 @@ def _look_into(run: RunDirectory, recipe: Recipe, made_from: dict[str, Any], blo
 
 def _check_model(model: PreTrainedModel, recipe: Recipe) -> tuple[list[str], dict[str, list[int]] | None]:
     """Names of the blocks, and the imported allocation if there is one, checked against the model's layers."""
-    blocks, group_size = find_blocks(model), recipe.quantization.group_size
-    names = [f"{blocks_path(model.config)}.{index}" for index in range(len(blocks))]
+    blocks, path, group_size = find_blocks(model), blocks_path(model.config), recipe.quantization.group_size
+    names = [f"{path}.{index}" for index in range(len(blocks))]
     if recipe.quantization.allocation is None or recipe.quantization.allocates_by != "file":
         return names, None
-    allocation = read_allocation(recipe.quantization.allocation, group_size)
+    allocation = read_allocation(recipe.quantization.allocation, group_size, path)
     expected = {
         f"{name}.{layer_name}": group_count(layer.in_features, group_size)
         for name, block in zip(names, blocks, strict=True)
@@ -296,7 +296,7 @@ def _check_model(model: PreTrainedModel, recipe: Recipe) -> tuple[list[str], dic
         name = next(name for name in expected | found if found.get(name) != expected.get(name))
         raise InputError(
             f"quantization.allocation: {name} has {found.get(name, 0)} groups there and {expected.get(name, 0)} in the "
-            "model; give the allocation of a run on the same model"
+            "model; give the allocation of the same model and group size"
         )
     return names, allocation
 

@@ -137,7 +137,7 @@ def check_inputs(recipe: Recipe) -> None:
     if allocation and recipe.quantization.allocates_by == "file" and not Path(allocation).expanduser().is_file():
         problems.append(
             f"quantization.allocation: {allocation} is neither slimllm, uniform, block or model nor a file; "
-            "give one of them, or the allocation.json of a run"
+            "give one of them, the allocation.json of a run, or a published group-precision .pt file"
         )
     if any(problems):
         raise RecipeError("\n".join(filter(None, problems)))

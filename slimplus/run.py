@@ -35,7 +35,6 @@ from slimplus.errors import InputError
 from slimplus.files import clean
 from slimplus.fingerprint import differences
 from slimplus.manifest import Manifest
-from slimplus.quantization.affine import MAX_BITS
 from slimplus.training.checkpoints import CHECKPOINT, BlockCheckpoints
 
 logger = logging.getLogger(__name__)
@@ -300,27 +299,3 @@ def write_allocation(
         f'{{\n  "target_bits": {target_bits},\n  "group_size": {group_size},\n'
         f'  "outer_bits": {json.dumps(dict(outer_bits))},\n  "bits": {{\n{lines}\n  }}\n}}\n',
     )
-
-
-def read_allocation(path: str | Path, group_size: int) -> dict[str, list[int]]:
-    """Bits per group of each linear layer from an `allocation.json`.
-
-    Raises:
-        InputError: if the file is no allocation, or one for another group size.
-    """
-    key, remedy = "quantization.allocation", "give the allocation.json of a run"
-    try:
-        content = json.loads(Path(path).expanduser().read_text())
-        bits, found_group_size = content["bits"], content["group_size"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise InputError(f"{key}: {path} is not an allocation ({error!r}); {remedy}") from error
-    if not isinstance(bits, dict) or not all(isinstance(widths, list) for widths in bits.values()):
-        raise InputError(f"{key}: {path} holds no list of widths for each layer; {remedy}")
-    if found_group_size != group_size:
-        raise InputError(
-            f"{key}: {path} is for group_size {found_group_size!r}, not {group_size}; "
-            f"set quantization.group_size={found_group_size!r}"
-        )
-    if not all(type(width) is int and 1 <= width <= MAX_BITS for widths in bits.values() for width in widths):
-        raise InputError(f"{key}: {path} holds widths outside 1 to {MAX_BITS}; {remedy}")
-    return bits

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,23 @@ def test_an_allocation_that_does_not_fit(
     keys = [key for key in overrides if "=" in key]
     with pytest.raises(InputError, match=message):
         run(arguments(tmp_path, f"quantization.allocation={finished / 'allocation.json'}", *keys, model=model))
+
+
+def test_a_published_allocation_is_that_of_our_own_file(finished: Path, arguments: Arguments, tmp_path: Path) -> None:
+    own = json.loads((finished / "allocation.json").read_text())["bits"]
+    published: dict[int, dict[str, list[int]]] = defaultdict(dict)
+    for name, widths in own.items():
+        _, _, index, layer = name.split(".", 3)
+        published[int(index)][layer] = widths
+    file = tmp_path / "Llama.pt"
+    torch.save(dict(published), file)
+    for name, allocation in {"own": finished / "allocation.json", "published": file}.items():
+        run(arguments(tmp_path / name, "quantization.method=slimllm", f"quantization.allocation={allocation}"))
+    first, second = (tmp_path / name / "packed/model.safetensors" for name in ("own", "published"))
+    assert first.read_bytes() == second.read_bytes()
+    torch.save({index: {name: widths[1:] for name, widths in published[index].items()} for index in published}, file)
+    with pytest.raises(InputError, match=r"q_proj has 3 groups there and 4 in the model"):
+        run(arguments(tmp_path / "other", f"quantization.allocation={file}"))
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq", "slimllm"])

@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM
 
 import slimplus
 from slimplus import pipeline
+from slimplus.allocation_file import read_allocation
 from slimplus.errors import InputError
 from slimplus.hub.checks import check_architecture, check_files, check_quantization
 from slimplus.hub.contents import read_contents
@@ -40,7 +41,6 @@ from slimplus.quantization.affine import QuantizedWeight, choose_qparams, quanti
 from slimplus.quantization.packing import pack, unpack
 from slimplus.quantization.packing_checks import check_packed
 from slimplus.reading import load_recipe
-from slimplus.run import read_allocation
 from slimplus.training.checkpoints import BlockCheckpoints
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -366,11 +366,42 @@ def test_a_damaged_allocation_is_refused_or_holds_widths(tmp_path: Path, data: s
     text = json.dumps(allocation)
     file = tmp_path / "allocation.json"
     file.write_text(text[: data.draw(st.integers(0, len(text)))] if data.draw(st.booleans()) else text)
-    if (said := refusal(lambda: read_allocation(file, 16))) is not None:
+    if (said := refusal(lambda: read_allocation(file, 16, "model.layers"))) is not None:
         assert "quantization.allocation" in said
         return
-    bits = read_allocation(file, 16)
+    bits = read_allocation(file, 16, "model.layers")
     assert all(type(width) is int and 1 <= width <= 8 for widths in bits.values() for width in widths)
+
+
+@fuzz(300)
+@given(data=st.data())
+def test_a_damaged_published_allocation_is_refused_or_holds_widths(tmp_path: Path, data: st.DataObject) -> None:
+    file = tmp_path / "Llama.pt"
+    torch.save({0: {"self_attn.q_proj": [1, 2, 3], "mlp.up_proj": [2, 2, 2]}}, file)
+    content = bytearray(file.read_bytes())
+    for _ in range(data.draw(st.integers(0, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    file.write_bytes(content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content)
+    if (said := refusal(lambda: read_allocation(file, 16, "model.layers"))) is not None:
+        assert "quantization.allocation" in said
+        return
+    bits = read_allocation(file, 16, "model.layers")
+    assert all(name.startswith("model.layers.") for name in bits)
+    assert all(type(width) is int and 1 <= width <= 8 for widths in bits.values() for width in widths)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"a": {"b": [2]}}, {0: [2]}, {0: {"q": [9]}}, {0: {"q": torch.ones(2)}}])
+def test_a_file_of_torch_that_is_no_allocation(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "widths.pt")
+    with pytest.raises(InputError, match=r"^quantization\.allocation: .*widths\.pt .*; give"):
+        read_allocation(tmp_path / "widths.pt", 16, "model.layers")
+
+
+def test_code_in_a_published_allocation_is_not_run(tmp_path: Path) -> None:
+    torch.save({0: Bomb(tmp_path / "exploded")}, tmp_path / "widths.pt")
+    with pytest.raises(InputError, match="holds more than plain widths"):
+        read_allocation(tmp_path / "widths.pt", 16, "model.layers")
+    assert not (tmp_path / "exploded").exists()
 
 
 # The campaign
