@@ -313,6 +313,17 @@ class Recipe(Section):
     seed: int = Field(0, ge=0, description="seed of the windows and of training")
     dry_run: bool = Field(False, description="print the plan and sizes without loading weights, then stop")
 
+    @model_validator(mode="after")
+    def _optimizer_that_can_be_sharded(self) -> Recipe:
+        sharded = self.trainer.strategy.startswith("deepspeed")
+        for key, training in (("training", self.training), ("end_to_end", self.end_to_end)):
+            if sharded and training.optimizer == "adamw_8bit":
+                raise ValueError(
+                    f"{key}.optimizer: DeepSpeed cannot shard the moments of adamw_8bit; give adamw, whose moments it "
+                    "shards, or trainer.strategy=ddp"
+                )
+        return self
+
 
 def to_yaml(recipe: Recipe) -> str:
     """The whole recipe as YAML; `recipe=FILE` with that text gives an equal Recipe."""

@@ -80,11 +80,11 @@ def _sentences(error: ErrorDetails) -> Iterator[str]:
     known = keys()
     field = next((field for key, field in known.items() if f"{path}.".startswith(f"{key}.")), None)
     inside = next((key for key in known if key.startswith(f"{path}.")), None)
-    if field is None and inside is None:
+    if error["type"] == "value_error" and field is None:
+        yield str(error["ctx"]["error"])  # of a section, or the recipe, as a whole; it names the key
+    elif field is None and inside is None:
         for leaf in _leaves(path, error["input"]):
             yield f"{leaf}: unknown key; {_suggestion(leaf)}"
-    elif error["type"] == "value_error" and field is None:
-        yield str(error["ctx"]["error"])  # of a section as a whole; it names the key
     elif field is None:
         yield f"{path}: expected keys such as {inside}, got {got}"
     elif error["type"] == "missing":

@@ -101,6 +101,13 @@ def test_offloading_needs_a_stage_that_can(offload: str, strategy: str, needed: 
         load_recipe([SETTINGS[0], f"trainer.strategy={strategy}", f"trainer.offload={offload}"])
 
 
+@pytest.mark.parametrize("section", ["training", "end_to_end"])
+def test_8bit_moments_are_not_sharded(section: str) -> None:
+    with pytest.raises(InputError, match=rf"^{section}\.optimizer: DeepSpeed cannot shard the moments of adamw_8bit"):
+        load_recipe([SETTINGS[0], f"{section}.optimizer=adamw_8bit", "trainer.strategy=deepspeed_stage_2"])
+    load_recipe([SETTINGS[0], f"{section}.optimizer=adamw_8bit", "trainer.strategy=ddp"])
+
+
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
