@@ -34,7 +34,8 @@ from slimplus.training.blockwise import QuantizerConfig
 from slimplus.training.checkpoints import BlockCheckpoints
 from slimplus.training.fit import Fit, FitConfig
 from slimplus.training.losses import normalized_error
-from slimplus.training.optimizers import RateConfig
+from slimplus.training.module import QuantizerTraining, TrainingConfig
+from slimplus.training.optimizers import ParameterKind, RateConfig
 from slimplus.training.reconstruction import BlockReconstruction, ReconstructionConfig
 from slimplus.training.strategies import launch
 
@@ -254,3 +255,31 @@ def test_autocast_trains_in_bfloat16_and_keeps_parameters_in_float32(
     assert seen == [torch.bfloat16]
     gradients = [p.grad for p in module.parameters() if p.requires_grad]
     assert all(g is not None and g.dtype == torch.float32 and torch.isfinite(g).all() for g in gradients)
+
+
+class _Noisy(QuantizerTraining):
+    """Its loss is higher while it trains than when it is measured, as that of an epoch is than that of its end."""
+
+    def __init__(self, config: TrainingConfig, noise: float) -> None:
+        super().__init__(config)
+        self.value, self.noise = nn.Parameter(torch.ones(4)), noise
+
+    def kinds(self) -> list[ParameterKind]:
+        return [ParameterKind([self.value], self.config.grid)]
+
+    def loss(self, batch: tuple[Tensor, ...]) -> Tensor:
+        return (self.value - batch[0]).square().mean() + (self.noise if torch.is_grad_enabled() else 0.0)
+
+
+@pytest.mark.parametrize(("noise", "target", "helped"), [(0.0, 0.0, True), (9.0, 0.0, True), (9.0, 1.001, False)])
+def test_a_training_is_judged_by_its_end(tmp_path: Path, noise: float, target: float, helped: bool) -> None:
+    """Near the target, steps of one size go past it."""
+    module = _Noisy(TrainingConfig(1, 1, optimizer="sign_sgd", grid=RateConfig(0.1, "constant")), noise)
+    data = torch.full((3, 4), target)
+    where = FitConfig(1, 1, "auto", "none", tmp_path / "logs", seed=0, checkpoint_seconds=3600)
+    checkpoints = BlockCheckpoints(tmp_path / "checkpoints", Manifest(tmp_path), "")
+    result = Fit(module, (data,), "toy", checkpoints, launch("cpu", 1, 1, "auto"), where, Preemption())()
+    assert result.helped is helped
+    measured = float(module.evaluate([(data,)]))
+    if noise:
+        assert result.loss == pytest.approx(measured)

@@ -59,7 +59,7 @@ class FitResult:
     """How a training went.
 
     Attributes:
-        loss: mean of the best epoch; None if every attempt diverged.
+        loss: mean of the best epoch, or what its end was measured at; None if every attempt diverged.
         calibrated_loss: before training.
         skipped: steps whose gradient was not fit to be used.
         events: what a reader of the results should know.
@@ -128,7 +128,7 @@ class Fit:
         """
         module, recipe = self.module, self.module.config
         initial = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
-        calibrated_loss = self._calibrated_loss()
+        calibrated_loss = self._evaluate()
         first = Attempt(self.checkpoints.made_from, recipe.accumulate_grad_batches)
         attempt, found = self.checkpoints.begin(first, self.fabric)
         while attempt.restarts < len(RATES):
@@ -139,7 +139,10 @@ class Fit:
             supervisor = self._attempt(attempt, found)
             if supervisor is not None and not supervisor.guard.diverged:
                 module.load_state_dict(supervisor.best, strict=False)
-                return FitResult(supervisor.loss, calibrated_loss, supervisor.guard.skipped, attempt.events)
+                loss = supervisor.loss
+                if loss > calibrated_loss:  # the mean over an epoch lags behind the epoch's end
+                    loss = self._evaluate()
+                return FitResult(loss, calibrated_loss, supervisor.guard.skipped, attempt.events)
             attempt, found = self._next(attempt, supervisor), False
             logger.warning("%s: %s", self.name, attempt.events[-1])
             if self.fabric.is_global_zero:
@@ -147,7 +150,8 @@ class Fit:
             self.fabric.barrier()
         return FitResult(None, calibrated_loss, 0, attempt.events)
 
-    def _calibrated_loss(self) -> float:
+    def _evaluate(self) -> float:
+        """Loss of the module as it is, over all ranks' windows."""
         self.module.to(self.fabric.device)
         mean = self.module.evaluate(zip(*(tensor.split(1) for tensor in self.data), strict=True))
         ranks = Ranks(self.fabric.global_rank, self.fabric.world_size)
