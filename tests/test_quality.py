@@ -108,7 +108,7 @@ def test_methods_side_by_side(make_model: ModelMaker, text_file: Path, tmp_path:
 def test_shapes_of_large_models_are_measured_without_their_weights(tmp_path: Path) -> None:
     file = tmp_path / "shapes.json"
     sizes = ("--shapes", "tiny", "--samples", "32", "--sequence-length", "32", "--steps", "5", "--group-size", "16")
-    command = [sys.executable, ROOT / "benchmarks" / "block_shapes.py", *sizes, "--output", file]
+    command: list[str | Path] = [sys.executable, ROOT / "benchmarks" / "block_shapes.py", *sizes, "--output", file]
     printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     (row,) = json.loads(file.read_text())["rows"]
     assert row["seconds_block"] > row["seconds_calibration"] + 4 * 32 * row["seconds_step"]
