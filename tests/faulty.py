@@ -61,7 +61,7 @@ class Faults:
         def loss(output: torch.Tensor, target: torch.Tensor, *others: Any) -> torch.Tensor:
             result = exact(output, target, *others)
             if not torch.is_grad_enabled():
-                return result / 1e6 if self.faults.get("worsen") else result
+                return result
             self.batches += 1
             at, number = self.faults.get("signal_batch", (0, 0))
             if self.batches == at:
@@ -70,6 +70,8 @@ class Faults:
                 raise torch.OutOfMemoryError("CUDA out of memory (injected)")
             if self.batches in self.faults.get("nan_steps", []):
                 return result * torch.nan
+            if self.faults.get("worsen"):
+                return 2 * result.detach() - result  # the same loss with its gradient reversed
             return result * 1e6 if self.batches == self.faults.get("explode_step") else result
 
         reconstruction.reconstruction_loss = loss  # type: ignore[assignment]

@@ -19,8 +19,8 @@ LARGEST_OFFSET = 0.5  # in steps: enough for a weight to take the other one of i
 
 
 def _straight_through(real: Tensor, stored: Tensor) -> Tensor:
-    """Value of `stored`, gradient of `real` (arXiv 1308.3432)."""
-    return real + (stored - real).detach()
+    """Value of `stored`, to the bit, however large `real` is; gradient of `real` (arXiv 1308.3432)."""
+    return stored.detach() + (real - real.detach())
 
 
 class _NearestInteger(torch.autograd.Function):
