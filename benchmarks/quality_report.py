@@ -84,7 +84,11 @@ def plot(rows: Sequence[Row], text: str, file: Path) -> None:
     """Perplexity on one text against stored bits per weight, a point a method, and the front of the best ones."""
     from matplotlib.figure import Figure  # not needed for the table
 
-    points = [(row["bits_per_weight"], row["perplexity"][text], _name(row)) for row in rows if "bits" in row]
+    points = [
+        (row["bits_per_weight"], row["perplexity"][text], f"{_name(row)} ({row['samples']} × {row['sequence_length']})")
+        for row in rows
+        if "bits" in row
+    ]
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
     for name in dict.fromkeys(name for _, _, name in points):
@@ -95,5 +99,7 @@ def plot(rows: Sequence[Row], text: str, file: Path) -> None:
         if "bits" not in row:
             axes.axhline(row["perplexity"][text], linestyle=":", color="0.4", label=_name(row))
     axes.set(xlabel="stored bits per weight", ylabel=f"perplexity, {text}", yscale="log")
+    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis("{x:g}")
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(file, dpi=150)
