@@ -96,8 +96,7 @@ def measure(shape: str, given: argparse.Namespace) -> dict[str, Any]:
         checkpoints = BlockCheckpoints(Path(folder, "checkpoints"), Manifest(Path(folder)), made_from="")
         data = (inputs.hidden[:count], targets[:count])
         Fit(module, data, shape, checkpoints, fabric, where, Preemption())()
-    times = module.ends[WARM_UP - 1 :]
-    step = (times[-1] - times[0]) / (len(times) - 1)
+    step = module.seconds_step
     # The outputs of both chains, the loss before training, calibration, and the steps.
     block = 3 * outputs + calibration + given.epochs * given.samples * step
     row = {

@@ -89,6 +89,12 @@ class TimedReconstruction(BlockReconstruction):
         self.ends.append(time.perf_counter())
         self.resident.append(resident_bytes() or 0)
 
+    @property
+    def seconds_step(self) -> float:
+        """Mean of the steps after the warm-up."""
+        times = self.ends[WARM_UP - 1 :]
+        return (times[-1] - times[0]) / (len(times) - 1)
+
 
 def measure(keys: list[str], file: Path) -> None:
     """Quantize and train the first block in this process, and write what that took."""
@@ -111,10 +117,9 @@ def measure(keys: list[str], file: Path) -> None:
         torch.cuda.reset_peak_memory_stats(runner.device)
     fit = (checkpoints, job.fabric, job.quantizer.fit, preemption)
     Fit(module, (inputs.hidden, targets), "block", *fit)()
-    times = module.ends[WARM_UP - 1 :]
     row = {
         "seconds_calibration": calibration,
-        "seconds_step": (times[-1] - times[0]) / (len(times) - 1),
+        "seconds_step": module.seconds_step,
         "memory_bytes": max(module.resident),
     }
     if runner.device.type == "cuda":

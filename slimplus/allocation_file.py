@@ -36,16 +36,7 @@ def read_allocation(path: str | Path, group_size: int, blocks: str) -> dict[str,
         bits = _published(file, blocks) if zipfile.is_zipfile(file) else _own(file, group_size)
     except InputError:  # a ValueError itself
         raise
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-        RuntimeError,
-        EOFError,
-    ) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError) as error:
         raise InputError(f"{KEY}: {path} is not an allocation ({error!r}); {REMEDY}") from error
     except pickle.UnpicklingError as error:  # what else a pickle may hold is never run
         raise InputError(f"{KEY}: {path} holds more than plain widths; {REMEDY}") from error

@@ -172,9 +172,9 @@ class Job:
     def packed_layout(self) -> PackedLayout:
         """Widths and sizes of all the packed layers, from the block files; one block in memory at a time."""
         layout, group_size = PackedLayout(), self.quantizer.quantization.group_size
+        unreported = ("divergence", "made_from", "chain")  # of a record: too long, or of no interest to a reader
         for index, (block_name, block) in enumerate(zip(self.block_names, self.model.blocks, strict=True)):
             tensors, record = self.finished_block(index)
-            unreported = ("divergence", "made_from", "chain")  # too long, or of no interest to a reader
             layout.records.append({key: value for key, value in record.items() if key not in unreported})
             for name, linear in find_linears(block).items():
                 layout.add(f"{block_name}.{name}", layer_tensors(tensors, name), linear.weight.shape, group_size)

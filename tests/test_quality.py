@@ -19,15 +19,15 @@ from slimplus.reading import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = Budget(bits=2, samples=8, sequence_length=32, epochs=2, end_to_end_epochs=3, seed=0)
+RECIPES = {method: load_recipe(["recipe=smollm2_135m_2bit_best", *BUDGET.keys(method)]) for method in METHODS}
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_a_recipe_of_its_own(method: str) -> None:
-    recipe = load_recipe(["recipe=smollm2_135m_2bit_best", *BUDGET.keys(method)])
+    recipe = RECIPES[method]
     assert recipe.quantization.bits == 2
     assert recipe.end_to_end.epochs == (3 if METHODS[method].after else 0)
-    others = [load_recipe(["recipe=smollm2_135m_2bit_best", *BUDGET.keys(other)]) for other in METHODS]
-    same = [name for name, other in zip(METHODS, others, strict=True) if other == recipe]
+    same = [name for name, other in RECIPES.items() if other == recipe]
     named = {"AutoRound", "uniform, rounding"}, {FULL, "ours"}  # the first of each pair makes nothing of its own
     assert set(same) in ({method}, *named)
 
