@@ -15,6 +15,8 @@ from slimplus.quantization.affine import MAX_BITS
 
 KEY, REMEDY = "quantization.allocation", "give the allocation.json of a run, or a published group-precision .pt file"
 LARGEST = 2**26  # bytes; a 70B model has 9 million groups
+# What zipfile, json and torch.load raise for bytes that are not theirs.
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, zipfile.BadZipFile)
 
 
 def read_allocation(path: str | Path, group_size: int, blocks: str) -> dict[str, list[int]]:
@@ -36,7 +38,7 @@ def read_allocation(path: str | Path, group_size: int, blocks: str) -> dict[str,
         bits = _published(file, blocks) if zipfile.is_zipfile(file) else _own(file, group_size)
     except InputError:  # a ValueError itself
         raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError) as error:
+    except UNREADABLE as error:
         raise InputError(f"{KEY}: {path} is not an allocation ({error!r}); {REMEDY}") from error
     except pickle.UnpicklingError as error:  # what else a pickle may hold is never run
         raise InputError(f"{KEY}: {path} holds more than plain widths; {REMEDY}") from error

@@ -13,6 +13,7 @@ import random
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -394,6 +395,13 @@ def test_a_damaged_published_allocation_is_refused_or_holds_widths(tmp_path: Pat
 def test_a_file_of_torch_that_is_no_allocation(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "widths.pt")
     with pytest.raises(InputError, match=r"^quantization\.allocation: .*widths\.pt .*; give"):
+        read_allocation(tmp_path / "widths.pt", 16, "model.layers")
+
+
+def test_a_zip_file_that_spans_disks_is_no_allocation(tmp_path: Path) -> None:
+    locator, end = struct.pack("<4sLQL", b"PK\x06\x07", 1, 0, 2), b"PK\x05\x06" + bytes(18)
+    (tmp_path / "widths.pt").write_bytes(locator + end)
+    with pytest.raises(InputError, match=r"^quantization\.allocation: .*multiple disks.*; give"):
         read_allocation(tmp_path / "widths.pt", 16, "model.layers")
 
 
