@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from slimplus.nn import FakeQuantizedLinear, LearnedRoundingLinear, PackedLinear, TrainedWeightLinear
-from slimplus.nn.fake_quantized import ScaledLinear
+from slimplus.nn.fake_quantized import ScaledLinear, nearest_level
 from slimplus.quantization.calibration import calibrate_group
 from slimplus.quantization.gptq import RoundedWeight, quantize_weight
 from slimplus.quantization.salience import invert_hessian
@@ -83,6 +83,25 @@ def test_gradients_are_those_of_the_levels() -> None:
     assert gradient is not None
     assert gradient[0, 0, 0] == 0
     assert torch.equal(gradient[:, 1], scale[:, 1:].expand(-1, GROUP_SIZE))
+
+
+def test_gradients_are_those_of_autograd_with_the_rounding_passed_straight_through() -> None:
+    generator = torch.Generator().manual_seed(0)
+    position = 6 * torch.rand(3, 2, GROUP_SIZE, generator=generator) - 1.5
+    scale, zero_point = (torch.rand(3, 2, 1, generator=generator) + 0.5 for _ in range(2))
+    largest = torch.tensor([[3.0], [1.0]])
+    slope = torch.randn(position.shape, generator=generator)
+    leaves = [tensor.requires_grad_() for tensor in (position, scale, zero_point)]
+    levels = nearest_level(position, largest, scale, zero_point)
+    gradients = torch.autograd.grad((levels * slope).sum(), leaves)
+    clamped = position.minimum(largest).clamp(min=0)
+    inside = (position.round() >= 0) & (position.round() <= largest)
+    place = torch.where(inside, position, clamped.detach())
+    integers = place + (clamped.round() - place).detach()
+    chain = (integers - zero_point) * scale
+    assert torch.equal(levels, ((clamped.round() - zero_point) * scale))
+    for found, wanted in zip(gradients, torch.autograd.grad((chain * slope).sum(), leaves), strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_trained_weights_follow_the_straight_through_estimator() -> None:

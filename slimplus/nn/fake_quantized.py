@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,20 +23,43 @@ def _straight_through(real: Tensor, stored: Tensor) -> Tensor:
     return stored.detach() + (real - real.detach())
 
 
-class _NearestInteger(torch.autograd.Function):
-    """Nearest of the integers `0 … largest`; its gradient is 1 for what lies between the ends of the grid, else 0."""
+def _nearest_integers(position: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest of the integers `0 … largest`, and which positions lie between the ends of the grid."""
+    rounded = position.round()
+    integers = rounded.clamp(min=0)
+    torch.minimum(integers, largest, out=integers)
+    return integers, rounded == integers
+
+
+class _NearestLevel(torch.autograd.Function):
+    """One function for what autograd would do in a chain, in half the passes over memory that such a chain makes."""
 
     @staticmethod
-    def forward(ctx: Any, position: Tensor, largest: Tensor) -> Tensor:
-        rounded = position.round()
-        integers = rounded.clamp(min=0).minimum(largest)
-        ctx.save_for_backward(rounded == integers)
-        return integers
+    def forward(ctx: Any, position: Tensor, largest: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        steps, inside = _nearest_integers(position, largest)
+        steps -= zero_point
+        ctx.save_for_backward(steps, inside, scale)
+        return steps * scale
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (inside,) = ctx.saved_tensors
-        return gradients[0] * inside, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
+        steps, inside, scale = ctx.saved_tensors
+        (gradient,) = gradients
+        of_scale = (gradient * steps).sum(-1, keepdim=True)
+        of_steps = gradient * scale
+        of_zero_point = -of_steps.sum(-1, keepdim=True)
+        return of_steps.mul_(inside), None, of_scale, of_zero_point
+
+
+def nearest_level(position: Tensor, largest: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Levels `[out, groups, group_size]` nearest to a `position` of that shape, in steps from level 0.
+
+    Args:
+        position: gets the gradient of the levels, times the scale, where it lies between the ends of the grid.
+        largest: `[groups, 1]`, the largest integers.
+        scale, zero_point: `[out, groups, 1]`.
+    """
+    return cast(Tensor, _NearestLevel.apply(position, largest, scale, zero_point))
 
 
 class FakeQuantizedLinear(nn.Module):
@@ -107,15 +130,18 @@ class FakeQuantizedLinear(nn.Module):
         zero_point = (self.zero_point - low) * self.scale / scale
         return scale, _straight_through(zero_point, storable_zero_point(zero_point, self.bits))
 
+    def levels(self, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """What the weights become, `[out, groups, group_size]`, on the grid of both, `[out, groups, 1]`."""
+        return (self.integers - zero_point) * scale
+
     def rounded(self, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """Integers `[out, groups, group_size]` on the grid of `scale` and `zero_point` `[out, groups, 1]`."""
+        """The integers of those levels."""
         return self.integers
 
     def fake_quantized_weight(self) -> Tensor:
         """`[out, in]`, float32."""
         scale, zero_point = (values[..., None] for values in self.qparams())
-        levels = (self.rounded(scale, zero_point) - zero_point) * scale
-        return levels.flatten(1)[:, : self.in_features]
+        return self.levels(scale, zero_point).flatten(1)[:, : self.in_features]
 
     def forward(self, inputs: Tensor) -> Tensor:
         """`inputs` `[..., in]` → `[..., out]`."""
@@ -156,6 +182,7 @@ class _RoundingLinear(FakeQuantizedLinear):
         remainder: Tensor,
     ) -> None:
         super().__init__(weight, bias, width_rates)
+        self.rated = bool(width_rates)
         self.register_buffer("position", self.integers + self._grouped(remainder), persistent=False)
         del self.integers
         self.register_buffer("largest", (2**self.bits - 1)[:, None].to(self.scale.dtype), persistent=False)
@@ -164,6 +191,21 @@ class _RoundingLinear(FakeQuantizedLinear):
     @property
     def elements(self) -> list[nn.Parameter]:
         return [self.change]
+
+    @property
+    def scaled_change(self) -> Tensor:
+        """`change` at the rates of its groups' widths."""
+        return self.change * self.rates[:, None] if self.rated else self.change
+
+    def place(self, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Where on the grid each weight lies, in steps from level 0, before it is rounded."""
+        raise NotImplementedError
+
+    def levels(self, scale: Tensor, zero_point: Tensor) -> Tensor:
+        return nearest_level(self.place(scale, zero_point), self.largest, scale, zero_point)
+
+    def rounded(self, scale: Tensor, zero_point: Tensor) -> Tensor:
+        return _nearest_integers(self.place(scale, zero_point), self.largest)[0]
 
 
 class LearnedRoundingLinear(_RoundingLinear):
@@ -182,8 +224,8 @@ class LearnedRoundingLinear(_RoundingLinear):
 
     bound = LARGEST_OFFSET
 
-    def rounded(self, scale: Tensor, zero_point: Tensor) -> Tensor:
-        return _NearestInteger.apply(self.position + self.change * self.rates[:, None], self.largest)
+    def place(self, scale: Tensor, zero_point: Tensor) -> Tensor:
+        return self.position + self.scaled_change
 
 
 class TrainedWeightLinear(_RoundingLinear):
@@ -206,6 +248,5 @@ class TrainedWeightLinear(_RoundingLinear):
         del self.position
         self.register_buffer("start", start, persistent=False)
 
-    def rounded(self, scale: Tensor, zero_point: Tensor) -> Tensor:
-        weight = self.start + self.change * self.rates[:, None]
-        return _NearestInteger.apply(weight / scale + zero_point, self.largest)
+    def place(self, scale: Tensor, zero_point: Tensor) -> Tensor:
+        return (self.start + self.scaled_change) / scale + zero_point
