@@ -27,7 +27,7 @@ from slimplus.data.windows import calibration_windows
 from slimplus.files import write_atomic
 from slimplus.job import model_source
 from slimplus.machine import peak_resident_bytes
-from slimplus.models.architectures import blocks_path, find_blocks, find_linears
+from slimplus.models.architectures import quantized_linears
 from slimplus.reading import load_recipe
 
 SCALE_BITS = 16  # of a group, beside a zero point of as many bits as a weight
@@ -57,7 +57,8 @@ def quantize(recipe: Recipe) -> PreTrainedModel:
     source, settings, data, training = model_source(recipe), recipe.quantization, recipe.data, recipe.training
     tokenizer = source.tokenizer()
     text = load_text(data.calibration.path, "calibration")
-    tokens = calibration_windows(text, tokenizer, data.samples, data.sequence_length, recipe.seed).tokens
+    sizes = data.samples, data.sequence_length
+    tokens = calibration_windows(text, tokenizer, *sizes, recipe.seed, random_tokens=data.random_tokens).tokens
     model, _ = AutoRound(
         source.model(),
         tokenizer,
@@ -77,12 +78,7 @@ def quantize(recipe: Recipe) -> PreTrainedModel:
 
 def linear_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """Weights of the linear layers in the blocks by their names in the model."""
-    prefix = blocks_path(model.config)
-    return {
-        f"{prefix}.{index}.{name}.weight": layer.weight.detach().contiguous()
-        for index, block in enumerate(find_blocks(model))
-        for name, layer in find_linears(block).items()
-    }
+    return {f"{name}.weight": layer.weight.detach().contiguous() for name, layer in quantized_linears(model).items()}
 
 
 if __name__ == "__main__":

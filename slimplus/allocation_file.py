@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,17 @@ def read_allocation(path: str | Path, group_size: int, blocks: str) -> dict[str,
     if not all(type(width) is int and 1 <= width <= MAX_BITS for widths in bits.values() for width in widths):
         raise InputError(f"{KEY}: {path} holds widths outside 1 to {MAX_BITS}; {REMEDY}")
     return bits
+
+
+def check_allocation(bits: Mapping[str, list[int]], expected: Mapping[str, int]) -> None:
+    """Raises `InputError` where `bits` is not for the model whose layers have the `expected` numbers of groups."""
+    found = {name: len(widths) for name, widths in bits.items()}
+    for name in (*expected, *found):
+        if found.get(name) != expected.get(name):
+            raise InputError(
+                f"{KEY}: {name} has {found.get(name, 0)} groups there and {expected.get(name, 0)} in the model; "
+                "give the allocation of the same model and group size"
+            )
 
 
 def _own(file: Path, group_size: int) -> Any:

@@ -19,15 +19,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from slimplus.allocation_file import read_allocation
+from slimplus.allocation_file import check_allocation, read_allocation
 from slimplus.config import Recipe, TrainingConfig, to_yaml
 from slimplus.data.text import load_text
 from slimplus.data.windows import Windows, calibration_windows, evaluation_windows
-from slimplus.errors import InputError
 from slimplus.fingerprint import differences, fingerprint, library_versions
 from slimplus.layout import PackedLayout
 from slimplus.machine import peak_resident_bytes
-from slimplus.models.architectures import blocks_path, find_blocks, find_linears, following_norm, outer_bits
+from slimplus.models.architectures import (
+    blocks_path,
+    find_blocks,
+    find_linears,
+    following_norm,
+    outer_bits,
+    quantized_linears,
+)
 from slimplus.models.loading import ModelSource, build_on_meta
 from slimplus.models.precision import resolve_precision
 from slimplus.models.streaming import BlockRunner, StreamedModel
@@ -281,23 +287,14 @@ def _look_into(run: RunDirectory, recipe: Recipe, made_from: dict[str, Any], blo
 
 def _check_model(model: PreTrainedModel, recipe: Recipe) -> tuple[list[str], dict[str, list[int]] | None]:
     """Names of the blocks, and the imported allocation if there is one, checked against the model's layers."""
-    blocks, path, group_size = find_blocks(model), blocks_path(model.config), recipe.quantization.group_size
-    names = [f"{path}.{index}" for index in range(len(blocks))]
+    path, group_size = blocks_path(model.config), recipe.quantization.group_size
+    names = [f"{path}.{index}" for index in range(len(find_blocks(model)))]
     if recipe.quantization.allocation is None or recipe.quantization.allocates_by != "file":
         return names, None
     allocation = read_allocation(recipe.quantization.allocation, group_size, path)
-    expected = {
-        f"{name}.{layer_name}": group_count(layer.in_features, group_size)
-        for name, block in zip(names, blocks, strict=True)
-        for layer_name, layer in find_linears(block).items()
-    }
-    found = {name: len(widths) for name, widths in allocation.items()}
-    if found != expected:
-        name = next(name for name in expected | found if found.get(name) != expected.get(name))
-        raise InputError(
-            f"quantization.allocation: {name} has {found.get(name, 0)} groups there and {expected.get(name, 0)} in the "
-            "model; give the allocation of the same model and group size"
-        )
+    layers = quantized_linears(model)
+    expected = {name: group_count(layer.in_features, group_size) for name, layer in layers.items()}
+    check_allocation(allocation, expected)
     return names, allocation
 
 
@@ -309,7 +306,8 @@ def _windows(recipe: Recipe, text: str, tokenizer: PreTrainedTokenizerBase, fold
         data.samples,
         data.sequence_length,
         recipe.seed,
-        cache=folder / "calibration.safetensors",
+        folder / "calibration.safetensors",
+        data.random_tokens,
     )
     evaluation = evaluation_windows(
         load_text(data.evaluation.path, "evaluation"),

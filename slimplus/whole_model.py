@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from slimplus.errors import InputError
 from slimplus.fingerprint import digest
 from slimplus.job import Job
-from slimplus.models.architectures import find_linears, is_norm
+from slimplus.models.architectures import is_norm, quantized_linears
 from slimplus.nn import FakeQuantizedLinear, PackedLinear
 from slimplus.nn.fake_quantized import ScaledLinear
 from slimplus.progress import track
@@ -67,11 +67,8 @@ def allocate_model(job: Job, tables: Mapping[str, Tensor]) -> dict[str, list[int
         InputError: if no widths fit `quantization.size_bytes`.
     """
     settings, size = job.quantizer.quantization, job.recipe.quantization.size_bytes
-    shapes = {
-        f"{block_name}.{name}": (layer.out_features, layer.in_features)
-        for block_name, block in zip(job.block_names, job.model.blocks, strict=True)
-        for name, layer in find_linears(block).items()
-    }
+    layers = quantized_linears(job.model.model)
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
     price = bit_costs if size is None else byte_costs
     costs = {name: price(*shape, settings.group_size, settings.widths) for name, shape in shapes.items()}
     budget = settings.bits * sum(rows * columns for rows, columns in shapes.values()) if size is None else size

@@ -49,6 +49,12 @@ def find_linears(block: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
 
 
+def quantized_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """The linear layers of all blocks by their names in the model."""
+    path = blocks_path(model.config)
+    return {f"{path}.{name}": layer for name, layer in find_linears(find_blocks(model)).items()}
+
+
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a normalization; transformers has a class of its own for every architecture."""
     return type(module).__name__.endswith("Norm")
