@@ -57,8 +57,7 @@ def quantize(recipe: Recipe) -> PreTrainedModel:
     source, settings, data, training = model_source(recipe), recipe.quantization, recipe.data, recipe.training
     tokenizer = source.tokenizer()
     text = load_text(data.calibration.path, "calibration")
-    sizes = data.samples, data.sequence_length
-    tokens = calibration_windows(text, tokenizer, *sizes, recipe.seed, random_tokens=data.random_tokens).tokens
+    tokens = calibration_windows(text, tokenizer, data.samples, data.sequence_length, recipe.seed).tokens
     model, _ = AutoRound(
         source.model(),
         tokenizer,

@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +76,31 @@ def measured(method: str, budget: Budget, calibration: str, texts: Texts, runs: 
         metrics = json.loads((folder / "metrics.json").read_text())
         row |= {key: metrics[key] for key in (*FIGURES, "version") if key in metrics}
         row["machine"] = describe_machine() | {"commit": (folder / "commit").read_text()}
-    # In a process of its own: a new process, such as the next run, begins with its parent's peak memory.
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        row["perplexity"] = pool.submit(perplexities, method, arguments, dict(texts), folder).result()
+    row["perplexity"] = _measure_apart(method, arguments, dict(texts), folder)
     return row
+
+
+def _measure_apart(*arguments: Any) -> dict[str, float]:
+    """`perplexities` in a process of its own: the next run, a new process, begins with the peak memory of this one.
+
+    Not in a pool, whose process waits for more for ever once this one is killed.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_perplexities, args=(sender, *arguments))
+    process.start()
+    sender.close()
+    try:
+        measured: dict[str, float] = receiver.recv()
+    except EOFError:
+        raise RuntimeError(f"{arguments[0]} could not be measured; why is said above") from None
+    finally:
+        process.join()
+    return measured
+
+
+def _send_perplexities(sender: Connection, *arguments: Any) -> None:
+    sender.send(perplexities(*arguments))
 
 
 def _quantize(method: str, budget: Budget, arguments: list[str], runs: Path) -> None:

@@ -94,9 +94,6 @@ class DataConfig(Section):
     evaluation: EvaluationText = EvaluationText()
     samples: int = Field(128, ge=1, description="calibration windows")
     sequence_length: int = Field(2048, ge=2, description="tokens in a calibration window")
-    random_tokens: Number = Field(
-        0.0, ge=0, le=1, description="share of calibration tokens replaced by random ones, so that training sees more"
-    )
 
 
 class QuantizationConfig(Section):

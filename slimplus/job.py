@@ -306,8 +306,7 @@ def _windows(recipe: Recipe, text: str, tokenizer: PreTrainedTokenizerBase, fold
         data.samples,
         data.sequence_length,
         recipe.seed,
-        folder / "calibration.safetensors",
-        data.random_tokens,
+        cache=folder / "calibration.safetensors",
     )
     evaluation = evaluation_windows(
         load_text(data.evaluation.path, "evaluation"),

@@ -257,18 +257,6 @@ def test_seeds_differ(tokenizer: CountingTokenizer) -> None:
     assert len({w.fingerprint for w in windows}) == 3
 
 
-def test_random_tokens_replace_a_share_and_are_no_special_ones(tokenizer: CountingTokenizer) -> None:
-    tokenizer.add_special_tokens({"eos_token": "<end>"})
-    plain = calibration_windows(TEXT, tokenizer, 9, 100, seed=0).tokens
-    mixed = calibration_windows(TEXT, tokenizer, 9, 100, seed=0, random_tokens=0.3).tokens
-    replaced = (mixed != plain).float().mean()
-    assert 0.2 < replaced < 0.4
-    assert len(mixed[mixed != plain].unique()) > 50 > len(plain.unique())
-    random = calibration_windows(TEXT, tokenizer, 9, 100, seed=0, random_tokens=1.0).tokens
-    assert tokenizer.eos_token_id not in random
-    assert random.max() < len(tokenizer)
-
-
 def test_evaluation_windows_are_the_first(tokenizer: CountingTokenizer) -> None:
     windows = evaluation_windows(TEXT, tokenizer, 3, 100)
     assert pieces(windows.tokens, tokenizer) == [TEXT[:100], TEXT[100:200], TEXT[200:300]]
@@ -324,15 +312,8 @@ def test_cache_hit_does_not_tokenize(tmp_path: Path, tokenizer: CountingTokenize
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"text": TEXT[1:]},
-        {"seed": 1},
-        {"samples": 4},
-        {"sequence_length": 99},
-        {"first_id": 1},
-        {"random_tokens": 0.5},
-    ],
-    ids=["text", "seed", "samples", "sequence_length", "tokenizer", "random_tokens"],
+    [{"text": TEXT[1:]}, {"seed": 1}, {"samples": 4}, {"sequence_length": 99}, {"first_id": 1}],
+    ids=["text", "seed", "samples", "sequence_length", "tokenizer"],
 )
 def test_cache_of_something_else_is_rebuilt(tmp_path: Path, changes: dict[str, Any]) -> None:
     cache = tmp_path / "calibration.safetensors"

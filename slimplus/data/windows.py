@@ -35,12 +35,8 @@ def calibration_windows(
     sequence_length: int,
     seed: int,
     cache: Path | None = None,
-    random_tokens: float = 0.0,
 ) -> Windows:
     """``samples`` windows in random order out of the consecutive, non-overlapping windows of the text.
-
-    Of their tokens, a share of ``random_tokens`` is replaced by any others of the vocabulary, special ones left out: a
-    calibration text has few of the words that the model knows, and training would fit the first blocks to those.
 
     Where ``cache`` holds the windows of the same fingerprint they are loaded without tokenizing; otherwise
     they are built and written there. Raises ``TextError`` where the text holds fewer windows.
@@ -54,16 +50,10 @@ def calibration_windows(
                 f"data.sequence_length={sequence_length} tokens, fewer than data.samples={samples}; "
                 f"lower data.samples or data.sequence_length, or give a longer text in data.calibration.path"
             )
-        generator = torch.Generator().manual_seed(seed)
-        windows = candidates[torch.randperm(len(candidates), generator=generator)[:samples]]
-        return _with_random_tokens(windows, tokenizer, random_tokens, generator)
+        order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))
+        return candidates[order[:samples]]
 
-    sizes: dict[str, int | float] = {
-        "samples": samples,
-        "sequence_length": sequence_length,
-        "seed": seed,
-        "random_tokens": random_tokens,
-    }
+    sizes = {"samples": samples, "sequence_length": sequence_length, "seed": seed}
     return _cached(cache, _fingerprint(text, tokenizer, sizes), build)
 
 
@@ -88,7 +78,7 @@ def evaluation_windows(
             )
         return candidates[:windows].clone()  # a view would keep the whole text's tokens alive
 
-    sizes: dict[str, int | float] = {"windows": windows, "sequence_length": sequence_length}
+    sizes = {"windows": windows, "sequence_length": sequence_length}
     return _cached(cache, _fingerprint(text, tokenizer, sizes), build)
 
 
@@ -101,17 +91,7 @@ def _cut(text: str, tokenizer: PreTrainedTokenizerBase, sequence_length: int) ->
     return tokens[: count * sequence_length].view(count, sequence_length)
 
 
-def _with_random_tokens(
-    windows: Tensor, tokenizer: PreTrainedTokenizerBase, share: float, generator: torch.Generator
-) -> Tensor:
-    """`windows` with a share of the tokens replaced by random ones."""
-    plain = torch.tensor(sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)))
-    replaced = torch.rand(windows.shape, generator=generator) < share
-    others = plain[torch.randint(len(plain), windows.shape, generator=generator)]
-    return torch.where(replaced, others, windows)
-
-
-def _fingerprint(text: str, tokenizer: PreTrainedTokenizerBase, sizes: dict[str, int | float]) -> str:
+def _fingerprint(text: str, tokenizer: PreTrainedTokenizerBase, sizes: dict[str, int]) -> str:
     digest = hashlib.sha256()
     for part in (json.dumps(sizes), tokenizer_identity(tokenizer), text):
         # Each part is hashed on its own, so that nothing can move from one part to the next unnoticed.
