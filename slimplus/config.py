@@ -235,7 +235,7 @@ class EndToEndConfig(Section):
         1, ge=1, description="parts in which a device takes its share of a step, to save memory"
     )
     optimizer: Literal["adamw", "adamw_8bit", "sign_sgd"] = Field("adamw", description="adamw_8bit is bitsandbytes'")
-    learning_rate: Number = Field(0.01, gt=0, description="peak for the ends of each grid, in steps of its scale")
+    learning_rate: Number = Field(0.003, gt=0, description="peak for the ends of each grid, in steps of its scale")
     norm_learning_rate: Number = Field(1e-3, ge=0, description="peak for the norms' gains; 0 leaves them alone")
     zero_points: bool = Field(True, description="train zero points besides scales")
     next_token: Number = Field(0.0, ge=0, description="weight of the cross-entropy of the text's next token")
