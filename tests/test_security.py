@@ -13,10 +13,9 @@ import random
 import resource
 import shutil
 import signal
-import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import ModelMaker
-from hypothesis import HealthCheck, given, settings
+from fuzzing import Bomb, damaged, fuzz, refusal
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -32,59 +32,18 @@ from transformers import AutoModelForCausalLM
 
 import slimplus
 from slimplus import pipeline
-from slimplus.allocation_file import read_allocation
 from slimplus.errors import InputError
 from slimplus.hub.checks import check_architecture, check_files, check_quantization
 from slimplus.hub.contents import read_contents
 from slimplus.hub.quantizer import SlimplusConfig
-from slimplus.manifest import Manifest
 from slimplus.quantization.affine import QuantizedWeight, choose_qparams, quantize, storable_scale, storable_zero_point
 from slimplus.quantization.packing import pack, unpack
 from slimplus.quantization.packing_checks import check_packed
 from slimplus.reading import load_recipe
-from slimplus.training.checkpoints import BlockCheckpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUP_SIZE, SHAPE = 16, (20, 72)
 WEIGHTS = "model.safetensors"
-HOSTILE: tuple[Any, ...] = (
-    *(
-        None,
-        True,
-        False,
-        0,
-        -1,
-        1,
-        3,
-        9,
-        17,
-        2**15,
-        2**31,
-        2**63,
-        10**12,
-        10**30,
-        0.5,
-        1e308,
-        float("nan"),
-        float("inf"),
-    ),
-    *("", "2", "2 ", "-1", "１", "x" * 1000, "../../etc/passwd", [], [1], [10**12, 10**12], [[[]]], {}, {"1": 10**9}),
-)
-"""What JSON may hold in the place of anything."""
-
-
-def fuzz(examples: int) -> settings:
-    """So many examples, each of which may be slow on a busy machine."""
-    return settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), database=None)
-
-
-def refusal(check: Callable[[], object]) -> str | None:
-    """What a check says against its input; any error but a clear one is not caught."""
-    try:
-        check()
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 @pytest.fixture(scope="session")
@@ -104,34 +63,9 @@ def checkpoint(make_model: ModelMaker, text_file: Path, tmp_path_factory: pytest
     return folder / "packed"
 
 
-def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where in a JSON value something can be replaced."""
-    members = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, member in members:
-        yield (*path, key)
-        yield from places(member, (*path, key))
-
-
 def header_size(content: bytes | bytearray) -> int:
     """Of a safetensors file, its length included."""
     return 8 + int.from_bytes(content[:8], "little")
-
-
-def damaged(value: Any, choose: Callable[[Any], Any]) -> Any:
-    """A copy of a JSON value with one thing removed, replaced or renamed."""
-    copy = json.loads(json.dumps(value))
-    *path, last = choose(list(places(copy)))
-    parent = copy
-    for key in path:
-        parent = parent[key]
-    action = choose(("replace", "replace", "replace", "remove", "rename"))
-    if action == "remove":
-        del parent[last]
-    elif action == "rename" and isinstance(parent, dict):
-        parent[choose(("x", "lm_head", "model.layers.0", "", "0"))] = parent.pop(last)
-    else:
-        parent[last] = choose(HOSTILE)
-    return copy
 
 
 # The config
@@ -287,16 +221,6 @@ def test_damaged_bytes_are_refused_or_leave_all_tensors_as_they_should_be(
         assert str(file) in said or "model." in said
 
 
-class Bomb:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.folder),)
-
-
 def test_pickled_weights_are_never_opened(checkpoint: Path, tmp_path: Path) -> None:
     for name in ("pytorch_model.bin", "model.safetensors"):
         copy = shutil.copytree(checkpoint, tmp_path / name.split(".")[0])
@@ -339,77 +263,6 @@ def test_values_are_checked_after_loading(checkpoint: Path, tmp_path: Path) -> N
     for load in (slimplus.load, AutoModelForCausalLM.from_pretrained):
         with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj: group_index is no permutation"):
             load(copy)
-
-
-# Other files of a run
-
-
-@pytest.mark.parametrize("damage", ["pickle", "cut", "empty"])
-def test_training_checkpoints_hold_tensors_and_plain_values_only(tmp_path: Path, damage: str) -> None:
-    checkpoints = BlockCheckpoints(tmp_path, Manifest(tmp_path), "")
-    torch.save({"state_dict": {"weight": torch.ones(100)}}, checkpoints.path)
-    assert checkpoints.load_checkpoint(checkpoints.path)["state_dict"]["weight"].sum() == 100
-    if damage == "pickle":
-        torch.save({"state_dict": {}, "loops": Bomb(tmp_path / "exploded")}, checkpoints.path)
-    else:
-        checkpoints.path.write_bytes(checkpoints.path.read_bytes()[: 500 if damage == "cut" else 0])
-    with pytest.raises(InputError, match=r"last\.ckpt is no checkpoint of tensors and plain values; delete"):
-        checkpoints.load_checkpoint(checkpoints.path)
-    assert not (tmp_path / "exploded").exists()
-
-
-@fuzz(1000)
-@given(data=st.data())
-def test_a_damaged_allocation_is_refused_or_holds_widths(tmp_path: Path, data: st.DataObject) -> None:
-    allocation: Any = {"target_bits": 2, "group_size": 16, "bits": {"a": [1, 2, 3], "b": [2, 2]}}
-    for _ in range(data.draw(st.integers(1, 2))):
-        allocation = damaged(allocation, lambda options: data.draw(st.sampled_from(options)))
-    text = json.dumps(allocation)
-    file = tmp_path / "allocation.json"
-    file.write_text(text[: data.draw(st.integers(0, len(text)))] if data.draw(st.booleans()) else text)
-    if (said := refusal(lambda: read_allocation(file, 16, "model.layers"))) is not None:
-        assert "quantization.allocation" in said
-        return
-    bits = read_allocation(file, 16, "model.layers")
-    assert all(type(width) is int and 1 <= width <= 8 for widths in bits.values() for width in widths)
-
-
-@fuzz(300)
-@given(data=st.data())
-def test_a_damaged_published_allocation_is_refused_or_holds_widths(tmp_path: Path, data: st.DataObject) -> None:
-    file = tmp_path / "Llama.pt"
-    torch.save({0: {"self_attn.q_proj": [1, 2, 3], "mlp.up_proj": [2, 2, 2]}}, file)
-    content = bytearray(file.read_bytes())
-    for _ in range(data.draw(st.integers(0, 3))):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    file.write_bytes(content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content)
-    if (said := refusal(lambda: read_allocation(file, 16, "model.layers"))) is not None:
-        assert "quantization.allocation" in said
-        return
-    bits = read_allocation(file, 16, "model.layers")
-    assert all(name.startswith("model.layers.") for name in bits)
-    assert all(type(width) is int and 1 <= width <= 8 for widths in bits.values() for width in widths)
-
-
-@pytest.mark.parametrize("content", [[1, 2], {"a": {"b": [2]}}, {0: [2]}, {0: {"q": [9]}}, {0: {"q": torch.ones(2)}}])
-def test_a_file_of_torch_that_is_no_allocation(tmp_path: Path, content: object) -> None:
-    torch.save(content, tmp_path / "widths.pt")
-    with pytest.raises(InputError, match=r"^quantization\.allocation: .*widths\.pt .*; give"):
-        read_allocation(tmp_path / "widths.pt", 16, "model.layers")
-
-
-def test_a_zip_file_that_spans_disks_is_no_allocation(tmp_path: Path) -> None:
-    locator, end = struct.pack("<4sLQL", b"PK\x06\x07", 1, 0, 2), b"PK\x05\x06" + bytes(18)
-    (tmp_path / "widths.pt").write_bytes(locator + end)
-    with pytest.raises(InputError, match=r"^quantization\.allocation: .*multiple disks.*; give"):
-        read_allocation(tmp_path / "widths.pt", 16, "model.layers")
-
-
-def test_code_in_a_published_allocation_is_not_run(tmp_path: Path) -> None:
-    torch.save({0: Bomb(tmp_path / "exploded")}, tmp_path / "widths.pt")
-    with pytest.raises(InputError, match="holds more than plain widths"):
-        read_allocation(tmp_path / "widths.pt", 16, "model.layers")
-    assert not (tmp_path / "exploded").exists()
 
 
 # The campaign
