@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -140,3 +141,34 @@ def finished(arguments: Arguments, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("run") / "plus"
     pipeline.run(load_recipe(arguments(folder)))
     return folder
+
+
+@pytest.fixture(scope="module")
+def packed(finished: Path) -> Path:
+    """Its packed checkpoint."""
+    return finished / "packed"
+
+
+@pytest.fixture(scope="module")
+def model(packed: Path) -> Any:
+    """The model it holds."""
+    import torch
+
+    import slimplus
+
+    return slimplus.load(packed, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(packed: Path) -> Any:
+    """The tokenizer beside it."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(packed)
+
+
+def expected_text(model: Any, tokenizer: Any, prompt: str, **arguments: Any) -> str:
+    """What the model writes after a prompt, by `generate` itself."""
+    inputs = tokenizer(prompt, return_tensors="pt")
+    written = model.generate(**inputs, pad_token_id=0, **arguments)[0, inputs["input_ids"].shape[1] :]
+    return str(tokenizer.decode(written, skip_special_tokens=True))
