@@ -23,7 +23,7 @@ def _straight_through(real: Tensor, stored: Tensor) -> Tensor:
     return stored.detach() + (real - real.detach())
 
 
-def _nearest_integers(position: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+def _rounded_to_grid(position: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
     """Nearest of the integers `0 … largest`, and which positions lie between the ends of the grid."""
     rounded = position.round()
     integers = rounded.clamp(min=0)
@@ -36,7 +36,7 @@ class _NearestLevel(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, position: Tensor, largest: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        steps, inside = _nearest_integers(position, largest)
+        steps, inside = _rounded_to_grid(position, largest)
         steps -= zero_point
         ctx.save_for_backward(steps, inside, scale)
         return steps * scale
@@ -205,7 +205,7 @@ class _RoundingLinear(FakeQuantizedLinear):
         return nearest_level(self.place(scale, zero_point), self.largest, scale, zero_point)
 
     def rounded(self, scale: Tensor, zero_point: Tensor) -> Tensor:
-        return _nearest_integers(self.place(scale, zero_point), self.largest)[0]
+        return _rounded_to_grid(self.place(scale, zero_point), self.largest)[0]
 
 
 class LearnedRoundingLinear(_RoundingLinear):
