@@ -104,6 +104,17 @@ def test_gradients_are_those_of_autograd_with_the_rounding_passed_straight_throu
         assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_gradients_of_a_grid_under_frozen_integers_are_those_of_autograd() -> None:
+    layer = FakeQuantizedLinear(_rounded(8, 64, [2, 3]).weight, None).double()
+    scale, zero_point = (values[..., None].detach().requires_grad_() for values in layer.qparams())
+    slope = torch.randn(layer.integers.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    levels, chain = layer.levels(scale, zero_point), (layer.integers - zero_point) * scale
+    assert torch.equal(levels, chain)
+    wanted = torch.autograd.grad((chain * slope).sum(), (scale, zero_point))
+    for found, expected in zip(torch.autograd.grad((levels * slope).sum(), (scale, zero_point)), wanted, strict=True):
+        assert torch.allclose(found, expected)
+
+
 def test_trained_weights_follow_the_straight_through_estimator() -> None:
     layer = _layer(TrainedWeightLinear, _rounded(8, 64, [2, 3]))
     layer.fake_quantized_weight().sum().backward()

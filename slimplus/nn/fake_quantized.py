@@ -51,6 +51,23 @@ class _NearestLevel(torch.autograd.Function):
         return of_steps.mul_(inside), None, of_scale, of_zero_point
 
 
+class _FrozenLevel(torch.autograd.Function):
+    """`(integers - zero_point) * scale`; its gradients need no more of memory than sums over each group."""
+
+    @staticmethod
+    def forward(ctx: Any, integers: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        ctx.save_for_backward(integers, scale, zero_point)
+        return (integers - zero_point).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor]:
+        integers, scale, zero_point = ctx.saved_tensors
+        (gradient,) = gradients
+        summed = gradient.sum(-1, keepdim=True)
+        of_scale = (gradient * integers).sum(-1, keepdim=True) - summed * zero_point
+        return None, of_scale, -summed * scale
+
+
 def nearest_level(position: Tensor, largest: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """Levels `[out, groups, group_size]` nearest to a `position` of that shape, in steps from level 0.
 
@@ -132,7 +149,7 @@ class FakeQuantizedLinear(nn.Module):
 
     def levels(self, scale: Tensor, zero_point: Tensor) -> Tensor:
         """What the weights become, `[out, groups, group_size]`, on the grid of both, `[out, groups, 1]`."""
-        return (self.integers - zero_point) * scale
+        return cast(Tensor, _FrozenLevel.apply(self.integers, scale, zero_point))
 
     def rounded(self, scale: Tensor, zero_point: Tensor) -> Tensor:
         """The integers of those levels."""
