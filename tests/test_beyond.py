@@ -78,8 +78,7 @@ def test_a_budget_in_bytes_is_kept(arguments: Arguments, tmp_path: Path) -> None
         _run(arguments(tmp_path / "small", *keys, "quantization.size_bytes=4400"))
 
 
-def test_sensitivity_is_the_loss_that_rounding_adds(arguments: Arguments, tmp_path: Path) -> None:
-    """Second-order, so that it holds where errors are small: 6 bits, one layer at a time."""
+def test_sensitivity_falls_with_the_width_in_every_layer(arguments: Arguments, tmp_path: Path) -> None:
     recipe = load_recipe(
         arguments(tmp_path, "quantization.method=slimllm", "quantization.widths=[1,2,6]", "data.samples=64")
     )

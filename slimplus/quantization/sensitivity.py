@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from slimplus.quantization.affine import group_count
+from slimplus.quantization.allocation import uniform_bits
 from slimplus.quantization.calibration import CalibrationConfig, calibrate_group
 from slimplus.quantization.gptq import quantize_weight
 from slimplus.quantization.salience import HessianAccumulator, invert_hessian
@@ -57,7 +57,7 @@ def group_sensitivity(
     rows = (statistics.rows / statistics.rows.sum().clamp(min=torch.finfo(torch.float64).tiny)).float()
     table = []
     for width in widths:
-        bits = torch.full((group_count(weight.shape[1], group_size),), width, dtype=torch.int32)
+        bits = uniform_bits(weight.shape[1], group_size, width)
         rounded = quantize_weight(weight, bits, group_size, inverse, _choose, compensate=True)
         table.append(rows @ rounded.loss)
     return torch.stack(table)
