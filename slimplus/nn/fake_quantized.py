@@ -52,7 +52,7 @@ class _NearestLevel(torch.autograd.Function):
 
 
 class _FrozenLevel(torch.autograd.Function):
-    """`(integers - zero_point) * scale`; its gradients need no more of memory than sums over each group."""
+    """`(integers - zero_point) * scale`, of which nothing the size of the weight is kept for its gradients."""
 
     @staticmethod
     def forward(ctx: Any, integers: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -63,9 +63,9 @@ class _FrozenLevel(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor]:
         integers, scale, zero_point = ctx.saved_tensors
         (gradient,) = gradients
-        summed = gradient.sum(-1, keepdim=True)
-        of_scale = (gradient * integers).sum(-1, keepdim=True) - summed * zero_point
-        return None, of_scale, -summed * scale
+        # Not the sum of integers, less that of zero points: each is much larger than their difference.
+        of_scale = (integers - zero_point).mul_(gradient).sum(-1, keepdim=True)
+        return None, of_scale, -(gradient * scale).sum(-1, keepdim=True)
 
 
 def nearest_level(position: Tensor, largest: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
