@@ -60,12 +60,13 @@ class _FrozenLevel(torch.autograd.Function):
         return (integers - zero_point).mul_(scale)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor | None]:
         integers, scale, zero_point = ctx.saved_tensors
         (gradient,) = gradients
         # Not the sum of integers, less that of zero points: each is much larger than their difference.
         of_scale = (integers - zero_point).mul_(gradient).sum(-1, keepdim=True)
-        return None, of_scale, -(gradient * scale).sum(-1, keepdim=True)
+        of_zero_point = -(gradient * scale).sum(-1, keepdim=True) if ctx.needs_input_grad[2] else None
+        return None, of_scale, of_zero_point
 
 
 def nearest_level(position: Tensor, largest: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
