@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from slimplus.kernels.shards import ONES
-from slimplus.kernels.unpack import as_tile, unpack_group
+from slimplus.kernels.unpack import as_tile, load_exponents, load_scale, unpack_group
 
 PLANES = (1, 2, 4, 8)
 ROWS = 64  # of the weight, a program; a multiple of the 16 to which rows are padded need not divide the matrix
@@ -37,6 +37,7 @@ def _dequantize_kernel(
     first8,
     out_features,
     in_features,
+    groups,
     stride,
     ones,
     BITS: tl.constexpr,
@@ -65,7 +66,8 @@ def _dequantize_kernel(
         GROUP_SIZE,
         tl.float16,
     )
-    scale = tl.load(scales + group * stride + row, mask=inside, other=0.0).to(tl.float32) * (1 << BITS)
+    exponents = load_exponents(scales, groups, stride, row, inside)
+    scale = load_scale(scales, exponents, group, stride, row, inside) * (1 << BITS)
     zero = tl.load(zeros + group * stride + row, mask=inside, other=0).to(tl.float32) * (1 / 256)
     # Exact up to the product, which is that of level and scale but for powers of two.
     level = (as_tile(pairs, tl.float16).to(tl.float32) - (1 + zero)[:, None]) * scale[:, None]
@@ -109,7 +111,7 @@ def dequantize(
             *(words[plane] for plane in PLANES),
             out_features,
             in_features,
-            scales.shape[1],
+            *packed["zeros"].shape,
             ONES[torch.float16],
             BITS=width,
             GROUP_SIZE=group_size,

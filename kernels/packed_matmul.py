@@ -18,7 +18,7 @@ from torch import Tensor
 
 from slimplus.kernels.launch import LaunchConfig, choose_launch
 from slimplus.kernels.shards import FUSED, ONES, FusedShape
-from slimplus.kernels.unpack import as_tile, turned, unpack_group
+from slimplus.kernels.unpack import as_tile, load_exponents, load_scale, turned, unpack_group
 from slimplus.quantization.packing import padded_rows
 
 MAX_TOKENS = 256
@@ -110,6 +110,7 @@ def _accumulate_width(
     plane2,
     plane4,
     scales,
+    exponents,
     zeros,
     group_index,
     token,
@@ -166,7 +167,7 @@ def _accumulate_width(
             GROUP_SIZE,
             dtype,
         )
-        scale = tl.load(scales + group * stride + row, mask=inside, other=0.0).to(tl.float32) * (1 << BITS)
+        scale = load_scale(scales, exponents, group, stride, row, inside) * (1 << BITS)
         zero = tl.load(zeros + group * stride + row, mask=inside, other=0).to(tl.float32) * (1 / 256)
         if token.shape[0] > MAX_DECODE_TOKENS:
             product = _dot(_centred(pairs, zero, ones, dtype), values)
@@ -270,7 +271,7 @@ def packed_matmul_kernel(
     plane2 += tl.load(entry + 4).to(tl.int64) * 16
     plane4 += tl.load(entry + 5).to(tl.int64) * 16
     scales += tl.load(entry + 6).to(tl.int64) * 16
-    zeros += tl.load(entry + 6).to(tl.int64) * 16
+    zeros += tl.load(entry + 15).to(tl.int64) * 16
     group_index += tl.load(entry + 7)
     stop1 = tl.load(entry + 8)
     stop2 = tl.load(entry + 9)
@@ -280,6 +281,7 @@ def packed_matmul_kernel(
 
     row = (tl.program_id(0) - first_block) * BLOCK_N + tl.arange(0, BLOCK_N)
     token = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    exponents = load_exponents(scales, stop4, stride, row, row < stride)
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for BITS in tl.static_range(1, 5):
         if WIDTHS >> BITS & 1:
@@ -293,6 +295,7 @@ def packed_matmul_kernel(
                 plane2,
                 plane4,
                 scales,
+                exponents,
                 zeros,
                 group_index,
                 token,

@@ -84,6 +84,24 @@ def unpack_group(
 
 
 @triton.jit
+def load_exponents(scales, groups, stride, row, inside):
+    """Of the rows of a weight with that many groups, as `load_scale` wants them; zeros for scales of 16 bits."""
+    exponents = tl.zeros_like(row)
+    if scales.dtype.element_ty == tl.uint8:
+        exponents = tl.load(scales + groups * stride + row, mask=inside, other=0).to(tl.int32) << 5
+    return exponents
+
+
+@triton.jit
+def load_scale(scales, exponents, group, stride, row, inside):
+    """A group's scales `[rows]`, float32."""
+    if scales.dtype.element_ty == tl.uint8:
+        code = tl.load(scales + group * stride + row, mask=inside, other=0).to(tl.int32)
+        return ((code + exponents) << 5).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return tl.load(scales + group * stride + row, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def as_tile(pairs, dtype: tl.constexpr, TURNED: tl.constexpr = False):
     """Pairs of weights `[rows, 8, containers]` → the weights `[rows, columns]` in dtype, without an instruction.
 

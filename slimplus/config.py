@@ -107,6 +107,7 @@ class QuantizationConfig(Section):
     group_size: Literal[16, 32, 64, 128, 256, 512, 1024] = Field(
         128, description="columns sharing a bit width; the packed format stores 16 a container"
     )
+    scale_bits: Literal[8, 16] = Field(16, description="that a group's scale takes; of 8, a row has an exponent more")
     embedding_bits: int | None = Field(
         None, ge=1, le=8, description="bits of the token embedding, and of a head tied to it; null leaves 16 bits"
     )

@@ -356,6 +356,7 @@ def _quantizer(
             quantization.percdamp,
             search if search in ("slimllm", "block") else "uniform",  # the others' widths are given
             tuple(quantization.widths),
+            quantization.scale_bits,
         ),
         quantizer=QuantizerConfig(elements, recipe.training.width_rates),
         reconstruction=_reconstruction(recipe.training, elements),

@@ -64,7 +64,8 @@ def dry_run(recipe: Recipe) -> str:
     model = build_on_meta(config)
     calibration, length = (recipe.data.samples, recipe.data.sequence_length), recipe.data.evaluation.sequence_length
     outer = outer_bits(model, settings.embedding_bits, settings.head_bits)
-    return str(make_plan(model, settings.bits, settings.group_size, outer, calibration, length))
+    grid = (settings.bits, settings.group_size, settings.scale_bits)
+    return str(make_plan(model, *grid, outer, calibration, length))
 
 
 def measure_full_precision(job: Job) -> None:
@@ -178,6 +179,7 @@ def export(job: Job) -> None:
                     settings.method,
                     layout.shapes,
                     job.model.full_bytes,
+                    settings.scale_bits,
                 ),
                 job.tokenizer,
                 job.model.model.generation_config,

@@ -101,6 +101,7 @@ def make_plan(
     model: PreTrainedModel,
     bits: int,
     group_size: int,
+    scale_bits: int,
     outer_bits: dict[str, int],
     calibration: tuple[int, int],
     evaluation_length: int,
@@ -111,6 +112,7 @@ def make_plan(
         model: the full-precision model.
         bits: average width. A group one bit narrower and one wider take what two groups of the average take.
         group_size: columns a group.
+        scale_bits: that a scale takes.
         outer_bits: name → bits of the layers outside the blocks that get packed.
         calibration: number of windows, and tokens in each.
         evaluation_length: tokens in an evaluation window.
@@ -140,12 +142,15 @@ def make_plan(
         bits=bits,
         quantized_weights=quantized,
         packed_linear_bytes=sum(
-            packed_size(layer.out_features, {bits: groups[name]}, group_size) for name, layer in layers.items()
+            packed_size(layer.out_features, {bits: groups[name]}, group_size, scale_bits)
+            for name, layer in layers.items()
         ),
         outer_bits=outer_bits,
         outer_weights=outer_weights,
         outer_bytes=sum(
-            packed_size(len(weight), {outer_bits[name]: group_count(weight.shape[1], group_size)}, group_size)
+            packed_size(
+                len(weight), {outer_bits[name]: group_count(weight.shape[1], group_size)}, group_size, scale_bits
+            )
             for name, weight in outer.items()
         ),
         other_bytes=(total - quantized - outer_weights) * BYTES_16_BIT,

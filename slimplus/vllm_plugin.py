@@ -38,11 +38,12 @@ class PackedConfig(QuantizationConfig):
     Args:
         group_size: columns a group.
         modules: name of each packed layer → number of its groups of each width.
+        scale_bits: that a scale takes.
     """
 
-    def __init__(self, group_size: int, modules: Mapping[str, BitCounts]) -> None:
+    def __init__(self, group_size: int, modules: Mapping[str, BitCounts], scale_bits: int = 16) -> None:
         super().__init__()
-        self.group_size, self.modules = group_size, dict(modules)
+        self.group_size, self.modules, self.scale_bits = group_size, dict(modules), scale_bits
 
     def get_name(self) -> Any:
         """Name of the method."""
@@ -74,7 +75,7 @@ class PackedConfig(QuantizationConfig):
             name: {int(width): int(count) for width, count in counts.items()}
             for name, counts in config["modules"].items()
         }
-        return cls(int(config["group_size"]), modules)
+        return cls(int(config["group_size"]), modules, int(config.get("scale_bits", 16)))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Follow a model that names its layers otherwise than transformers does."""
@@ -99,7 +100,8 @@ class PackedConfig(QuantizationConfig):
             return UnquantizedLinearMethod()
         if packed != names:
             raise ValueError(f"{prefix}: of {', '.join(names)} only {', '.join(packed)} is packed; vLLM fuses them")
-        return PackedLinearMethod(prefix, names, [self.modules[name] for name in names], self.group_size)
+        counts = [self.modules[name] for name in names]
+        return PackedLinearMethod(prefix, names, counts, self.group_size, self.scale_bits)
 
     def _shard_names(self, prefix: str) -> list[str]:
         """The layers of the checkpoint that vLLM's layer `prefix` holds."""
@@ -127,10 +129,14 @@ class PackedLinearMethod(LinearMethodBase):
         names: of the checkpoint's layers in it, in vLLM's order.
         bit_counts: of each of them.
         group_size: columns a group.
+        scale_bits: that a scale takes.
     """
 
-    def __init__(self, prefix: str, names: Sequence[str], bit_counts: Sequence[BitCounts], group_size: int) -> None:
-        self.prefix, self.names, self.bit_counts, self.group_size = prefix, names, bit_counts, group_size
+    def __init__(
+        self, prefix: str, names: Sequence[str], bit_counts: Sequence[BitCounts], group_size: int, scale_bits: int
+    ) -> None:
+        self.prefix, self.names, self.bit_counts = prefix, names, bit_counts
+        self.group_size, self.scale_bits = group_size, scale_bits
         self._parts: dict[str, dict[int, Part]] = {}
         self._features: tuple[int, list[int]] = (0, [])
         self._dtype = torch.bfloat16
@@ -159,7 +165,7 @@ class PackedLinearMethod(LinearMethodBase):
         sizes: dict[str, int] = {}
         dtypes: dict[str, torch.dtype] = {}
         for shard, (rows, counts) in enumerate(zip(output_partition_sizes, self.bit_counts, strict=True)):
-            for name, (shape, dtype) in packed_shapes(rows, counts, self.group_size).items():
+            for name, (shape, dtype) in packed_shapes(rows, counts, self.group_size, self.scale_bits).items():
                 start = sizes.get(name, 0)
                 self._parts.setdefault(name, {})[shard] = Part(start, shape)
                 sizes[name], dtypes[name] = start + prod(shape), dtype

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +70,7 @@ def allocate_model(job: Job, tables: Mapping[str, Tensor]) -> dict[str, list[int
     settings, size = job.quantizer.quantization, job.recipe.quantization.size_bytes
     layers = quantized_linears(job.model.model)
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
-    price = bit_costs if size is None else byte_costs
+    price = bit_costs if size is None else partial(byte_costs, scale_bits=settings.scale_bits)
     costs = {name: price(*shape, settings.group_size, settings.widths) for name, shape in shapes.items()}
     budget = settings.bits * sum(rows * columns for rows, columns in shapes.values()) if size is None else size
     losses = {name: tables[name] for name in shapes}

@@ -18,7 +18,7 @@ from slimplus.kernels.launch import LaunchConfig
 from slimplus.kernels.measure import random_weights
 from slimplus.kernels.packed_matmul import packed_matmul
 from slimplus.kernels.shards import FusedShape, fuse_shards
-from slimplus.quantization.affine import QuantizedWeight, per_column, storable_scale, storable_zero_point
+from slimplus.quantization.affine import SCALE_BITS, QuantizedWeight, per_column, storable_scale, storable_zero_point
 from slimplus.quantization.packing import count_bits, pack
 from slimplus.tune import tune, tune_shape
 
@@ -64,6 +64,7 @@ def make_case(
     dtype: torch.dtype = torch.float16,
     bias: bool = False,
     seed: int = 0,
+    scale_bits: int = 16,
 ) -> Case:
     """Weights of random widths out of `widths`, with zero points that are no integers."""
     generator = torch.Generator().manual_seed(seed)
@@ -73,9 +74,9 @@ def make_case(
         bits = torch.tensor(widths, dtype=torch.int32)[torch.randint(len(widths), (groups,), generator=generator)]
         levels = per_column(2**bits, group_size, in_features)
         integers = (torch.rand(rows, in_features, generator=generator) * levels).to(torch.uint8)
-        scale = storable_scale(torch.rand(rows, groups, generator=generator))
+        scale = storable_scale(torch.rand(rows, groups, generator=generator), scale_bits)
         zero_point = storable_zero_point(torch.rand(rows, groups, generator=generator) * 2**bits, bits)
-        weights.append(QuantizedWeight(integers, scale, zero_point, bits, group_size))
+        weights.append(QuantizedWeight(integers, scale, zero_point, bits, group_size, scale_bits))
     counts = [count_bits(weight.bits) for weight in weights]
     fused, shape = fuse_shards([pack(weight) for weight in weights], counts, out_features, in_features, group_size)
     inputs = torch.randn(tokens, in_features, generator=generator).to(dtype)
@@ -103,8 +104,9 @@ LAUNCHES = st.builds(
     bias=st.booleans(),
     launch=LAUNCHES,
     seed=st.integers(0, 2**16),
+    scale_bits=st.sampled_from(SCALE_BITS),
 )
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 def test_products_match_float64(
     out_features: list[int],
     in_features: int,
@@ -115,8 +117,10 @@ def test_products_match_float64(
     bias: bool,
     launch: LaunchConfig,
     seed: int,
+    scale_bits: int,
 ) -> None:
-    make_case(out_features, in_features, group_size, sorted(widths), tokens, dtype, bias, seed).check(launch)
+    widths_of = sorted(widths)
+    make_case(out_features, in_features, group_size, widths_of, tokens, dtype, bias, seed, scale_bits).check(launch)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -176,6 +180,9 @@ def test_padding_is_never_read_into_a_result() -> None:
     case = make_case((20,), 128, 64, tokens=2)
     scales = case.fused["scales"].view(2, 32)
     scales[:, 20:] = torch.nan
+    case.check(SMALL)
+    case = make_case((20,), 128, 64, tokens=2, scale_bits=8)
+    case.fused["scales"].view(3, 32)[:, 20:] = 255
     case.check(SMALL)
 
 

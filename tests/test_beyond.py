@@ -115,6 +115,24 @@ def test_the_checkpoint_holds_the_trained_model_bit_for_bit(tuned: Path) -> None
     assert {f"{name}.scales" for name in layers} <= kept.keys()
 
 
+def test_8_bit_scales_are_trained_and_shipped(tuned: Path, arguments: Arguments, tmp_path: Path) -> None:
+    """Of as many bytes they leave more for integers; what was trained loads back bit for bit, embedding included."""
+    size = sum(tensor.nbytes for name, tensor in _weights(tuned).items() if "proj" in name)
+    keys = ("quantization.scale_bits=8", "quantization.embedding_bits=8", f"quantization.size_bytes={size}")
+    metrics = _run(arguments(tmp_path, *TUNED, "quantization.allocation=model", *keys))
+    assert metrics["average_bits"] > 2.2
+    shipped = _weights(tmp_path)
+    assert sum(tensor.nbytes for name, tensor in shipped.items() if "proj" in name) <= size
+    scales = {name: tensor for name, tensor in shipped.items() if name.endswith(".scales")}
+    assert len(scales) == 2 * 7 + 1
+    assert {tensor.dtype for tensor in scales.values()} == {torch.uint8}
+    kept = load_file(tmp_path / "end_to_end.safetensors")
+    assert all(torch.equal(tensor, shipped[name]) for name, tensor in kept.items())
+    model = slimplus.load(tmp_path / "packed", dtype=torch.float32)
+    again = {name: tensor for name, tensor in model.state_dict().items() if name.endswith(".scales")}
+    assert all(torch.equal(tensor, again[name]) for name, tensor in scales.items())
+
+
 def test_finished_stages_are_skipped(tuned: Path, arguments: Arguments, tmp_path: Path) -> None:
     shutil.copytree(tuned, tmp_path, dirs_exist_ok=True)
     written = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.safetensors")}

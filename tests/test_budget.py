@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slimplus.quantization.affine import SCALE_BITS
 from slimplus.quantization.budget import allocate, bit_costs, byte_costs
 from slimplus.quantization.packing import packed_size
 
@@ -90,13 +91,14 @@ def test_equal_losses_make_no_difference_to_the_budget() -> None:
     assert found.gap == 0
 
 
-def test_bytes_are_those_of_the_packed_format() -> None:
+@pytest.mark.parametrize("scale_bits", SCALE_BITS)
+def test_bytes_are_those_of_the_packed_format(scale_bits: int) -> None:
     for rows, columns in SHAPES.values():
-        cost = byte_costs(rows, columns, 32, WIDTHS)
+        cost = byte_costs(rows, columns, 32, WIDTHS, scale_bits)
         groups = cost.shape[1]
         for row, width in enumerate(WIDTHS):
-            assert int(cost[row].sum()) == packed_size(rows, {width: groups}, 32)
-        assert int(cost[0, 0] + cost[2, 1:].sum()) == packed_size(rows, {1: 1, 3: groups - 1}, 32)
+            assert int(cost[row].sum()) == packed_size(rows, {width: groups}, 32, scale_bits)
+        assert int(cost[0, 0] + cost[2, 1:].sum()) == packed_size(rows, {1: 1, 3: groups - 1}, 32, scale_bits)
 
 
 def test_budgets_that_cannot_be_met() -> None:

@@ -52,6 +52,7 @@ def test_paper_recipes_hold_the_papers_settings(name: str, bits: int) -> None:
         "method": "slimllm_plus",
         "bits": bits,
         "group_size": 128,
+        "scale_bits": 16,
         "percdamp": 0.01,
         "embedding_bits": None,
         "head_bits": None,

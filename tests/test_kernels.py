@@ -20,14 +20,14 @@ from slimplus.quantization.affine import QuantizedWeight, per_column, storable_s
 generator = torch.Generator().manual_seed(0)
 cases = [(16, 16, 16), (5, 40, 16), (48, 320, 64), (130, 300, 128), (64, 256, 32)]
 for rows, columns, group_size in cases:
-    for largest_width in (1, 3, 8):
+    for largest_width, scale_bits in ((1, 16), (3, 16), (8, 16), (3, 8), (8, 8)):
         groups = -(-columns // group_size)
         bits = torch.randint(1, largest_width + 1, (groups,), generator=generator, dtype=torch.int32)
         levels = per_column(2**bits, group_size, columns)
         integers = (torch.rand(rows, columns, generator=generator) * levels).to(torch.uint8)
-        scale = storable_scale(torch.rand(rows, groups, generator=generator))
+        scale = storable_scale(torch.rand(rows, groups, generator=generator), scale_bits)
         zero_point = storable_zero_point(torch.rand(rows, groups, generator=generator) * 2**bits, bits)
-        weight = QuantizedWeight(integers, scale, zero_point, bits, group_size)
+        weight = QuantizedWeight(integers, scale, zero_point, bits, group_size, scale_bits)
         layer = PackedLinear.from_quantized(weight, None)
         ours = dequantize(layer.packed_tensors(), layer.bit_counts, rows, columns, group_size, torch.float32)
         assert torch.equal(ours, layer.dequantize()), (rows, columns, group_size, bits)
@@ -61,10 +61,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from slimplus.kernels.dequantize import _dequantize_kernel as kernel
 
-pointers = dict(plane1="*i16", plane2="*i32", plane4="*i32", plane8="*i32", scales="*fp16", zeros="*u8")
+pointers = dict(plane1="*i16", plane2="*i32", plane4="*i32", plane8="*i32", zeros="*u8")
 pointers |= dict(group_index="*i16", out="*bf16")
 for architecture in (80, 89, 90):
     for bits in range(1, 9):
+        pointers["scales"] = "*u8" if bits == 3 else "*fp16"
         constants = dict(BITS=bits, GROUP_SIZE=128, ROWS=64)
         types = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in kernel.arg_names}
         compiled = triton.compile(

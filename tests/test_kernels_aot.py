@@ -44,10 +44,16 @@ pytestmark = [
 
 
 def compile_product(
-    architecture: int, launch: LaunchConfig, dtype: torch.dtype, shards: int, in_features: int, group_size: int
+    architecture: int,
+    launch: LaunchConfig,
+    dtype: torch.dtype,
+    shards: int,
+    in_features: int,
+    group_size: int,
+    scales: str = "*fp16",
 ) -> MachineCode:
     """The kernel for weights with groups of 1, 2, 3 and 4 bits and a bias."""
-    pointers = {"plane1": "*i16", "plane2": "*i32", "plane4": "*i32", "scales": "*fp16", "zeros": "*u8"}
+    pointers = {"plane1": "*i16", "plane2": "*i32", "plane4": "*i32", "scales": scales, "zeros": "*u8"}
     pointers |= {"group_index": "*i16", "shard_table": "*i32", "partials": "*fp32", "counters": "*i32"}
     pointers |= dict.fromkeys(("inputs", "outputs", "bias"), f"*{DTYPES[dtype]}")
     shape = FusedShape(in_features, group_size, (4096,) * shards, WIDTHS)
@@ -101,6 +107,16 @@ def test_other_groups_and_ragged_columns_compile_well(most: int, group_size: int
     code = compile_product(90, launch, torch.bfloat16, shards=1, in_features=in_features, group_size=group_size)
     instructions = check(code, 90, launch, group_size)
     if not in_features % group_size:
+        check_counts(instructions, group_size)
+
+
+@pytest.mark.parametrize("group_size", [64, 128])
+@pytest.mark.parametrize("most", [8, 256])
+def test_8_bit_scales_cost_no_more(most: int, group_size: int) -> None:
+    launch = default_launch(90, (4096,), 4096, group_size, most, multiprocessors=132)
+    code = compile_product(90, launch, torch.bfloat16, 1, 4096, group_size, scales="*u8")
+    instructions = check(code, 90, launch, group_size)
+    if most == 8:
         check_counts(instructions, group_size)
 
 

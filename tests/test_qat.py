@@ -10,6 +10,7 @@ from torch import Tensor
 
 from slimplus.nn import FakeQuantizedLinear, LearnedRoundingLinear, PackedLinear, TrainedWeightLinear
 from slimplus.nn.fake_quantized import ScaledLinear, nearest_level
+from slimplus.quantization.affine import SCALE_BITS
 from slimplus.quantization.calibration import calibrate_group
 from slimplus.quantization.gptq import RoundedWeight, quantize_weight
 from slimplus.quantization.salience import invert_hessian
@@ -20,14 +21,14 @@ GROUP_SIZE = 32
 KINDS = (FakeQuantizedLinear, ScaledLinear, LearnedRoundingLinear, TrainedWeightLinear)
 
 
-def _rounded(rows: int, columns: int, bits: list[int], seed: int = 0) -> RoundedWeight:
+def _rounded(rows: int, columns: int, bits: list[int], seed: int = 0, scale_bits: int = 16) -> RoundedWeight:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator)
     weight[0, 0] = 9.0  # beyond the ends of its grid
     inputs = torch.randn(4 * columns, columns, generator=generator)
     inverse = invert_hessian(inputs.T @ inputs)
     widths = torch.tensor(bits[: -(-columns // GROUP_SIZE)], dtype=torch.int32)
-    return quantize_weight(weight, widths, GROUP_SIZE, inverse, calibrate_group, compensate=True)
+    return quantize_weight(weight, widths, GROUP_SIZE, inverse, calibrate_group, True, scale_bits)
 
 
 def _layer(kind: type[FakeQuantizedLinear], rounded: RoundedWeight, bias: Tensor | None = None) -> FakeQuantizedLinear:
@@ -37,12 +38,18 @@ def _layer(kind: type[FakeQuantizedLinear], rounded: RoundedWeight, bias: Tensor
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@given(st.integers(1, 20), st.integers(1, 100), st.lists(st.integers(1, 8), min_size=4, max_size=4), st.integers(0, 99))
+@given(
+    st.integers(1, 20),
+    st.integers(1, 100),
+    st.lists(st.integers(1, 8), min_size=4, max_size=4),
+    st.integers(0, 99),
+    st.sampled_from(SCALE_BITS),
+)
 @settings(max_examples=15)
 def test_training_starts_from_what_was_calibrated(
-    kind: type[FakeQuantizedLinear], rows: int, columns: int, bits: list[int], seed: int
+    kind: type[FakeQuantizedLinear], rows: int, columns: int, bits: list[int], seed: int, scale_bits: int
 ) -> None:
-    rounded = _rounded(rows, columns, bits, seed)
+    rounded = _rounded(rows, columns, bits, seed, scale_bits)
     start = _layer(kind, rounded).quantized_weight()
     assert torch.equal(start.integers, rounded.weight.integers)
     assert torch.equal(start.scale, rounded.weight.scale)
@@ -50,12 +57,18 @@ def test_training_starts_from_what_was_calibrated(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@given(st.integers(1, 20), st.integers(1, 100), st.lists(st.integers(1, 8), min_size=4, max_size=4), st.integers(0, 99))
+@given(
+    st.integers(1, 20),
+    st.integers(1, 100),
+    st.lists(st.integers(1, 8), min_size=4, max_size=4),
+    st.integers(0, 99),
+    st.sampled_from(SCALE_BITS),
+)
 @settings(max_examples=15)
 def test_whatever_was_learned_is_packed_bit_for_bit(
-    kind: type[FakeQuantizedLinear], rows: int, columns: int, bits: list[int], seed: int
+    kind: type[FakeQuantizedLinear], rows: int, columns: int, bits: list[int], seed: int, scale_bits: int
 ) -> None:
-    layer = _layer(kind, _rounded(rows, columns, bits, seed), torch.ones(rows))
+    layer = _layer(kind, _rounded(rows, columns, bits, seed, scale_bits), torch.ones(rows))
     generator = torch.Generator().manual_seed(seed)
     for parameter in (*layer.grid, *layer.elements):
         parameter.data = torch.rand(parameter.shape, generator=generator) - 0.5

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from slimplus.quantization.affine import (
+    SCALE_BITS,
     QuantizedWeight,
     binary_qparams,
     choose_qparams,
@@ -31,7 +32,7 @@ GROUP_SIZES = (16, 32, 64, 128)
 
 @st.composite
 def quantized_weights(draw: st.DrawFn) -> QuantizedWeight:
-    """A random quantized weight of any shape and mix of widths."""
+    """A random quantized weight of any shape and mix of widths, with scales of either size."""
     group_size = draw(st.sampled_from(GROUP_SIZES))
     out_features, in_features = draw(st.integers(1, 40)), draw(st.integers(1, 3 * group_size))
     groups = -(-in_features // group_size)
@@ -39,9 +40,11 @@ def quantized_weights(draw: st.DrawFn) -> QuantizedWeight:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     largest = per_column(2**bits - 1, group_size, in_features)
     integers = (torch.rand(out_features, in_features, generator=generator) * (largest + 1)).to(torch.uint8)
-    scale = storable_scale(torch.rand(out_features, groups, generator=generator) * 0.1)
+    scale_bits = draw(st.sampled_from(SCALE_BITS))
+    magnitude = 10.0 ** draw(st.integers(-7, 6))
+    scale = storable_scale(torch.rand(out_features, groups, generator=generator) * magnitude, scale_bits)
     zero_point = storable_zero_point(torch.rand(out_features, groups, generator=generator) * 2**bits, bits)
-    return QuantizedWeight(integers, scale, zero_point, bits, group_size)
+    return QuantizedWeight(integers, scale, zero_point, bits, group_size, scale_bits)
 
 
 @given(quantized_weights())
@@ -55,11 +58,52 @@ def test_packing_round_trip_is_exact(weight: QuantizedWeight) -> None:
     assert torch.equal(back.scale, weight.scale)
     assert torch.equal(back.zero_point, weight.zero_point)
     assert torch.equal(back.bits, weight.bits)
+    assert back.scale_bits == weight.scale_bits
     assert torch.equal(back.dequantize(), weight.dequantize())
-    counts = count_bits(weight.bits)
-    shapes = packed_shapes(weight.integers.shape[0], counts, group_size)
-    assert {name: (tuple(t.shape), t.dtype) for name, t in packed.items()} == shapes
-    assert sum(t.nbytes for t in packed.values()) == packed_size(weight.integers.shape[0], counts, group_size)
+    layout = (weight.integers.shape[0], count_bits(weight.bits), group_size, weight.scale_bits)
+    assert {name: (tuple(t.shape), t.dtype) for name, t in packed.items()} == packed_shapes(*layout)
+    assert sum(t.nbytes for t in packed.values()) == packed_size(*layout)
+
+
+@given(
+    st.lists(st.lists(st.floats(0, 1e6, width=32), min_size=3, max_size=3), min_size=1, max_size=5),
+    st.sampled_from(SCALE_BITS),
+)
+@settings(max_examples=200)
+@example([[1e6, 1.0, 0.0]], 8)
+def test_a_stored_scale_is_the_nearest(rows: list[list[float]], scale_bits: int) -> None:
+    """To half a step of ten bits of mantissa, or of five."""
+    real = torch.tensor(rows)
+    stored = storable_scale(real, scale_bits)
+    assert torch.equal(storable_scale(stored, scale_bits), stored)
+    assert (stored > 0).all()
+    assert torch.equal(stored.half().float(), stored)
+    normal = (real > 2.0**-14) & (real < 2.0**15)
+    if scale_bits == 8:
+        largest = stored.amax(1, keepdim=True)
+        assert (stored >= largest / 256).all()
+        normal &= real >= largest / 128
+    assert ((stored - real).abs() <= real / (64 if scale_bits == 8 else 2048))[normal].all()
+
+
+def test_the_8_bit_scales_are_the_documented_ones() -> None:
+    """Of a row, stored group after group: five bits of mantissa, and three of an exponent above the row's."""
+    scale = torch.tensor([[1.5, 0.0302734375, 0.011]])
+    ones = torch.ones(1, 3)
+    weight = QuantizedWeight(torch.ones(1, 48, dtype=torch.uint8), scale, ones, torch.tensor([2, 2, 2]), 16, 8)
+    *codes, exponent = pack(weight)["scales"][:, 0].tolist()
+    assert exponent == 15 - 7  # 1.5 has the exponent 15 of a float16, and is to have 7 above the row's
+    values = [2.0 ** (code // 32 + exponent - 15) * (1 + code % 32 / 32) for code in codes]
+    assert values == [1.5, 0.0302734375, 2.0**-7 * 1.40625]
+
+
+def test_a_row_of_zeros_does_not_set_the_scale_of_others() -> None:
+    """Its scale may be anything, and the largest of a row decides how small the others can be."""
+    weight = torch.cat([torch.zeros(4, 16), 1e-3 * torch.randn(4, 16, generator=torch.Generator().manual_seed(0))], 1)
+    scale, zero_point = choose_qparams(weight, torch.tensor([2, 2]), 16)
+    assert torch.allclose(storable_scale(scale, 8)[:, 1], scale[:, 1], rtol=1 / 64)
+    levels = dequantize(quantize(weight, scale, zero_point, torch.tensor([2, 2]), 16), scale, zero_point, 16)
+    assert not levels[:, :16].any()
 
 
 @given(quantized_weights())

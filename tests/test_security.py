@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,8 @@ def test_a_damaged_config_is_refused_or_describes_layers_of_bounded_size(checkpo
         ("quantization_config", [], "is not a packed slimplus checkpoint"),
         ("quantization_config.group_size", 0, "group_size: 0 is no size"),
         ("quantization_config.group_size", 48, "group_size is 48, not one of 16, 32"),
+        ("quantization_config.scale_bits", 4, "scale_bits: 4 is neither 8 nor 16"),
+        ("quantization_config.scale_bits", 8, "is F16 .* in the files, and U8 .* by config.json"),
         ("quantization_config.bits", 2.5, r"bits: 2\.5 is no whole number from 1 to 8"),
         ("quantization_config.modules", {}, "is in one of modules and shapes, not in both"),
         ("quantization_config.shapes", {}, "is in one of modules and shapes, not in both"),
@@ -167,6 +170,19 @@ def test_tensors_that_are_refused(
     tensors = {key: tensor.clone() for key, tensor in packed.items()}
     change(tensors[name])
     with pytest.raises(ValueError, match=message):
+        check_packed(tensors, SHAPE, GROUP_SIZE)
+
+
+def test_exponents_beyond_float16_are_refused(packed: dict[str, Tensor]) -> None:
+    weight = replace(unpack(packed, *SHAPE, GROUP_SIZE), scale_bits=8)
+    tensors = pack(weight)
+    check_packed(tensors, SHAPE, GROUP_SIZE)
+    tensors["scales"][:-1] = 255
+    tensors["scales"][-1] = 23
+    check_packed(tensors, SHAPE, GROUP_SIZE)
+    assert unpack(tensors, *SHAPE, GROUP_SIZE).dequantize().isfinite().all()
+    tensors["scales"][-1, 0] = 24
+    with pytest.raises(ValueError, match="scales holds exponents above 23"):
         check_packed(tensors, SHAPE, GROUP_SIZE)
 
 

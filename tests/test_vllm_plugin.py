@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from slimplus.nn import PackedLinear, prepare_inference
 from slimplus.quantization.affine import QuantizedWeight, group_count, per_column, storable_scale
+from slimplus.quantization.packing import stored_scale_bits
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS, GROUP_SIZE = 192, 64
@@ -113,30 +114,35 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     sys.modules.pop("slimplus.vllm_plugin", None)
 
 
-def packed_layer(rows: int, widths: tuple[int, ...], seed: int, columns: int = COLUMNS) -> PackedLinear:
+def packed_layer(
+    rows: int, widths: tuple[int, ...], seed: int, columns: int = COLUMNS, scale_bits: int = 16
+) -> PackedLinear:
     generator = torch.Generator().manual_seed(seed)
     bits = torch.tensor(widths, dtype=torch.int32)
     assert len(bits) == group_count(columns, GROUP_SIZE)
     levels = per_column(2**bits, GROUP_SIZE, columns)
     integers = (torch.rand(rows, columns, generator=generator) * levels).to(torch.uint8)
-    scale = storable_scale(torch.rand(rows, len(bits), generator=generator) * 0.1 + 0.01)
+    scale = storable_scale(torch.rand(rows, len(bits), generator=generator) * 0.1 + 0.01, scale_bits)
     zero_point = (2.0**bits / 2).floor().expand(rows, -1)
-    return PackedLinear.from_quantized(QuantizedWeight(integers, scale, zero_point, bits, GROUP_SIZE), None)
+    weight = QuantizedWeight(integers, scale, zero_point, bits, GROUP_SIZE, scale_bits)
+    return PackedLinear.from_quantized(weight, None)
 
 
-def attention() -> nn.Module:
+def attention(scale_bits: int = 16) -> nn.Module:
     """The separate layers, in their container."""
     container = nn.Module()
     for seed, (name, rows, widths) in enumerate(ATTENTION.values()):
-        container.add_module(name, packed_layer(rows, widths, seed))
+        container.add_module(name, packed_layer(rows, widths, seed, scale_bits=scale_bits))
     return container
 
 
 def quantization(layers: dict[str, PackedLinear]) -> dict[str, Any]:
-    """As config.json holds it: JSON makes text of the widths."""
+    """As config.json holds it: JSON makes text of the widths, and older files say nothing of 16-bit scales."""
     counts = {name: {str(width): n for width, n in layer.bit_counts.items()} for name, layer in layers.items()}
     shapes = {name: [layer.out_features, layer.in_features] for name, layer in layers.items()}
     settings = {"quant_method": "slimplus", "method": "slimllm", "bits": 2, "group_size": GROUP_SIZE}
+    if stored_scale_bits(next(iter(layers.values())).packed_tensors()) == 8:
+        settings["scale_bits"] = 8
     return settings | {"full_size_bytes": 1, "modules": counts, "shapes": shapes}
 
 
@@ -160,11 +166,14 @@ def outputs(separate: nn.Module, inputs: Tensor) -> Tensor:
     return torch.cat([layer(inputs) for layer in separate.children()], dim=-1)
 
 
+@pytest.mark.parametrize("scale_bits", [8, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 5, 500])
-def test_the_fused_layer_computes_what_the_separate_ones_do(plugin: Any, dtype: torch.dtype, rows: int) -> None:
+def test_the_fused_layer_computes_what_the_separate_ones_do(
+    plugin: Any, dtype: torch.dtype, rows: int, scale_bits: int
+) -> None:
     """Few rows of bfloat16 are multiplied by int4, the others by dequantized weights."""
-    separate = attention()
+    separate = attention(scale_bits)
     fused = fused_attention(plugin, separate)
     load_attention(fused, separate)
     prepare_inference(separate)

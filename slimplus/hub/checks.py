@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from slimplus.quantization.affine import MAX_BITS
+from slimplus.quantization.affine import MAX_BITS, SCALE_BITS
 from slimplus.quantization.packing import packed_shapes
 from slimplus.quantization.packing_checks import LARGEST_SIZE, check_layout
 
@@ -47,6 +47,8 @@ def check_quantization(values: object) -> None:
         raise ValueError(f"{KEY}.method: {_shown(values['method'])} is no text")
     if not _is_size(values["group_size"]):
         raise ValueError(f"{KEY}.group_size: {_shown(values['group_size'])} is no size")
+    if values.get("scale_bits", 16) not in SCALE_BITS:
+        raise ValueError(f"{KEY}.scale_bits: {_shown(values['scale_bits'])} is neither 8 nor 16")
     modules, shapes = values["modules"], values["shapes"]
     for key, named in (("modules", modules), ("shapes", shapes)):
         if not isinstance(named, Mapping) or not all(isinstance(name, str) for name in named):
@@ -95,7 +97,11 @@ def check_architecture(values: Mapping[str, Any], modules: Iterable[str]) -> Non
 
 
 def check_files(
-    files: Iterable[str], group_size: int, modules: Mapping[str, Mapping[int, int]], shapes: Mapping[str, list[int]]
+    files: Iterable[str],
+    group_size: int,
+    modules: Mapping[str, Mapping[int, int]],
+    shapes: Mapping[str, list[int]],
+    scale_bits: int = 16,
 ) -> None:
     """Check from the headers of the files that every packed tensor is there and has the shape that config.json says.
 
@@ -104,7 +110,7 @@ def check_files(
     """
     stored = {name: header for file in files for name, header in _headers(file)}
     for layer, counts in modules.items():
-        for name, (shape, dtype) in packed_shapes(shapes[layer][0], counts, group_size).items():
+        for name, (shape, dtype) in packed_shapes(shapes[layer][0], counts, group_size, scale_bits).items():
             expected = (DTYPES[dtype], list(shape))
             found = stored.get(f"{layer}.{name}")
             if found is None:

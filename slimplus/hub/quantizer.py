@@ -42,6 +42,7 @@ class SlimplusConfig(QuantizationConfigMixin):
         shapes: name of each packed layer → rows and columns of its weight, which the packed tensors hold only rounded
             up; for what reads a checkpoint without building the model.
         full_size_bytes: of the full-precision model at 16 bit.
+        scale_bits: 8 or 16, those that a scale takes in every packed layer.
     """
 
     def __init__(
@@ -52,10 +53,11 @@ class SlimplusConfig(QuantizationConfigMixin):
         method: str,
         shapes: Mapping[str, Sequence[int]],
         full_size_bytes: int,
+        scale_bits: int = 16,
         **_: Any,
     ) -> None:
         self.quant_method: Any = METHOD
-        self.bits, self.group_size, self.method = bits, group_size, method
+        self.bits, self.group_size, self.method, self.scale_bits = bits, group_size, method, scale_bits
         self.modules = {
             name: {int(width): count for width, count in counts.items()} for name, counts in modules.items()
         }
@@ -89,7 +91,7 @@ class SlimplusQuantizer(HfQuantizer):
     ) -> None:
         config = self.quantization_config
         swap_packed_layers(model, config)
-        check_files(checkpoint_files or [], config.group_size, config.modules, config.shapes)
+        check_files(checkpoint_files or [], config.group_size, config.modules, config.shapes, config.scale_bits)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         check_packed_layers(model)
@@ -119,7 +121,7 @@ def swap_packed_layers(model: PreTrainedModel, config: SlimplusConfig) -> None:
     for name, counts in config.modules.items():
         try:
             with torch.device("meta"):
-                packed = _empty_packed(model.get_submodule(name), config.group_size, counts)
+                packed = _empty_packed(model.get_submodule(name), config, counts)
             if packed.shape != (rows_and_columns := tuple(config.shapes[name])):
                 raise ValueError(f"the model has {packed.shape} there, and shapes {rows_and_columns}")
         except AttributeError:
@@ -147,13 +149,17 @@ def check_packed_layers(model: nn.Module) -> None:
                 raise ValueError(f"{name}: {error}") from error
 
 
-def _empty_packed(layer: nn.Module, group_size: int, counts: Mapping[int, int]) -> PackedLinear | PackedEmbedding:
+def _empty_packed(
+    layer: nn.Module, config: SlimplusConfig, counts: Mapping[int, int]
+) -> PackedLinear | PackedEmbedding:
+    group_size, scale_bits = config.group_size, config.scale_bits
     if isinstance(layer, nn.Embedding):
-        return PackedEmbedding(layer.num_embeddings, layer.embedding_dim, group_size, counts, layer.weight.dtype)
+        rows, columns = layer.num_embeddings, layer.embedding_dim
+        return PackedEmbedding(rows, columns, group_size, counts, layer.weight.dtype, scale_bits)
     if not isinstance(layer, nn.Linear):
         raise ValueError(f"a {type(layer).__name__} cannot be packed, only a linear layer or an embedding")
     bias, dtype = layer.bias is not None, layer.weight.dtype
-    return PackedLinear(layer.in_features, layer.out_features, group_size, counts, bias, dtype)
+    return PackedLinear(layer.in_features, layer.out_features, group_size, counts, bias, dtype, scale_bits)
 
 
 def register() -> None:

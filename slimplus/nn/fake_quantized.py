@@ -113,7 +113,7 @@ class FakeQuantizedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.integers.shape
-        self.group_size = weight.group_size
+        self.group_size, self.scale_bits = weight.group_size, weight.scale_bits
         # Frozen tensors stay out of the state dict: a training checkpoint holds the quantizers alone.
         self.register_buffer("integers", self._grouped(weight.integers), persistent=False)
         self.register_buffer("bits", weight.bits.to(weight.integers.device), persistent=False)
@@ -144,7 +144,7 @@ class FakeQuantizedLinear(nn.Module):
         steps = (2**self.bits - 1).to(self.scale.dtype)
         low, high = self.low_shift * self.rates, self.high_shift * self.rates
         scale = self.scale * (1 + (high - low) / steps)
-        scale = _straight_through(scale, storable_scale(scale))
+        scale = _straight_through(scale, storable_scale(scale, self.scale_bits))
         zero_point = (self.zero_point - low) * self.scale / scale
         return scale, _straight_through(zero_point, storable_zero_point(zero_point, self.bits))
 
@@ -170,7 +170,7 @@ class FakeQuantizedLinear(nn.Module):
         """What is packed: exactly the levels that `fake_quantized_weight` gives."""
         scale, zero_point = self.qparams()
         integers = self.rounded(scale[..., None], zero_point[..., None]).flatten(1)[:, : self.in_features]
-        return QuantizedWeight(integers.to(torch.uint8), scale, zero_point, self.bits, self.group_size)
+        return QuantizedWeight(integers.to(torch.uint8), scale, zero_point, self.bits, self.group_size, self.scale_bits)
 
 
 class ScaledLinear(FakeQuantizedLinear):
@@ -183,7 +183,7 @@ class ScaledLinear(FakeQuantizedLinear):
     def qparams(self) -> tuple[Tensor, Tensor]:
         steps = (2**self.bits - 1).to(self.scale.dtype)
         scale = self.scale * (1 + self.high_shift * self.rates / steps)
-        return _straight_through(scale, storable_scale(scale)), self.zero_point
+        return _straight_through(scale, storable_scale(scale, self.scale_bits)), self.zero_point
 
 
 class _RoundingLinear(FakeQuantizedLinear):

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from slimplus.quantization.affine import QuantizedWeight
-from slimplus.quantization.packing import BitCounts, check_features, count_bits, pack, packed_shapes, unpack
+from slimplus.quantization.packing import (
+    BitCounts,
+    check_features,
+    count_bits,
+    pack,
+    packed_shapes,
+    stored_scale_bits,
+    unpack,
+)
 from slimplus.quantization.packing_checks import check_packed
 
 if TYPE_CHECKING:
@@ -122,6 +130,7 @@ class PackedLinear(PackedModule):
         bit_counts: number of groups of each width; it fixes the shape of every buffer.
         bias: whether there is one.
         dtype: of the bias.
+        scale_bits: that a scale takes.
 
     Raises:
         ValueError: if `bit_counts` does not describe `in_features` columns.
@@ -140,12 +149,13 @@ class PackedLinear(PackedModule):
         bit_counts: Mapping[int, int],
         bias: bool = False,
         dtype: torch.dtype | None = None,
+        scale_bits: int = 16,
     ) -> None:
         super().__init__()
         check_features(in_features, bit_counts, group_size)
         self.in_features, self.out_features, self.group_size = in_features, out_features, group_size
         self.bit_counts = dict(bit_counts)
-        for name, (shape, tensor_dtype) in packed_shapes(out_features, bit_counts, group_size).items():
+        for name, (shape, tensor_dtype) in packed_shapes(out_features, bit_counts, group_size, scale_bits).items():
             self.register_buffer(name, torch.zeros(shape, dtype=tensor_dtype))
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
 
@@ -168,8 +178,9 @@ class PackedLinear(PackedModule):
         check_packed(tensors, (out_features, in_features), group_size)
         if (bias := tensors.get("bias")) is not None and bias.shape != (out_features,):
             raise ValueError(f"bias is {list(bias.shape)} instead of [{out_features}]")
+        counts, scale_bits = count_bits(tensors["group_bits"]), stored_scale_bits(tensors)
         with torch.device("meta"):
-            layer = cls(in_features, out_features, group_size, count_bits(tensors["group_bits"]), "bias" in tensors)
+            layer = cls(in_features, out_features, group_size, counts, "bias" in tensors, scale_bits=scale_bits)
         layer.load_state_dict(dict(tensors), assign=True)
         return layer.requires_grad_(False)
 

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from slimplus.nn.packed import PackedLinear, PackedModule, dequantize_packed
 from slimplus.quantization.affine import QuantizedWeight
-from slimplus.quantization.packing import ROW_MULTIPLE, check_features, count_bits, pack, packed_shapes
+from slimplus.quantization.packing import (
+    ROW_MULTIPLE,
+    check_features,
+    count_bits,
+    pack,
+    packed_shapes,
+    stored_scale_bits,
+)
 
 
 class PackedEmbedding(PackedModule):
@@ -25,6 +32,7 @@ class PackedEmbedding(PackedModule):
         group_size: values a group.
         bit_counts: number of groups of each width; it fixes the shape of every buffer.
         dtype: of what a lookup gives; the default one if None.
+        scale_bits: that a scale takes.
 
     Raises:
         ValueError: if `bit_counts` does not describe `embedding_dim` values.
@@ -39,12 +47,13 @@ class PackedEmbedding(PackedModule):
         group_size: int,
         bit_counts: Mapping[int, int],
         dtype: torch.dtype | None = None,
+        scale_bits: int = 16,
     ) -> None:
         super().__init__()
         check_features(embedding_dim, bit_counts, group_size)
         self.num_embeddings, self.embedding_dim, self.group_size = num_embeddings, embedding_dim, group_size
         self.bit_counts, self.dtype = dict(bit_counts), dtype or torch.get_default_dtype()
-        for name, (shape, tensor_dtype) in packed_shapes(num_embeddings, bit_counts, group_size).items():
+        for name, (shape, tensor_dtype) in packed_shapes(num_embeddings, bit_counts, group_size, scale_bits).items():
             self.register_buffer(name, torch.zeros(shape, dtype=tensor_dtype))
 
     @classmethod
@@ -52,7 +61,8 @@ class PackedEmbedding(PackedModule):
         """Pack `weight` `[num_embeddings, embedding_dim]`. The module lies on the CPU."""
         tensors, (rows, columns) = pack(weight), weight.integers.shape
         with torch.device("meta"):
-            module = cls(rows, columns, weight.group_size, count_bits(tensors["group_bits"]), dtype)
+            counts = count_bits(tensors["group_bits"])
+            module = cls(rows, columns, weight.group_size, counts, dtype, stored_scale_bits(tensors))
         module.load_state_dict(tensors, assign=True)
         return module
 

@@ -18,6 +18,11 @@ from torch import Tensor
 
 MAX_BITS = 8
 SMALLEST_SCALE = 2.0**-20  # representable in float16 with a few bits of precision left
+SCALE_BITS = (8, 16)
+# Of an 8-bit scale five bits are the upper ones of a float16's ten of mantissa, three are its exponent above the row's.
+_DROPPED, _OCTAVE, _OCTAVES = 5, 32, 8
+_LARGEST_STEPS = 0x7BFF >> _DROPPED  # of the largest float16
+LARGEST_EXPONENT = _LARGEST_STEPS // _OCTAVE - (_OCTAVES - 1)
 
 
 def group_count(in_features: int, group_size: int) -> int:
@@ -31,11 +36,14 @@ def per_column(values: Tensor, group_size: int, in_features: int) -> Tensor:
 
 
 def minmax_qparams(tile: Tensor, bits: int, shrink: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
-    """Scale and zero point `[out]` that span `shrink * [min(w, 0), max(w, 0)]` of a tile `[out, columns]`."""
+    """Scale and zero point `[out]` that span `shrink * [min(w, 0), max(w, 0)]` of a tile `[out, columns]`.
+
+    A row of zeros, which any scale represents, gets the smallest: it must not be the largest of the whole row.
+    """
     low = tile.amin(dim=-1).clamp(max=0) * shrink
     high = tile.amax(dim=-1).clamp(min=0) * shrink
     empty = low == high
-    low, high = torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
+    low, high = torch.where(empty, -SMALLEST_SCALE, low), torch.where(empty, SMALLEST_SCALE, high)
     scale = (high - low) / (2**bits - 1)
     return scale, torch.round(-low / scale)
 
@@ -59,9 +67,32 @@ def choose_qparams(weight: Tensor, bits: Tensor, group_size: int) -> tuple[Tenso
     return torch.stack([s for s, _ in pairs], dim=1), torch.stack([z for _, z in pairs], dim=1)
 
 
-def storable_scale(scale: Tensor) -> Tensor:
-    """The nearest scale the packed format holds (positive, float16), in the dtype given."""
-    return scale.clamp(SMALLEST_SCALE, torch.finfo(torch.float16).max).to(torch.float16).to(scale.dtype)
+def storable_scale(scale: Tensor, scale_bits: int = 16) -> Tensor:
+    """The nearest scales `[out, groups]` that the packed format holds, in the dtype given.
+
+    With 16 bits they are positive float16, with 8 those of 5 bits of mantissa within 8 octaves of a row's largest.
+    """
+    if scale_bits == 8:
+        return scales_of(*scale_codes(scale)).to(scale.dtype)
+    return _positive_half(scale).to(scale.dtype)
+
+
+def scale_codes(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The two levels of 8-bit scales: the nearest codes `[out, groups]` and each row's exponent `[out, 1]`, uint8."""
+    steps = (_positive_half(scale).view(torch.int16).int() + _OCTAVE // 2) >> _DROPPED
+    steps.clamp_(max=_LARGEST_STEPS)
+    exponents = (steps.amax(dim=-1, keepdim=True) // _OCTAVE - (_OCTAVES - 1)).clamp_(min=0)
+    codes = (steps - _OCTAVE * exponents).clamp_(min=0)
+    return codes.to(torch.uint8), exponents.to(torch.uint8)
+
+
+def scales_of(codes: Tensor, exponents: Tensor) -> Tensor:
+    """The float16 scales of 8-bit `codes` under `exponents`, which broadcast."""
+    return ((codes.int() + _OCTAVE * exponents.int()) << _DROPPED).to(torch.int16).view(torch.float16)
+
+
+def _positive_half(scale: Tensor) -> Tensor:
+    return scale.clamp(SMALLEST_SCALE, torch.finfo(torch.float16).max).to(torch.float16)
 
 
 def storable_zero_point(zero_point: Tensor, bits: Tensor) -> Tensor:
@@ -112,6 +143,7 @@ class QuantizedWeight:
         zero_point: `[out, groups]`, storable.
         bits: `[groups]`, int32.
         group_size: columns a group.
+        scale_bits: 8 or 16, those that a scale takes in the packed format.
     """
 
     integers: Tensor
@@ -119,6 +151,7 @@ class QuantizedWeight:
     zero_point: Tensor
     bits: Tensor
     group_size: int
+    scale_bits: int = 16
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight `[out, in]`, exact in float32, rounded once to any other dtype.

@@ -40,10 +40,18 @@ def bit_costs(rows: int, columns: int, group_size: int, widths: Sequence[int]) -
     return torch.tensor(widths)[:, None] * sizes * rows
 
 
-def byte_costs(rows: int, columns: int, group_size: int, widths: Sequence[int]) -> Tensor:
-    """Bytes that each group takes in the packed format, its scales, zero points and widths included, likewise."""
-    sizes = torch.tensor([packed_size(rows, {width: 1}, group_size) for width in widths])
-    return sizes[:, None].repeat(1, group_count(columns, group_size))
+def byte_costs(rows: int, columns: int, group_size: int, widths: Sequence[int], scale_bits: int = 16) -> Tensor:
+    """Bytes that each group takes in the packed format, its scales, zero points and widths included, likewise.
+
+    What the groups of a weight share, the exponents of 8-bit scales, is counted with the first one.
+    """
+    first, second = (
+        torch.tensor([packed_size(rows, {width: groups}, group_size, scale_bits) for width in widths])
+        for groups in (1, 2)
+    )
+    costs = (second - first)[:, None].repeat(1, group_count(columns, group_size))
+    costs[:, 0] = first
+    return costs
 
 
 def allocate(

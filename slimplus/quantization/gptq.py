@@ -41,6 +41,7 @@ def quantize_weight(
     inverse: InverseHessian,
     choose: QParamsChooser,
     compensate: bool,
+    scale_bits: int = 16,
 ) -> RoundedWeight:
     """Quantize group by group, and with `compensate` spread each column's rounding error over the later columns.
 
@@ -51,6 +52,8 @@ def quantize_weight(
         inverse: of the Hessian of the layer's inputs.
         choose: picks scale and zero point from the group as compensated so far.
         compensate: error compensation; without it every group is rounded to nearest on its own.
+        scale_bits: that a scale takes in the packed format. With 8, a group far below its row's largest scale is
+            rounded on a finer grid than it gets: which row that is in, only the last group tells.
     """
     remaining = weight.masked_fill(inverse.dead, 0)
     upper = inverse.upper
@@ -61,7 +64,7 @@ def quantize_weight(
         tile = remaining[:, span].clone()
         diagonal = upper.diagonal()[span]
         scale, zero_point = choose(tile, tile.square() / diagonal.square(), width)
-        scale = storable_scale(scale)
+        scale = storable_scale(scale[:, None], scale_bits)[:, 0]
         zero_point = storable_zero_point(zero_point, torch.tensor(width, device=weight.device))
         scales.append(scale)
         zero_points.append(zero_point)
@@ -75,7 +78,8 @@ def quantize_weight(
         if not compensate:
             level = (nearest - zero_point[:, None]) * scale[:, None]
             losses.append(((tile - level) / diagonal).square().sum(1) / 2)
-    quantized = QuantizedWeight(integers, torch.stack(scales, 1), torch.stack(zero_points, 1), bits, group_size)
+    scale = storable_scale(torch.stack(scales, 1), scale_bits)
+    quantized = QuantizedWeight(integers, scale, torch.stack(zero_points, 1), bits, group_size, scale_bits)
     return RoundedWeight(quantized, remainders, torch.stack(losses, 1))
 
 

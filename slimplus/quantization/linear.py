@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -35,6 +36,7 @@ class QuantizationConfig:
         percdamp: damping of the Hessian, as a share of its mean diagonal.
         allocation: how the widths of a block's groups are found where they are not given.
         widths: those that the allocation `block` chooses from.
+        scale_bits: 8 or 16, those that a scale takes in the packed format.
     """
 
     method: Method
@@ -43,6 +45,7 @@ class QuantizationConfig:
     percdamp: float = 0.01
     allocation: Search = "uniform"
     widths: tuple[int, ...] = (1, 2, 3, 4)
+    scale_bits: int = 16
 
     @property
     def calibrates(self) -> bool:
@@ -65,16 +68,18 @@ def quantize_linear(
         inverse: of `hessian`.
         config: method and constants.
     """
-    size = config.group_size
+    rounding = partial(
+        quantize_weight, bits=bits, group_size=config.group_size, inverse=inverse, scale_bits=config.scale_bits
+    )
     if not config.calibrates:
-        return quantize_weight(weight, bits, size, inverse, _minmax, compensate=config.method == "gptq")
+        return rounding(weight, choose=_minmax, compensate=config.method == "gptq")
     weight = weight.masked_fill(inverse.dead, 0)
-    rounded = quantize_weight(weight, bits, size, inverse, calibrate_group, compensate=True)
+    rounded = rounding(weight, choose=calibrate_group, compensate=True)
     for round_ in range(REFITS):
         scale, zero_point = refit_qparams(weight, rounded.weight, hessian)
         if round_ < REFITS - 1:
             given = _Given(scale, zero_point)
-            rounded = quantize_weight(weight, bits, size, inverse, given, compensate=True)
+            rounded = rounding(weight, choose=given, compensate=True)
     return replace(rounded, weight=replace(rounded.weight, scale=scale, zero_point=zero_point))
 
 

@@ -10,12 +10,13 @@ and J = G / 16, column `c = 2 J i + 2 j + h` (i < 8, j < J, h < 2) lies, rows of
 | qplane2 | int32 `[n₂ J, rows]` | row `j`, bits `16 h + 2 i` |
 | qplane4 | int32 `[n₄ 2 J, rows]` | row `(i // 4) J + j`, bits `16 h + 4 (i % 4)` |
 | qplane8 | int32 `[n₈ 4 J, rows]` | row `(i // 2) J + j`, bits `16 h + 8 (i % 2)` |
-| scales | float16 `[groups, rows]` | |
+| scales | float16 `[groups, rows]`, or uint8 `[groups + 1, rows]` | of 8 bits, under an exponent a row: the last one |
 | zeros | uint8 `[groups, rows]` | fixed point with `8 - bits` fraction bits |
 | group_index | int16 `[groups]` | stored position → original group |
 | group_bits | uint8 `[groups]` | width of the stored group |
 
-`rows` is the number of output features rounded up to 16. A plane without groups is left out.
+`rows` is the number of output features rounded up to 16. A plane without groups is left out. An 8-bit scale `s` under
+the exponent `e` is the float16 of the bits `(s + 32 e) << 5`: a kernel reads it with an addition and a shift.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from slimplus.quantization.affine import MAX_BITS, QuantizedWeight, group_count
+from slimplus.quantization.affine import MAX_BITS, QuantizedWeight, group_count, scale_codes, scales_of
 
 PLANES = (1, 2, 4, 8)
 ROW_MULTIPLE = 16
@@ -47,9 +48,9 @@ def padded_rows(out_features: int) -> int:
 
 
 def packed_shapes(
-    out_features: int, counts: BitCounts, group_size: int
+    out_features: int, counts: BitCounts, group_size: int, scale_bits: int = 16
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every tensor of a packed weight."""
+    """Shape and dtype of every tensor of a packed weight; the names are the same for all `scale_bits`."""
     groups, rows = sum(counts.values()), padded_rows(out_features)
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for plane in PLANES:
@@ -58,19 +59,24 @@ def packed_shapes(
             words = members * _word_rows(plane) * (group_size // COLUMNS_PER_CONTAINER)
             shapes[f"qplane{plane}"] = ((words, rows), _container(plane))
     return shapes | {
-        "scales": ((groups, rows), torch.float16),
+        "scales": ((groups + 1, rows), torch.uint8) if scale_bits == 8 else ((groups, rows), torch.float16),
         "zeros": ((groups, rows), torch.uint8),
         "group_index": ((groups,), torch.int16),
         "group_bits": ((groups,), torch.uint8),
     }
 
 
-def packed_size(out_features: int, counts: BitCounts, group_size: int) -> int:
+def packed_size(out_features: int, counts: BitCounts, group_size: int, scale_bits: int = 16) -> int:
     """Bytes of all the tensors of a packed weight."""
     return sum(
         torch.Size(shape).numel() * dtype.itemsize
-        for shape, dtype in packed_shapes(out_features, counts, group_size).values()
+        for shape, dtype in packed_shapes(out_features, counts, group_size, scale_bits).values()
     )
+
+
+def stored_scale_bits(packed: Mapping[str, Tensor]) -> int:
+    """Of the scales of a packed weight."""
+    return 8 * packed["scales"].dtype.itemsize
 
 
 def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -100,7 +106,11 @@ def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
         if parts:
             packed[f"qplane{plane}"] = torch.cat(parts)
     steps = torch.exp2((MAX_BITS - bits).float())
-    packed["scales"] = _stored(weight.scale, rows)[order].to(torch.float16)
+    if weight.scale_bits == 8:
+        codes, exponents = scale_codes(weight.scale)
+        packed["scales"] = torch.cat([_stored(codes, rows)[order], _stored(exponents, rows)])
+    else:
+        packed["scales"] = _stored(weight.scale, rows)[order].to(torch.float16)
     packed["zeros"] = _stored(weight.zero_point * steps, rows)[order].to(torch.uint8)
     packed["group_index"] = order.to(torch.int16)
     packed["group_bits"] = bits[order].to(torch.uint8)
@@ -110,7 +120,7 @@ def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
 def unpack(packed: Mapping[str, Tensor], out_features: int, in_features: int, group_size: int) -> QuantizedWeight:
     """The inverse of `pack`, on the device of the tensors."""
     stored_bits, index = packed["group_bits"].int(), packed["group_index"].long()
-    groups, rows = packed["scales"].shape
+    groups, rows = packed["zeros"].shape
     shape = (8, group_size // COLUMNS_PER_CONTAINER, 2, rows)
     columns = torch.empty(groups, *shape, dtype=torch.uint8, device=index.device)
     taken = dict.fromkeys(PLANES, 0)
@@ -124,10 +134,13 @@ def unpack(packed: Mapping[str, Tensor], out_features: int, in_features: int, gr
         columns[index[start:stop]] = segment
     inverse = torch.argsort(index)
     bits = stored_bits[inverse]
-    scale = packed["scales"][inverse].T[:out_features].float()
+    scales, scale_bits = packed["scales"], stored_scale_bits(packed)
+    if scale_bits == 8:
+        scales = scales_of(scales[:-1], scales[-1:])
+    scale = scales[inverse].T[:out_features].float()
     zero_point = packed["zeros"][inverse].T[:out_features].float() / torch.exp2((MAX_BITS - bits).float())
     integers = columns.view(groups * group_size, rows).T[:out_features, :in_features]
-    return QuantizedWeight(integers, scale, zero_point, bits, group_size)
+    return QuantizedWeight(integers, scale, zero_point, bits, group_size, scale_bits)
 
 
 def segments(counts: BitCounts) -> Iterator[tuple[int, int, int]]:

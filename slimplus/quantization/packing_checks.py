@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from slimplus.quantization.affine import MAX_BITS, group_count
-from slimplus.quantization.packing import BitCounts, check_features, count_bits, packed_shapes
+from slimplus.quantization.affine import LARGEST_EXPONENT, MAX_BITS, group_count
+from slimplus.quantization.packing import BitCounts, check_features, count_bits, packed_shapes, stored_scale_bits
 
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 LARGEST_SIZE = 2**31 - 1
@@ -45,14 +45,17 @@ def check_packed(
     Raises:
         ValueError: naming the tensor, if one is missing, has another shape or dtype, or holds what the format excludes:
             widths outside 1 to 8 or unsorted, a `group_index` that is no permutation, scales that are negative or not
-            finite. Planes and zero points may hold anything.
+            finite, or whose exponents make them so. Planes and zero points may hold anything.
     """
     try:
         counts = _counts(tensors) if counts is None else counts
         check_layout(shape, counts, group_size)
     except ValueError as error:
         raise ValueError(f"group_bits: {error}") from error
-    for name, (expected, dtype) in packed_shapes(shape[0], counts, group_size).items():
+    if "scales" not in tensors:
+        raise ValueError("scales is missing")
+    scale_bits = stored_scale_bits(tensors)
+    for name, (expected, dtype) in packed_shapes(shape[0], counts, group_size, scale_bits).items():
         if name not in tensors:
             raise ValueError(f"{name} is missing")
         tensor = tensors[name]
@@ -64,7 +67,9 @@ def check_packed(
     if sorted(tensors["group_index"].tolist()) != list(range(len(widths))):
         raise ValueError(f"group_index is no permutation of {len(widths)} groups")
     scales = tensors["scales"]
-    if not (torch.isfinite(scales) & (scales >= 0)).all():
+    if scale_bits == 8 and (scales[-1] > LARGEST_EXPONENT).any():
+        raise ValueError(f"scales holds exponents above {LARGEST_EXPONENT}")
+    if scale_bits == 16 and not (torch.isfinite(scales) & (scales >= 0)).all():
         raise ValueError("scales holds values that are negative or not finite")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -29,28 +31,22 @@ def refit_qparams(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -
     """
     rows = (t.split(ROWS) for t in (weight, quantized.integers, quantized.scale, quantized.zero_point))
     parts = [
-        _refit_rows(w, q, scale, zero_point, quantized.bits, hessian, quantized.group_size)
+        _refit_rows(w, replace(quantized, integers=q, scale=scale, zero_point=zero_point), hessian)
         for w, q, scale, zero_point in zip(*rows, strict=True)
     ]
     return torch.cat([s for s, _ in parts]), torch.cat([z for _, z in parts])
 
 
-def _refit_rows(
-    weight: Tensor,
-    integers: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    bits: Tensor,
-    hessian: Tensor,
-    group_size: int,
-) -> tuple[Tensor, Tensor]:
+def _refit_rows(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> tuple[Tensor, Tensor]:
+    integers, scale, zero_point = quantized.integers, quantized.scale, quantized.zero_point
+    group_size = quantized.group_size
     residual = weight - dequantize(integers, scale, zero_point, group_size)
     normal, moment = _normal_equations(integers.float(), residual, hessian, group_size)
     ridge = RIDGE * normal.diagonal(dim1=1, dim2=2).mean(dim=1, keepdim=True)
     step = torch.linalg.solve(normal + torch.diag_embed(ridge.expand_as(moment)), moment)
     new_scale, offset = (torch.cat([scale, -scale * zero_point], dim=1) + step).chunk(2, dim=1)
-    new_scale = torch.where(new_scale > 0, storable_scale(new_scale), scale)
-    new_zero = storable_zero_point(-offset / new_scale, bits.to(weight.device))
+    new_scale = storable_scale(torch.where(new_scale > 0, new_scale, scale), quantized.scale_bits)
+    new_zero = storable_zero_point(-offset / new_scale, quantized.bits.to(weight.device))
     before = output_error(residual, hessian)
     after = output_error(weight - dequantize(integers, new_scale, new_zero, group_size), hessian)
     better = (after < before)[:, None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import torch
@@ -131,7 +131,7 @@ def quantize_block(
     for name, layer in data.own_layers.items():
         leader = data.leader[name]
         own[name] = quantize_linear(layer.weight, bits[name], hessians[leader], inverses[leader], config)
-    shared = {name: _hand_out(data, name, bits[name], own.get(name), config.group_size) for name in data.layers}
+    shared = {name: _hand_out(data, name, bits[name], own.get(name), config) for name in data.layers}
     weights = {name: weight for name, (weight, _) in shared.items()}
     remainders = {name: remainder for name, (_, remainder) in shared.items()}
     return BlockResult(weights, remainders, divergence, _percdamp(data, inverses))
@@ -187,20 +187,21 @@ def _search(
 
 
 def _hand_out(
-    data: BlockData, name: str, bits: Tensor, own: RoundedWeight | None, group_size: int
+    data: BlockData, name: str, bits: Tensor, own: RoundedWeight | None, config: QuantizationConfig
 ) -> tuple[QuantizedWeight, Tensor]:
     """What the owner of a layer made of it, on every rank."""
     weight = data.layers[name].weight
     if own is None:
         grid = weight.new_empty(len(weight), len(bits))
-        empty = QuantizedWeight(torch.empty_like(weight, dtype=torch.uint8), grid, grid.clone(), bits, group_size)
+        integers = torch.empty_like(weight, dtype=torch.uint8)
+        empty = QuantizedWeight(integers, grid, grid.clone(), bits, config.group_size, config.scale_bits)
         own = RoundedWeight(empty, torch.empty_like(weight), grid)
     quantized = own.weight
     integers, scale, zero_point, remainder = (
         data.ranks.send(data.owner[name], tensor.contiguous())
         for tensor in (quantized.integers, quantized.scale, quantized.zero_point, own.remainder)
     )
-    return QuantizedWeight(integers, scale, zero_point, bits, group_size), remainder
+    return replace(quantized, integers=integers, scale=scale, zero_point=zero_point), remainder
 
 
 def _percdamp(data: BlockData, inverses: Mapping[str, InverseHessian]) -> dict[str, float]:
