@@ -60,10 +60,15 @@ class PackedLayout:
         """Layer → number of groups of each width."""
         return {name: count_bits(torch.tensor(widths)) for name, widths in self.bits.items()} | self.outer_counts
 
+    @property
+    def average_bits(self) -> float:
+        """Of the weights in the blocks."""
+        return self.weight_bits / self.weights
+
     def figures(self, size_bytes: int, full_bytes: int) -> dict[str, Any]:
         """For metrics.json: the checkpoint of `size_bytes` against the model at 16 bit, `full_bytes`."""
         return {
-            "average_bits": self.weight_bits / self.weights,
+            "average_bits": self.average_bits,
             "bits_per_weight": 8 * self.packed_bytes / self.weights,
             "outer_bits": self.outer_bits,
             "outer_bytes": self.outer_bytes,

@@ -64,7 +64,7 @@ def dry_run(recipe: Recipe) -> str:
     model = build_on_meta(config)
     calibration, length = (recipe.data.samples, recipe.data.sequence_length), recipe.data.evaluation.sequence_length
     outer = outer_bits(model, settings.embedding_bits, settings.head_bits)
-    grid = (settings.bits, settings.group_size, settings.scale_bits)
+    grid = (settings.bits, settings.group_size, settings.scale_bits, settings.size_bytes)
     return str(make_plan(model, *grid, outer, calibration, length))
 
 
@@ -167,7 +167,7 @@ def export(job: Job) -> None:
             for name, tensors in outer.items():
                 layout.add_outer(name, tensors, job.model.model.get_parameter(f"{name}.weight").shape)
             write_allocation(job.run, layout.bits, layout.outer_bits, settings.bits, settings.group_size)
-            card = report.model_card(job.recipe.model.path, settings.bits, to_yaml(job.recipe))
+            card = report.model_card(job.recipe.model.path, layout.average_bits, to_yaml(job.recipe))
             size = write_checkpoint(
                 staging_folder(job.run.packed),
                 job.checkpoint_tensors(outer),

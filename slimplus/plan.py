@@ -28,7 +28,7 @@ class Plan:
         blocks: transformer blocks.
         linears: linear layers that get packed.
         groups: groups of columns in all of them, not counting rows.
-        bits: average width.
+        bits: average width; None where a size is given instead.
         quantized_weights: number of weights in packed layers.
         packed_linear_bytes: everything stored for them, biases apart.
         outer_bits: name → bits of the layers outside the blocks that get packed.
@@ -45,7 +45,7 @@ class Plan:
     blocks: int
     linears: int
     groups: int
-    bits: int
+    bits: int | None
     quantized_weights: int
     packed_linear_bytes: int
     outer_bits: dict[str, int]
@@ -81,7 +81,7 @@ class Plan:
             "blocks": f"{self.blocks:,}",
             "linear layers": f"{self.linears:,}",
             "groups": f"{self.groups:,}",
-            "average bits": f"{self.bits:.3f}",
+            "average bits": "as many as fit the size" if self.bits is None else f"{self.bits:.3f}",
             "effective bits per weight": f"{self.bits_per_weight:.3f} (scales, zero points and indices counted)",
             "outside the blocks": self._outside,
             "size": f"{gigabytes(self.full_bytes)} at 16 bit -> {gigabytes(self.packed_bytes)} packed "
@@ -102,6 +102,7 @@ def make_plan(
     bits: int,
     group_size: int,
     scale_bits: int,
+    size_bytes: int | None,
     outer_bits: dict[str, int],
     calibration: tuple[int, int],
     evaluation_length: int,
@@ -113,6 +114,7 @@ def make_plan(
         bits: average width. A group one bit narrower and one wider take what two groups of the average take.
         group_size: columns a group.
         scale_bits: that a scale takes.
+        size_bytes: at most for all packed layers of the blocks, instead of an average width.
         outer_bits: name → bits of the layers outside the blocks that get packed.
         calibration: number of windows, and tokens in each.
         evaluation_length: tokens in an evaluation window.
@@ -139,9 +141,10 @@ def make_plan(
         blocks=len(blocks),
         linears=len(layers),
         groups=sum(groups.values()),
-        bits=bits,
+        bits=bits if size_bytes is None else None,
         quantized_weights=quantized,
-        packed_linear_bytes=sum(
+        packed_linear_bytes=size_bytes
+        or sum(
             packed_size(layer.out_features, {bits: groups[name]}, group_size, scale_bits)
             for name, layer in layers.items()
         ),

@@ -63,7 +63,7 @@ tags:
 - quantized
 ---
 
-# {source}, {bits:g} bits on average
+# {source}, {round(bits, 2):g} bits on average
 
 The weights of the transformer blocks are quantized in groups of mixed precision, with
 [SliM-LLM](https://arxiv.org/abs/2405.14917)'s salience-driven allocation where the method below says so, and packed by

@@ -33,7 +33,7 @@ class SlimplusConfig(QuantizationConfigMixin):
     """`quantization_config` of a packed checkpoint.
 
     Args:
-        bits: average bits of the groups.
+        bits: average bits of the groups, as they were asked for; what they are is in `modules`.
         group_size: columns a group.
         modules: name of each packed layer → number of its groups of each width. Shapes follow from it, and they are
             needed before any tensor is read. An embedding is packed if it is named; a head that is tied to it then
