@@ -6,7 +6,7 @@ Each method quantizes with the real command, in a process of its own, on the sam
 same number of optimizer steps a block if it trains; every result is then measured in the same way on every evaluation
 text. A result goes into the JSON as soon as it is there, beside those of earlier calls; finished runs are reused and
 killed ones go on, so the table can be filled in pieces. The plot, which needs matplotlib, shows perplexity against
-stored bits. Arguments `key=value` go to every method, as to train.py.
+stored bits. `--keys` go to every method, as to train.py.
 """
 
 from __future__ import annotations
@@ -51,11 +51,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "quality", help="folder for the runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the JSON; the plot stands beside it")
-    given, overrides = parser.parse_known_args()
+    parser.add_argument("--keys", nargs="+", default=[], metavar="KEY=VALUE", help="of the recipe, for every method")
+    given = parser.parse_args()
     texts = dict(text.split("=", 1) for text in given.evaluation)
     for seed in given.seeds:
         tokens = (given.samples, given.sequence_length)
-        budget = Budget(given.bits, *tokens, given.epochs, given.end_to_end_epochs, seed, tuple(overrides))
+        budget = Budget(given.bits, *tokens, given.epochs, given.end_to_end_epochs, seed, tuple(given.keys))
         for method in given.methods:
             keep(measured(method, budget, given.calibration, texts, given.runs), given.results)
     rows = json.loads(given.results.read_text())["rows"]
