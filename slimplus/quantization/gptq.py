@@ -52,8 +52,8 @@ def quantize_weight(
         inverse: of the Hessian of the layer's inputs.
         choose: picks scale and zero point from the group as compensated so far.
         compensate: error compensation; without it every group is rounded to nearest on its own.
-        scale_bits: that a scale takes in the packed format. With 8, a group far below its row's largest scale is
-            rounded on a finer grid than it gets: which row that is in, only the last group tells.
+        scale_bits: that a scale takes in the packed format. With 8, a group whose scale lies more than 8 octaves below
+            the largest of its row, which only the last group tells, gets a larger one and keeps its integers.
     """
     remaining = weight.masked_fill(inverse.dead, 0)
     upper = inverse.upper
