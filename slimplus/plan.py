@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -126,6 +127,7 @@ def make_plan(
         for index, block in enumerate(blocks)
         for name, layer in find_linears(block).items()
     }
+    size = partial(packed_size, group_size=group_size, scale_bits=scale_bits)
     groups = {name: group_count(layer.in_features, group_size) for name, layer in layers.items()}
     quantized = sum(layer.weight.numel() for layer in layers.values())
     outer = {name: model.get_parameter(f"{name}.weight") for name in outer_bits}
@@ -144,16 +146,11 @@ def make_plan(
         bits=bits if size_bytes is None else None,
         quantized_weights=quantized,
         packed_linear_bytes=size_bytes
-        or sum(
-            packed_size(layer.out_features, {bits: groups[name]}, group_size, scale_bits)
-            for name, layer in layers.items()
-        ),
+        or sum(size(layer.out_features, {bits: groups[name]}) for name, layer in layers.items()),
         outer_bits=outer_bits,
         outer_weights=outer_weights,
         outer_bytes=sum(
-            packed_size(
-                len(weight), {outer_bits[name]: group_count(weight.shape[1], group_size)}, group_size, scale_bits
-            )
+            size(len(weight), {outer_bits[name]: group_count(weight.shape[1], group_size)})
             for name, weight in outer.items()
         ),
         other_bytes=(total - quantized - outer_weights) * BYTES_16_BIT,

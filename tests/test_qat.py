@@ -20,6 +20,14 @@ from slimplus.training.optimizers import ParameterKind, RateConfig, SignSGD, bui
 GROUP_SIZE = 32
 KINDS = (FakeQuantizedLinear, ScaledLinear, LearnedRoundingLinear, TrainedWeightLinear)
 
+any_weight = given(
+    rows=st.integers(1, 20),
+    columns=st.integers(1, 100),
+    bits=st.lists(st.integers(1, 8), min_size=4, max_size=4),
+    seed=st.integers(0, 99),
+    scale_bits=st.sampled_from(SCALE_BITS),
+)
+
 
 def _rounded(rows: int, columns: int, bits: list[int], seed: int = 0, scale_bits: int = 16) -> RoundedWeight:
     generator = torch.Generator().manual_seed(seed)
@@ -38,13 +46,7 @@ def _layer(kind: type[FakeQuantizedLinear], rounded: RoundedWeight, bias: Tensor
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@given(
-    st.integers(1, 20),
-    st.integers(1, 100),
-    st.lists(st.integers(1, 8), min_size=4, max_size=4),
-    st.integers(0, 99),
-    st.sampled_from(SCALE_BITS),
-)
+@any_weight
 @settings(max_examples=15)
 def test_training_starts_from_what_was_calibrated(
     kind: type[FakeQuantizedLinear], rows: int, columns: int, bits: list[int], seed: int, scale_bits: int
@@ -57,13 +59,7 @@ def test_training_starts_from_what_was_calibrated(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@given(
-    st.integers(1, 20),
-    st.integers(1, 100),
-    st.lists(st.integers(1, 8), min_size=4, max_size=4),
-    st.integers(0, 99),
-    st.sampled_from(SCALE_BITS),
-)
+@any_weight
 @settings(max_examples=15)
 def test_whatever_was_learned_is_packed_bit_for_bit(
     kind: type[FakeQuantizedLinear], rows: int, columns: int, bits: list[int], seed: int, scale_bits: int
