@@ -79,7 +79,7 @@ def storable_scale(scale: Tensor, scale_bits: int = 16) -> Tensor:
 
 def scale_codes(scale: Tensor) -> tuple[Tensor, Tensor]:
     """The two levels of 8-bit scales: the nearest codes `[out, groups]` and each row's exponent `[out, 1]`, uint8."""
-    steps = (_positive_half(scale).view(torch.int16).int() + _OCTAVE // 2) >> _DROPPED
+    steps = (_positive_half(scale).view(torch.int16).int() + (1 << _DROPPED) // 2) >> _DROPPED
     steps.clamp_(max=_LARGEST_STEPS)
     exponents = (steps.amax(dim=-1, keepdim=True) // _OCTAVE - (_OCTAVES - 1)).clamp_(min=0)
     codes = (steps - _OCTAVE * exponents).clamp_(min=0)
