@@ -32,6 +32,7 @@ from slimplus.training.reconstruction import BlockReconstruction
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = "recipe=smollm2_135m_2bit"
+METHOD = ("quantization.method=slimllm_plus", "quantization.allocation=slimllm", "training.learning_rate=2.0e-2")
 STRATEGIES = ("ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
 WARM_UP = 3  # steps that are not timed
 
@@ -48,7 +49,7 @@ def main() -> None:
         measure(overrides, arguments.measure)
         return
     if not any(override.startswith("recipe=") for override in overrides):
-        overrides = [RECIPE, *overrides]
+        overrides = [RECIPE, *METHOD, *overrides]
     rows = [
         run(strategy, processes, arguments.steps, overrides)
         for strategy in STRATEGIES

@@ -106,8 +106,12 @@ SMALL = (
     "data.sequence_length=32",
     "data.evaluation.sequence_length=64",
     "data.evaluation.windows=2",
+    "quantization.method=slimllm_plus",
+    "quantization.allocation=null",
     "quantization.group_size=16",
     "training.epochs=2",
+    "training.learning_rate=2.0e-2",
+    "end_to_end.epochs=0",
     "trainer.precision=32-true",
 )
 

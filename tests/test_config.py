@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from slimplus.config import Recipe, RecipeError, keys, to_yaml
 from slimplus.reading import describe_type, load_recipe, recipe_file, recipe_names
 
-DEMO = "recipe=smollm2_135m_2bit"
+RECIPE = "recipe=llama7b_2bit"
 PAPER = {"llama7b_2bit": 2, "llama7b_3bit": 3, "llama2_7b_2bit": 2, "llama3_8b_2bit": 2, "opt_1.3b_2bit": 2}
 
 
@@ -113,7 +113,7 @@ def test_overrides_set_dotted_paths_to_yaml_values() -> None:
 
 
 def test_a_recipe_is_frozen() -> None:
-    recipe = load_recipe([DEMO])
+    recipe = load_recipe([RECIPE])
     with pytest.raises(ValidationError):
         recipe.seed = 1  # type: ignore[misc]
 
@@ -165,7 +165,7 @@ def test_any_value_survives_the_command_line_and_the_written_recipe(
     written = json.dumps(value, ensure_ascii=False)
     if key == "training.width_rates":  # JSON has no numbers as keys
         written = yaml.safe_dump(value, default_flow_style=True)
-    recipe = load_recipe([DEMO, *needs.get(key, []), f"{key}={written}"])
+    recipe = load_recipe([RECIPE, *needs.get(key, []), f"{key}={written}"])
     found: Any = recipe
     for part in key.split("."):
         found = getattr(found, part)
@@ -178,7 +178,7 @@ def test_any_value_survives_the_command_line_and_the_written_recipe(
 @given(key=st.sampled_from([*keys(), "model", "data.calibration", "seed.x", "", "."]) | st.text(), text=st.text())
 def test_whatever_is_typed_gives_a_recipe_or_a_recipe_error(key: str, text: str) -> None:
     with contextlib.suppress(RecipeError):  # and no other error
-        assert isinstance(load_recipe([DEMO, f"{key}={text}"]), Recipe)
+        assert isinstance(load_recipe([RECIPE, f"{key}={text}"]), Recipe)
 
 
 # What is said about bad values.
@@ -225,26 +225,26 @@ def test_whatever_is_typed_gives_a_recipe_or_a_recipe_error(key: str, text: str)
         ("run_dir=''", "run_dir: expected text, got ''"),
         ("seed=2024-99-99", "seed: '2024-99-99' is not valid YAML; quote it"),
         ("seed=[", "seed: '[' is not valid YAML; quote it"),
-        ("data.samples.x=1", "data.samples.x: data.samples holds 32, which has no keys inside"),
+        ("data.samples.x=1", "data.samples.x: data.samples holds 128, which has no keys inside"),
         ("training=3", "training: expected keys such as training.epochs, got 3"),
         ("model.path", "'model.path' is not of the form key=value"),
         ("=3", "'=3' is not of the form key=value"),
     ],
 )
 def test_one_wrong_argument_is_one_sentence(argument: str, said: str) -> None:
-    (line,) = problems(DEMO, argument)
+    (line,) = problems(RECIPE, argument)
     assert said in line
 
 
 @pytest.mark.parametrize("bits", [1, 8])
 def test_uniform_methods_take_every_width(bits: int) -> None:
-    recipe = load_recipe([DEMO, "quantization.method=gptq", f"quantization.bits={bits}"])
+    recipe = load_recipe([RECIPE, "quantization.method=gptq", f"quantization.bits={bits}"])
     assert recipe.quantization.bits == bits
 
 
 def test_everything_wrong_is_said_at_once() -> None:
     wrong = ["seed=x", "quantization.bits=99", "quantization.gruop_size=64", "data.samples=[", "oops"]
-    lines = problems(DEMO, *wrong)
+    lines = problems(RECIPE, *wrong)
     assert len(lines) == len(wrong)
     for argument in wrong:
         assert sum(line.strip("'").startswith(argument.split("=")[0]) for line in lines) == 1

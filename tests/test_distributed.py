@@ -53,9 +53,13 @@ SETTINGS = (
     "data.sequence_length=32",
     "data.evaluation.sequence_length=64",
     "data.evaluation.windows=2",
+    "quantization.method=slimllm_plus",
+    "quantization.allocation=null",
     "quantization.group_size=16",
     f"training.epochs={EPOCHS}",
     "training.batch_size=2",
+    "training.learning_rate=2.0e-2",
+    "end_to_end.epochs=0",
     "trainer.precision=32-true",
     "trainer.accelerator=cpu",
 )
@@ -366,7 +370,12 @@ def test_two_nodes_of_torchrun_give_the_answer_of_one_process(runs: Path, common
 @pytest.mark.parametrize("name", ["ddp", "stage_1", "stage_2", "stage_3"])
 def test_two_processes_train_the_whole_model_as_one_does(common: list[str], tmp_path: Path, name: str) -> None:
     """With the widths found over the whole model, and no training of blocks, so that they are the same."""
-    keys = ("quantization.method=slimllm", "quantization.allocation=model", "end_to_end.epochs=2")
+    keys = (
+        "quantization.method=slimllm",
+        "quantization.allocation=model",
+        "end_to_end.epochs=2",
+        "end_to_end.batch_size=4",
+    )
     pipeline.run(load_recipe([*common, *keys, f"run_dir={tmp_path / 'alone'}"]))
     finish([torchrun(["train.py", *common, *keys, *TOGETHER[name], "trainer.devices=2", f"run_dir={tmp_path / name}"])])
     assert (tmp_path / name / "allocation.json").read_bytes() == (tmp_path / "alone/allocation.json").read_bytes()

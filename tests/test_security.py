@@ -58,6 +58,7 @@ def checkpoint(make_model: ModelMaker, text_file: Path, tmp_path_factory: pytest
         *(f"data.{kind}.path={text_file}" for kind in ("calibration", "evaluation")),
         *("data.samples=2", "data.sequence_length=16", "data.evaluation.sequence_length=16"),
         *("data.evaluation.windows=1", "quantization.group_size=16", "quantization.method=slimllm"),
+        *("quantization.allocation=null", "end_to_end.epochs=0"),
         f"run_dir={folder}",
     ]
     pipeline.run(load_recipe(arguments))
