@@ -99,19 +99,23 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+# The paper's method in place of the demo's.
+PLUS = (
+    "quantization.method=slimllm_plus",
+    "quantization.allocation=null",
+    "training.learning_rate=2.0e-2",
+    "end_to_end.epochs=0",
+)
 SMALL = (
+    *PLUS,
     "model.gguf_file=null",
     "model.dtype=auto",
     "data.samples=8",
     "data.sequence_length=32",
     "data.evaluation.sequence_length=64",
     "data.evaluation.windows=2",
-    "quantization.method=slimllm_plus",
-    "quantization.allocation=null",
     "quantization.group_size=16",
     "training.epochs=2",
-    "training.learning_rate=2.0e-2",
-    "end_to_end.epochs=0",
     "trainer.precision=32-true",
 )
 

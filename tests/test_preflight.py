@@ -158,7 +158,8 @@ def test_a_short_text_names_the_keys_and_numbers(tmp_path: Path) -> None:
     calibration, evaluation = input_problems(*arguments)
     assert "2,000 bytes, too few for data.samples=32 windows of data.sequence_length=256 (8,192 tokens)" in calibration
     assert "too few for one window of data.evaluation.sequence_length=2048 (2,048 tokens)" in evaluation
-    check_inputs(load_recipe([DEMO, *arguments, "data.samples=6", "data.evaluation.sequence_length=2000"]))
+    arguments += ["data.samples=7", "data.evaluation.sequence_length=2000", "end_to_end.batch_size=1"]
+    check_inputs(load_recipe([DEMO, *arguments]))
 
 
 def test_the_offline_text_has_an_end() -> None:
