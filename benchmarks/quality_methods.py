@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from hashlib import sha256
 from typing import Any
 
 FULL, PEER, OURS = "full precision", "AutoRound", "ours"
@@ -103,11 +104,12 @@ class Budget:
         ]
 
     def folder_name(self, method: str) -> str:
-        """A name for the folder of a method's run."""
+        """A name for the folder of a method's run, short enough for any file system, however many keys there are."""
         values = [method, self.bits, self.samples, self.sequence_length, self.epochs]
         values += [self.end_to_end_epochs] if METHODS[method].after else []
         name = "-".join(map(str, [*values, self.seed, *self.overrides]))
-        return "".join(letter if letter.isalnum() or letter in "-=." else "_" for letter in name)
+        readable = "".join(letter if letter.isalnum() or letter in "-=." else "_" for letter in name)
+        return readable if len(readable) <= 200 else f"{readable[:160]}-{sha256(name.encode()).hexdigest()[:16]}"
 
 
 def identity(row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,12 @@ def test_a_row_is_known_by_its_settings() -> None:
     assert identity(row) == identity(json.loads(json.dumps(row | {"perplexity": {"text": 3.0}})))
     for other in (BUDGET.row("ours", "other.txt"), BUDGET.row("RTN", "text.txt"), row | {"seed": 1}):
         assert identity(other) != identity(row)
+
+
+def test_a_run_of_many_keys_has_a_folder_of_its_own_that_a_file_system_takes() -> None:
+    names = [replace(BUDGET, overrides=(*["training.loss.error=mse"] * 12, key)).folder_name("ours") for key in "ab"]
+    assert names[0] != names[1]
+    assert max(map(len, names)) + len(".copy") <= 255
 
 
 def measured(method: str, seed: int, perplexity: float, **values: Any) -> dict[str, Any]:
