@@ -126,7 +126,9 @@ class QuantizationConfig(Section):
         "(any of quantization.widths by measured sensitivity, under one average for a block or the model), or a FILE: "
         "allocation.json of another run, or the authors' .pt; null is uniform for rtn and gptq, else slimllm",
     )
-    widths: list[int] = Field([1, 2, 3, 4], description="widths that the allocations block and model choose from")
+    widths: list[int] = Field(
+        [1, 2, 3, 4], min_length=2, description="widths that the allocations block and model choose from"
+    )
     size_bytes: int | None = Field(
         None,
         ge=1,
@@ -165,6 +167,11 @@ class QuantizationConfig(Section):
             )
         if self.size_bytes is not None and self.allocates_by != "model":
             raise ValueError("quantization.size_bytes: needs quantization.allocation=model")
+        if not by_sensitivity and self.widths != type(self).model_fields["widths"].default:
+            raise ValueError(
+                f"quantization.widths: only quantization.allocation=block and model choose from them, not "
+                f"{self.allocation or self.allocates_by}; leave them out, or set quantization.allocation"
+            )
         return self
 
 
@@ -176,7 +183,9 @@ class LossConfig(Section):
         description="squared error of a block's output: as it is, over each token's energy, or that behind the "
         "normalization that follows",
     )
-    leave_out: Number = Field(0.0, ge=0, lt=1, description="share of tokens, those of the largest error, left out")
+    leave_out: Number = Field(
+        0.0, ge=0, lt=1, description="share of a window's tokens, those of the largest error, left out"
+    )
     salient_channels: bool = Field(
         False, description="weight channels by the squared gradient of the model's loss, which is measured first"
     )
@@ -215,7 +224,9 @@ class TrainingConfig(Section):
     )
     element_schedule: Literal["auto", "constant", "linear", "cosine"] = Field("auto", description="how that falls")
     width_rates: dict[int, Number] = Field(
-        {}, description="factor on both learning rates for groups of a width, such as {1: 0.5, 3: 2}"
+        {},
+        description="factor on both learning rates for groups of a width, such as {1: 0.5, 3: 2}; "
+        "an offset of rounding then reaches half a step times it",
     )
     weight_decay: Number = Field(0.0, ge=0, description="AdamW weight decay")
     accumulate_grad_batches: int = Field(
@@ -225,6 +236,13 @@ class TrainingConfig(Section):
         None, ge=1, description="epochs without a lower loss after which a block's training ends early"
     )
     loss: LossConfig = LossConfig()
+
+    @field_validator("width_rates")
+    @classmethod
+    def _factors_of_widths(cls, rates: dict[int, float]) -> dict[int, float]:
+        if not all(1 <= width <= 8 and rate >= 0 for width, rate in rates.items()):
+            raise ValueError(f"expected factors of at least 0 for widths from 1 to 8, got {rates}")
+        return rates
 
 
 class EndToEndConfig(Section):
@@ -250,6 +268,15 @@ class EndToEndConfig(Section):
     activation_checkpointing: bool = Field(
         False, description="keep the blocks' inputs only, and compute the rest twice"
     )
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> EndToEndConfig:
+        if self.epochs and not (self.next_token or self.distillation or self.hidden_states):
+            raise ValueError(
+                "end_to_end.distillation: nothing is left to learn from when it, end_to_end.next_token and "
+                "end_to_end.hidden_states are all 0; give one of them a weight, or end_to_end.epochs=0"
+            )
+        return self
 
 
 class TrainerConfig(Section):

@@ -42,6 +42,7 @@ from slimplus.quantization.affine import group_count
 from slimplus.quantization.linear import QuantizationConfig
 from slimplus.reading import resolve_model_folder
 from slimplus.run import Record, RunDirectory, chain
+from slimplus.shapes import check_shapes
 from slimplus.signals import Preemption
 from slimplus.training.block import layer_tensors
 from slimplus.training.blockwise import BlockQuantizer, QuantizerConfig
@@ -157,9 +158,10 @@ class Job:
         return tensors | {key: tuned[prefix + key] for key in tensors if prefix + key in tuned}, record
 
     def note(self, event: str) -> None:
-        """Warn of something that a reader of the results should know, and keep it in metrics.json."""
+        """Warn of something that a reader of the results should know, and keep it in metrics.json, once."""
         logger.warning("%s", event)
-        self.metrics["events"].append(event)
+        if event not in self.metrics["events"]:
+            self.metrics["events"].append(event)
 
     def save_metrics(self) -> None:
         """Write metrics.json, from the first rank."""
@@ -212,7 +214,8 @@ class Job:
         self.metrics["seconds"][name] = self.metrics["seconds"].get(name, 0) + time.perf_counter() - start
         self.metrics["peak_memory_bytes"] = max(self.metrics.get("peak_memory_bytes", 0), peak_resident_bytes())
         if self.runner.device.type == "cuda":
-            self.metrics["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated(self.runner.device)
+            held = torch.cuda.max_memory_allocated(self.runner.device)
+            self.metrics["peak_device_memory_bytes"] = max(self.metrics.get("peak_device_memory_bytes", 0), held)
         self.save_metrics()
 
 
@@ -287,6 +290,7 @@ def _look_into(run: RunDirectory, recipe: Recipe, made_from: dict[str, Any], blo
 
 def _check_model(model: PreTrainedModel, recipe: Recipe) -> tuple[list[str], dict[str, list[int]] | None]:
     """Names of the blocks, and the imported allocation if there is one, checked against the model's layers."""
+    check_shapes(model, recipe)
     path, group_size = blocks_path(model.config), recipe.quantization.group_size
     names = [f"{path}.{index}" for index in range(len(find_blocks(model)))]
     if recipe.quantization.allocation is None or recipe.quantization.allocates_by != "file":
@@ -301,12 +305,7 @@ def _check_model(model: PreTrainedModel, recipe: Recipe) -> tuple[list[str], dic
 def _windows(recipe: Recipe, text: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[Windows, Windows]:
     data = recipe.data
     calibration = calibration_windows(
-        text,
-        tokenizer,
-        data.samples,
-        data.sequence_length,
-        recipe.seed,
-        cache=folder / "calibration.safetensors",
+        text, tokenizer, data.samples, data.sequence_length, recipe.seed, cache=folder / "calibration.safetensors"
     )
     evaluation = evaluation_windows(
         load_text(data.evaluation.path, "evaluation"),

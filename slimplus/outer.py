@@ -27,6 +27,8 @@ def quantize_outer_layers(job: Job) -> dict[str, dict[str, Tensor]]:
     """
     packed: dict[str, dict[str, Tensor]] = {}
     model, quantization = job.model.model, job.quantizer.quantization
+    trained_norms = {name: tensor for name, tensor in (job.tuned or {}).items() if name in model.state_dict()}
+    model.load_state_dict(trained_norms, strict=False)
     for name, bits in job.outer_bits.items():
         calibrated = model.get_submodule(name) is job.model.head and quantization.method != "rtn"
         hessian = _head_hessian(job) if calibrated else None

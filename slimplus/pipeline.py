@@ -20,6 +20,7 @@ from slimplus.outer import packed_config, quantize_outer_layers
 from slimplus.plan import make_plan
 from slimplus.progress import track
 from slimplus.run import SENSITIVITY, chain, locked, write_allocation
+from slimplus.shapes import check_shapes
 from slimplus.signals import Preemption
 from slimplus.training.block import load_packed_block, packed_block, packed_tensors
 from slimplus.training.blockwise import BlockTask
@@ -62,6 +63,7 @@ def dry_run(recipe: Recipe) -> str:
     source, settings = model_source(recipe), recipe.quantization
     config = source.config_of(recipe.model.config) if recipe.model.config else source.config()
     model = build_on_meta(config)
+    check_shapes(model, recipe)
     calibration, length = (recipe.data.samples, recipe.data.sequence_length), recipe.data.evaluation.sequence_length
     outer = outer_bits(model, settings.embedding_bits, settings.head_bits)
     grid = (settings.bits, settings.group_size, settings.scale_bits, settings.size_bytes)
@@ -140,22 +142,21 @@ def quantize_blocks(job: Job) -> None:
 def train_end_to_end(job: Job) -> None:
     """Train grids and norms through the whole model, if the recipe has epochs for it."""
     if not job.recipe.end_to_end.epochs:
-        if job.metrics.pop("end_to_end", None) is not None:  # an earlier start had it, and its checkpoint shows it
-            job.forget_checkpoint()
+        job.metrics.pop("end_to_end", None)  # of an earlier start
         return
     made_from = whole_model.made_from(job)
     job.tuned = job.run.load_tuned(made_from)
     if job.tuned is not None:
         logger.info("end_to_end: found in %s, skipped", job.run.root)
         return
-    job.forget_checkpoint()
     with job.stage("end_to_end"):
         job.tuned = whole_model.train(job, made_from)
 
 
 def export(job: Job) -> None:
     """Write the packed checkpoint from the block files and the tensors that are not quantized."""
-    if job.metrics.get("outer_bits", {}) != job.outer_bits:
+    made_from = [whole_model.result(job), job.outer_bits]
+    if job.metrics.get("exported_from") != made_from:
         job.forget_checkpoint()
     if job.run.has_checkpoint and "size_bytes" in job.metrics:
         logger.info("checkpoint: found in %s, skipped", job.run.packed)
@@ -186,7 +187,7 @@ def export(job: Job) -> None:
                 card,
             )
             job.run.manifest.replace_folder(job.run.packed)
-            job.metrics |= layout.figures(size, job.model.full_bytes)
+            job.metrics |= layout.figures(size, job.model.full_bytes) | {"exported_from": made_from}
         job.fabric.barrier()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
 from pathlib import Path
 
@@ -34,13 +36,13 @@ def _model_problem(model: ModelConfig) -> str | None:
 def _hub_problem(repository: str) -> str | None:
     """Asks the hub, or its cache, whether a model is to be had: a request of a second, before PyTorch is loaded."""
     from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
-    if isinstance(try_to_load_from_cache(repository, "config.json"), str):
-        return None
     try:
+        if isinstance(try_to_load_from_cache(repository, "config.json"), str):
+            return None
         HfApi().model_info(repository, timeout=10)
-    except (OSError, HTTPError) as error:
+    except (OSError, HTTPError, HFValidationError) as error:
         reason = f"{type(error).__name__}: {error}".split("\n", 1)[0].rstrip(" .:")
         return (
             f"model.path: {repository} is no local folder and cannot be had from the hub ({reason}); "
@@ -68,6 +70,33 @@ def _text_problem(path: str, split: Split, tokens: int, need: str) -> str | None
         return None
     short = f"data.{split}.path: {path} has {size:,} bytes, too few for {need} ({tokens:,} tokens)"
     return f"{short}; give a longer text or ask for less of it"
+
+
+def _library_problem(recipe: Recipe) -> str | None:
+    """Whether bitsandbytes, which is an extra, is needed and not there."""
+    training, whole = recipe.training, recipe.end_to_end
+    keys = {
+        "training.optimizer": recipe.quantization.trains and training.optimizer == "adamw_8bit",
+        "end_to_end.optimizer": whole.epochs and whole.optimizer == "adamw_8bit",
+        "end_to_end.teacher": whole.epochs
+        and whole.teacher != "cached"
+        and (whole.distillation or whole.hidden_states),
+    }
+    needed = [key for key, needs in keys.items() if needs]
+    if not needed or importlib.util.find_spec("bitsandbytes"):
+        return None
+    return f"{' and '.join(needed)}: bitsandbytes is not installed; pip install bitsandbytes"
+
+
+def _folder_problem(run_dir: str) -> str | None:
+    """Whether `run_dir`, or what it is to be made in, can be written to."""
+    folder = Path(run_dir).expanduser()
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        return f"run_dir: {existing} is a file; give a folder"
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return f"run_dir: {existing} cannot be written to; give another folder"
+    return None
 
 
 def check_shares(recipe: Recipe, processes: int) -> None:
@@ -116,7 +145,7 @@ def check_model(model: ModelConfig) -> None:
 
 
 def check_inputs(recipe: Recipe) -> None:
-    """Looks for the model, the texts and the allocation that the recipe names, without loading them.
+    """Looks for the model, the texts, the allocation and the library that the recipe needs, without loading them.
 
     Raises:
         RecipeError: everything that is wrong, a sentence a line.
@@ -128,6 +157,7 @@ def check_inputs(recipe: Recipe) -> None:
     if not (recipe.dry_run and recipe.model.config):
         problems.append(_model_problem(recipe.model))
     if not recipe.dry_run:
+        problems += [_library_problem(recipe), _folder_problem(recipe.run_dir)]
         tokens = data.samples * data.sequence_length
         need = f"data.samples={data.samples} windows of data.sequence_length={data.sequence_length}"
         problems.append(_text_problem(data.calibration.path, "calibration", tokens, need))

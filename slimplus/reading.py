@@ -170,6 +170,13 @@ def load_recipe(arguments: Sequence[str]) -> Recipe:
         if section in document and not isinstance(document[section], dict):
             document[section] = {key.removeprefix(f"{section}."): document[section]}
     problems += filter(None, [_override(document, key, text) for key, text in overrides.items()])
+    model = document.get("model")
+    if (
+        "model.path" in overrides
+        and isinstance(model, dict)
+        and not any(k.startswith("model.config") for k in overrides)
+    ):
+        model.pop("config", None)  # it is that of the recipe's own model
     document.setdefault("run_dir", f"runs/{re.sub(r'[.]ya?ml$', '', Path(name).name)}")
     for section, field in Recipe.model_fields.items():
         # An absent or empty section, so that what is said to be missing is the key inside it.

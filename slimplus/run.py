@@ -35,14 +35,14 @@ from slimplus.errors import InputError
 from slimplus.files import clean
 from slimplus.fingerprint import differences
 from slimplus.manifest import Manifest
-from slimplus.training.checkpoints import CHECKPOINT, BlockCheckpoints
+from slimplus.training.checkpoints import CHECKPOINT, END_TO_END, BlockCheckpoints
 
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
 LOCK = ".lock"
-END_TO_END, SENSITIVITY = "end_to_end", "sensitivity.safetensors"
+SENSITIVITY = "sensitivity.safetensors"
 
 
 @contextmanager
@@ -155,7 +155,7 @@ class RunDirectory:
             raise InputError(f"resume: {problem}; give that of this run_dir, or resume=auto")
 
     def check_fingerprint(self, now: Mapping[str, Any], force: bool) -> list[str]:
-        """Refuse to go on from blocks that were made from something else.
+        """Refuse to go on from blocks that were made from something else; drop a sensitivity that was.
 
         Returns:
             What differs, with `force`.
@@ -164,15 +164,18 @@ class RunDirectory:
             InputError: naming every key that differs, with its old and new value.
         """
         before = self.read("fingerprint.json")
-        different = differences(before, now) if before else []
-        if not different or not (any(self.blocks.glob("*")) or any(self.checkpoints.glob("*"))):
-            return []
+        different = differences(before, json.loads(_json(now))) if before else []
+        used = any(self.blocks.glob("*")) or any(self.checkpoints.glob("*"))
         changes = ", ".join(different)
-        if not force:
+        if different and used and not force:
             raise InputError(
                 f"run_dir: what {self.root} holds was made with other values: {changes}; restore them, give another "
                 "run_dir, or go on regardless with resume.force=true"
             )
+        if not all(change.startswith("training.") for change in different):  # of which it is not made
+            self.manifest.forget(self.root / SENSITIVITY)
+        if not different or not used:
+            return []
         logger.warning("resume.force: going on although values differ: %s", changes)
         return different
 

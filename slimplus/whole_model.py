@@ -19,6 +19,7 @@ from slimplus.nn.fake_quantized import ScaledLinear
 from slimplus.progress import track
 from slimplus.quantization.budget import allocate, bit_costs, byte_costs
 from slimplus.training.block import BlockData, load_packed_block, packed_tensors, search_windows
+from slimplus.training.checkpoints import END_TO_END
 from slimplus.training.end_to_end import EndToEnd, EndToEndConfig
 from slimplus.training.fit import Fit
 from slimplus.training.optimizers import RateConfig
@@ -49,7 +50,8 @@ def measure(job: Job) -> dict[str, Tensor]:
         gradients[span] = job.model.sampled_gradient(tokens[span], hidden[-1][span], runner, seed).cpu()
     tables, channels = {}, []
     for index in track(list(reversed(range(job.block_count))), "sensitivity"):
-        channels.append(ranks.sum(gradients.square().sum((0, 1)).double()).float())
+        salience = gradients.square().sum((0, 1)).double().to(runner.device)  # where the ranks can sum it
+        channels.append(ranks.sum(salience).float().cpu())
         data = BlockData(runner.load(job.model.blocks[index]), hidden[index], inputs.arguments[index], runner, ranks)
         statistics, gradients = backward_statistics(data, windows, _given(gradients))
         for name, table in block_tables(data, statistics, settings.widths, settings).items():
@@ -62,11 +64,7 @@ def _given(gradients: Tensor) -> OutputGradient:
 
 
 def allocate_model(job: Job, tables: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    """Widths by layer that keep the summed sensitivity the smallest.
-
-    Raises:
-        InputError: if no widths fit `quantization.size_bytes`.
-    """
+    """Widths by layer that keep the summed sensitivity the smallest; `check_budget` has seen that there are any."""
     settings, size = job.quantizer.quantization, job.recipe.quantization.size_bytes
     layers = quantized_linears(job.model.model)
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
@@ -83,9 +81,18 @@ def allocate_model(job: Job, tables: Mapping[str, Tensor]) -> dict[str, list[int
 
 
 def made_from(job: Job) -> str:
-    """Hash of what the training of the whole model starts from: the blocks, and its own keys."""
+    """Hash of what the training of the whole model starts from: the blocks, and those of its keys that matter."""
     job.run.open()  # the first rank has written blocks since the others read which files are complete
-    return digest(job.run.last_chain(job.block_count) + job.recipe.end_to_end.model_dump_json())
+    keys = job.recipe.end_to_end.model_dump_json(exclude={"accumulate_grad_batches", "activation_checkpointing"})
+    return digest(job.run.last_chain(job.block_count) + keys)
+
+
+def result(job: Job) -> str:
+    """Hash of what is exported, whether the whole model was trained or the blocks are the end of it."""
+    if job.tuned is not None:
+        return made_from(job)
+    job.run.open()
+    return job.run.last_chain(job.block_count)
 
 
 def train(job: Job, made_from: str) -> dict[str, Tensor]:
@@ -103,7 +110,7 @@ def train(job: Job, made_from: str) -> dict[str, Tensor]:
     fit = Fit(
         module,
         (tokens, *states),
-        "end_to_end",
+        END_TO_END,
         job.run.end_to_end_checkpoints(made_from),
         job.fabric,
         job.quantizer.fit,
@@ -116,6 +123,7 @@ def train(job: Job, made_from: str) -> dict[str, Tensor]:
         job.note("training end to end ended above the loss it began with; the blocks stay as they were")
         module = EndToEnd(_student(job), None, end_to_end_config(job), job.runner.precision)
     tuned = tuned_tensors(module.to("cpu").model, job.model.dtype)
+    job.save_metrics()  # before the tensors, whose presence ends the stage for good
     if job.fabric.is_global_zero:
         job.run.save_tuned(tuned, made_from)
     job.fabric.barrier()

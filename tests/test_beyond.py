@@ -74,13 +74,13 @@ def test_a_budget_in_bytes_is_kept(arguments: Arguments, tmp_path: Path) -> None
     packed = [t.nbytes for name, t in _weights(tmp_path).items() if "proj" in name]
     assert 0.97 * 44000 < sum(packed) <= 44000
     assert metrics["allocation_gap"] >= 0
-    with pytest.raises(InputError, match="quantization.allocation"):
+    with pytest.raises(InputError, match="quantization.size_bytes: .* the budget is 4,400 bytes; give more"):
         _run(arguments(tmp_path / "small", *keys, "quantization.size_bytes=4400"))
 
 
 def test_sensitivity_falls_with_the_width_in_every_layer(arguments: Arguments, tmp_path: Path) -> None:
     recipe = load_recipe(
-        arguments(tmp_path, "quantization.method=slimllm", "quantization.widths=[1,2,6]", "data.samples=64")
+        arguments(tmp_path, "quantization.allocation=model", "quantization.widths=[1,2,6]", "data.samples=64")
     )
     preemption = Preemption()
     job = prepare(recipe, start(recipe), preemption)
@@ -104,6 +104,9 @@ def test_end_to_end_helps_and_is_what_is_shipped(tuned: Path, arguments: Argumen
     assert "scales" in changed
     assert "weight" in changed  # of norms
     assert not any(name.startswith("qplane") for name in changed)  # the integers are frozen
+    again = _run(arguments(tmp_path, *TUNED, "quantization.allocation=model"))  # with the tensors that it had kept
+    assert again["perplexity"]["quantized"] == metrics["perplexity"]["quantized"]
+    assert all(torch.equal(tensor, after[name]) for name, tensor in _weights(tmp_path).items())
 
 
 def test_the_checkpoint_holds_the_trained_model_bit_for_bit(tuned: Path) -> None:

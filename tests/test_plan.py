@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from slimplus import pipeline
+from slimplus.errors import InputError
 from slimplus.reading import load_recipe
 
 
@@ -21,6 +22,30 @@ def test_the_plan_of_a_size_has_that_size() -> None:
     assert "average bits               as many as fit the size" in plan
     assert "-> 2.42 GB packed" in plan
     assert f"effective bits per weight  {8 * 1.9e9 / 6_476_005_376:.3f}" in plan
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (
+            "quantization.size_bytes=500_000_000",
+            r"quantization\.size_bytes: .* cost .* and the budget is 500,000,000",
+        ),
+        (
+            "quantization.widths=[1,4]",
+            r"quantization\.widths: .*\[1, 2, 3, 4\]",
+        ),
+        (
+            "data.sequence_length=4096",
+            r"data\.sequence_length: 4096 tokens are more than the model takes; give at most 2048",
+        ),
+        ("data.evaluation.sequence_length=4096", r"data\.evaluation\.sequence_length: 4096 tokens"),
+    ],
+)
+def test_what_the_shapes_do_not_allow_is_said_before_any_work(keys: str, said: str) -> None:
+    recipe = load_recipe(["recipe=llama7b_2bit", "dry_run=true", "quantization.allocation=model", *keys.split()])
+    with pytest.raises(InputError, match=said):
+        pipeline.dry_run(recipe)
 
 
 def test_8_bit_scales_make_the_plan_smaller() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -59,10 +60,49 @@ def test_named_texts_and_hub_ids_are_left_to_their_loaders(name: str) -> None:
 
 
 def test_a_dry_run_with_architecture_values_needs_no_input() -> None:
-    missing = ["model.path=/nowhere", "data.calibration.path=nothing.txt"]
-    check_inputs(load_recipe(["recipe=llama7b_2bit", "dry_run=true", *missing]))
+    dry = ["recipe=llama7b_2bit", "dry_run=true", "data.calibration.path=nothing.txt"]
+    check_inputs(load_recipe(dry))
+    other = ["model.path=/nowhere"]  # another model than the recipe's, which the recipe's architecture says nothing of
     with pytest.raises(RecipeError, match=r"model\.path: /nowhere does not exist"):
-        check_inputs(load_recipe(["recipe=llama7b_2bit", "dry_run=true", "model.config=null", *missing]))
+        check_inputs(load_recipe([*dry, *other]))
+    check_inputs(load_recipe([*dry, *other, "model.config={model_type: opt}"]))
+
+
+@pytest.mark.parametrize("path", ["org/a--b", "org/model.", "org/.."])
+def test_an_id_that_the_hub_does_not_take(path: str) -> None:
+    (line,) = input_problems(f"model.path={path}")
+    assert line.startswith(f"model.path: {path} is no local folder and cannot be had from the hub (HFValidationError")
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ("training.optimizer=adamw_8bit", "training.optimizer"),
+        ("end_to_end.optimizer=adamw_8bit end_to_end.teacher=nf4", "end_to_end.optimizer and end_to_end.teacher"),
+        ("end_to_end.epochs=0 end_to_end.teacher=int8", None),
+    ],
+)
+def test_bitsandbytes_is_looked_for_where_it_is_needed(
+    monkeypatch: pytest.MonkeyPatch, keys: str, named: str | None
+) -> None:
+    arguments = ["model.path=org/name", *keys.split()]
+    check_inputs(load_recipe([DEMO, *arguments, "end_to_end.epochs=0", "training.optimizer=auto"]))
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "bitsandbytes" else find(name))
+    if named is None:
+        check_inputs(load_recipe([DEMO, *arguments]))
+    else:
+        assert input_problems(*arguments) == [f"{named}: bitsandbytes is not installed; pip install bitsandbytes"]
+
+
+def test_run_dir_must_be_a_folder_or_made_in_one(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for run_dir in (file, file / "run"):
+        assert input_problems("model.path=org/name", f"run_dir={run_dir}") == [
+            f"run_dir: {file} is a file; give a folder"
+        ]
+    check_inputs(load_recipe([DEMO, "model.path=org/name", f"run_dir={tmp_path}/new/run"]))
 
 
 @pytest.mark.parametrize("path", ["./nowhere", "~/nowhere", "/nowhere", "nowhere", "a/b/c"])

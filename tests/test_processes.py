@@ -70,3 +70,14 @@ def test_a_bad_step_of_one_process_is_skipped_by_all(arguments: Arguments, tmp_p
     assert first["skipped_steps"] == 1
     assert first["loss"] < first["calibrated_loss"]
     assert second["events"][-1].endswith("the calibrated quantizers are kept")
+
+
+@pytest.mark.slow
+def test_bad_input_that_one_process_finds_ends_the_job_as_bad_input(arguments: Arguments, tmp_path: Path) -> None:
+    """And not as a loss that passes, after which a scheduler would start the job again, and again."""
+    devices = ("trainer.accelerator=cpu", "trainer.devices=2", "training.batch_size=2")
+    status, said = finish(start(arguments(tmp_path / "run", *devices), rank=1, largest_batch=0))
+    assert status == 2, said
+    assert "out of device memory; give a larger training.accumulate_grad_batches" in said
+    assert "process 1 of this machine has said above what is wrong with the input" in said
+    assert "the same command" not in said

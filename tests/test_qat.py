@@ -185,7 +185,7 @@ def test_losses() -> None:
         reconstruction_loss(OUTPUTS, TARGETS, LossConfig("mse")), torch.nn.functional.mse_loss(OUTPUTS, TARGETS)
     )
     torch.testing.assert_close(normalized_error(OUTPUTS, TARGETS), (errors / energies).mean())
-    kept = (errors / energies).flatten().sort().values[:12]
+    kept = (errors / energies).sort().values[:, :6]  # of each window, so that windows may be taken one by one
     torch.testing.assert_close(reconstruction_loss(OUTPUTS, TARGETS, LossConfig(leave_out=0.25)), kept.mean())
 
 

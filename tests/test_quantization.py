@@ -25,7 +25,7 @@ from slimplus.quantization.calibration import CalibrationConfig, calibrate_group
 from slimplus.quantization.linear import QuantizationConfig, quantize_linear
 from slimplus.quantization.packing import count_bits, pack, packed_shapes, packed_size, unpack
 from slimplus.quantization.refit import output_error, refit_qparams
-from slimplus.quantization.salience import HessianAccumulator, invert_hessian
+from slimplus.quantization.salience import HessianAccumulator, group_salience, invert_hessian
 
 GROUP_SIZES = (16, 32, 64, 128)
 
@@ -260,6 +260,25 @@ def test_dead_columns_become_zero_and_the_hessian_is_left_alone() -> None:
     assert torch.equal(hessian, before)
     assert inverse.dead.nonzero().flatten().tolist() == [7]
     assert (quantized.dequantize()[:, 7] == 0).all()
+
+
+def test_groups_whose_inputs_are_always_zero_are_not_salient() -> None:
+    weight, hessian = _layer()
+    hessian = hessian * 1e-3  # so that the ones in the places of dead columns are large
+    hessian[:64] = hessian[:, :64] = 0
+    salience = group_salience(weight, invert_hessian(hessian), 64)
+    assert salience[0] == 0
+    assert (salience[1:] > 0).all()
+
+
+def test_a_layer_that_is_never_fed_anything_keeps_its_grid() -> None:
+    weight, _ = _layer()
+    nothing = torch.zeros(160, 160)
+    config = QuantizationConfig("gptq", 2, 64)
+    quantized = quantize_linear(weight, uniform_bits(160, 64, 2), nothing, invert_hessian(nothing), config).weight
+    scale, zero_point = refit_qparams(weight, quantized, nothing)
+    assert torch.equal(scale, quantized.scale)
+    assert torch.equal(zero_point, quantized.zero_point)
 
 
 def test_damping_rises_until_the_hessian_can_be_inverted(caplog: pytest.LogCaptureFixture) -> None:

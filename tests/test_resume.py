@@ -20,6 +20,7 @@ from slimplus.errors import InputError
 from slimplus.files import clean, replace_folder, staging_folder
 from slimplus.manifest import Manifest
 from slimplus.reading import load_recipe
+from slimplus.run import SENSITIVITY, RunDirectory
 
 PACKED = "packed/model.safetensors"
 
@@ -210,6 +211,18 @@ def test_a_changed_recipe_goes_on_with_force(
     before = len(metrics(copy)["events"])
     run(changed[:-1])  # once forced, this is what the run is made with
     assert len(metrics(copy)["events"]) == before
+
+
+@pytest.mark.parametrize(("key", "stays"), [("quantization.widths", False), ("training.epochs", True), (None, True)])
+def test_a_sensitivity_of_other_values_is_measured_again(tmp_path: Path, key: str | None, stays: bool) -> None:
+    """Before the first block there is nothing else to go on from, and a changed recipe is not refused."""
+    folder = RunDirectory(tmp_path)
+    folder.open()
+    made_from = {"quantization.widths": [1, 2], "training.epochs": 8, "training.width_rates": {1: 0.5}}
+    folder.write("fingerprint.json", made_from)
+    folder.save_tensors(SENSITIVITY, {"channels": torch.ones(2)}, "")
+    assert folder.check_fingerprint(made_from | ({key: 3} if key else {}), force=False) == []
+    assert (folder.load_tensors(SENSITIVITY, "") is not None) == stays
 
 
 def test_other_weights_under_the_same_name_are_refused(copy: Path, arguments: Arguments, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import torch
 from fuzzing import Bomb, damaged, fuzz, refusal
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.fabric import Fabric
 
 from slimplus.allocation_file import read_allocation
 from slimplus.errors import InputError
 from slimplus.manifest import Manifest
-from slimplus.training.checkpoints import BlockCheckpoints
+from slimplus.training.checkpoints import Attempt, BlockCheckpoints
 
 
 @pytest.mark.parametrize("damage", ["pickle", "cut", "empty"])
@@ -31,6 +33,16 @@ def test_training_checkpoints_hold_tensors_and_plain_values_only(tmp_path: Path,
     with pytest.raises(InputError, match=r"last\.ckpt is no checkpoint of tensors and plain values; delete"):
         checkpoints.load_checkpoint(checkpoints.path)
     assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize(("share", "kept"), [(4, True), (8, True), (2, False)])
+def test_a_split_that_more_devices_cannot_take_is_given_up(tmp_path: Path, share: int, kept: bool) -> None:
+    checkpoints, fabric = BlockCheckpoints(tmp_path, Manifest(tmp_path), "before"), Fabric(accelerator="cpu", devices=1)
+    first = Attempt("before", parts=1)
+    checkpoints.renew(replace(first, split=4, events=("out of memory",)))
+    attempt, found = checkpoints.begin(first, fabric, share)
+    assert attempt.split == (4 if kept else 1)
+    assert not found
 
 
 @fuzz(1000)

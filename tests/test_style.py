@@ -34,6 +34,7 @@ SEES_THE_RECIPE = {
     "cli",
     "run",
     "job",
+    "shapes",
     "pipeline",
     "train",
 }

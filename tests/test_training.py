@@ -258,11 +258,27 @@ def test_autocast_trains_in_bfloat16_and_keeps_parameters_in_float32(
     assert all(g is not None and g.dtype == torch.float32 and torch.isfinite(g).all() for g in gradients)
 
 
+@pytest.mark.parametrize("precision", ["16-mixed", "32-true"])
+def test_small_gradients_survive_float16(
+    block_and_inputs: tuple[nn.Module, BlockInputs], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mean over thousands of tokens of large energy has gradients below the smallest number of float16."""
+    original, result = _quantize(block_and_inputs, "slimllm")
+    hidden, arguments = block_and_inputs[1].hidden[:1], block_and_inputs[1].arguments[0]
+    block = fake_quantized_block(original, result, QuantizerConfig(None, {}))
+    module = BlockReconstruction(block, arguments, ReconstructionConfig(1, 1), precision)
+    monkeypatch.setattr(module, "log", lambda *_, **__: None)
+    monkeypatch.setattr(module, "loss", lambda batch: 1e-7 * normalized_error(module(batch[0]), batch[1]))
+    module.training_step((hidden, run_block(original, hidden, arguments)), 0).backward()
+    gradients = [p.grad for p in module.parameters() if p.requires_grad]
+    assert all(g is not None and g.isfinite().all() and (g != 0).float().mean() > 0.9 for g in gradients)
+
+
 class _Noisy(QuantizerTraining):
     """Its loss is higher while it trains than when it is measured, as that of an epoch is than that of its end."""
 
     def __init__(self, config: TrainingConfig, noise: float) -> None:
-        super().__init__(config)
+        super().__init__(config, "32-true")
         self.value, self.noise = nn.Parameter(torch.ones(4)), noise
 
     def kinds(self) -> list[ParameterKind]:

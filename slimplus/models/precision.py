@@ -10,6 +10,14 @@ AUTOCAST_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-
 """Lightning's name of a precision → dtype of autocast, None for none."""
 
 
+LOSS_SCALES = {"16-mixed": 2.0**16}
+"""Precision → factor on a loss before its backward; 1 for the others.
+
+A mean over thousands of tokens has gradients that float16 rounds to zero. The factor is the one that PyTorch's
+GradScaler begins with. No optimizer here depends on it: one takes signs, the other divides by the gradient's size.
+"""
+
+
 def resolve_precision(precision: str, device: torch.device) -> str:
     """`auto` is bfloat16 where the processor multiplies it natively (else it is emulated, and slower than float32)."""
     if precision != "auto":

@@ -94,7 +94,7 @@ class FakeQuantizedLinear(nn.Module):
         weight: the calibrated weight.
         bias: `[out]` or None, frozen.
         width_rates: width → factor on the learning rates of its groups; 1 for those not named. It is a factor on the
-            parameters, which is the same for a sign step and an Adam.
+            parameters, which is the same for a sign step and an Adam; what bounds a parameter is scaled with it.
 
     Attributes:
         bound: of `elements`.

@@ -8,7 +8,7 @@ to changing (the core, doi.org/10.1016/0377-2217(94)00015-8) then spends what th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +54,30 @@ def byte_costs(rows: int, columns: int, group_size: int, widths: Sequence[int], 
     return costs
 
 
+def check_budget(costs: Iterable[Tensor], widths: Sequence[int], budget: int, exact: bool) -> None:
+    """Check that some widths meet a budget; the arguments are those of `allocate`.
+
+    Raises:
+        ValueError: if the narrowest cost more than it or, where it is to be met exactly, the widest less, or if what
+            one group can change does not divide it.
+    """
+    cost = torch.cat([table.T for table in costs])
+    least, most, unit = _range(cost)
+    if not least <= budget or (exact and budget > most):
+        raise ValueError(f"the widths {list(widths)} cost {least:,} to {most:,}, and the budget is {budget:,}")
+    rest = (budget - least) % unit
+    if exact and rest:
+        raise ValueError(
+            f"the widths {list(widths)} cannot cost {budget:,} exactly, only {budget - rest:,} or "
+            f"{budget - rest + unit:,}"
+        )
+
+
+def _range(cost: Tensor) -> tuple[int, int, int]:
+    """Least and largest sum of the costs `[groups, widths]`, and the unit of what they can be between these."""
+    return int(cost[:, 0].sum()), int(cost[:, -1].sum()), math.gcd(*(cost[:, 1:] - cost[:, :-1]).unique().tolist()) or 1
+
+
 def allocate(
     losses: Mapping[str, Tensor], costs: Mapping[str, Tensor], widths: Sequence[int], budget: int, exact: bool
 ) -> Allocation:
@@ -73,15 +97,11 @@ def allocate(
         if not table.isfinite().all():
             raise ValueError(f"{name} has a sensitivity that is not finite")
     loss = torch.cat([table.T.double().cpu() for table in losses.values()])  # [groups, widths]
+    check_budget([costs[name] for name in losses], widths, budget, exact)
     cost = torch.cat([costs[name].T.cpu() for name in losses])
-    least, most = int(cost[:, 0].sum()), int(cost[:, -1].sum())
-    if not least <= budget or (exact and budget > most):
-        raise ValueError(f"the widths {list(widths)} cost {least} to {most}, and the budget is {budget}")
-    unit = math.gcd(*(cost[:, 1:] - cost[:, :-1]).unique().tolist())
+    least, _, unit = _range(cost)
     spent = (cost - cost[:, :1]) // unit  # beyond the narrowest width
-    room, rest = divmod(budget - least, unit)
-    if exact and rest:
-        raise ValueError(f"the budget {budget} cannot be met exactly, only {budget - rest} or {budget - rest + unit}")
+    room = (budget - least) // unit
     choice, price = _relaxed(loss, spent, room, exact)
     room -= int(spent.gather(1, choice[:, None]).sum())
     bound = float(loss.gather(1, choice[:, None]).sum()) - price * room

@@ -43,6 +43,7 @@ def _refit_rows(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> 
     residual = weight - dequantize(integers, scale, zero_point, group_size)
     normal, moment = _normal_equations(integers.float(), residual, hessian, group_size)
     ridge = RIDGE * normal.diagonal(dim1=1, dim2=2).mean(dim=1, keepdim=True)
+    ridge = ridge.clamp(min=torch.finfo(ridge.dtype).tiny)  # where no input of the layer is ever other than zero
     step = torch.linalg.solve(normal + torch.diag_embed(ridge.expand_as(moment)), moment)
     new_scale, offset = (torch.cat([scale, -scale * zero_point], dim=1) + step).chunk(2, dim=1)
     new_scale = storable_scale(torch.where(new_scale > 0, new_scale, scale), quantized.scale_bits)

@@ -83,8 +83,11 @@ def invert_hessian(hessian: Tensor, percdamp: float = 0.01) -> InverseHessian:
 
 
 def element_salience(weight: Tensor, inverse: InverseHessian) -> Tensor:
-    """`δ_ij = w_ij² / U_jj²`, `[out, in]`: the loss that removing one weight costs (as the reference code has it)."""
-    return weight.square() / inverse.upper.diagonal().square()
+    """`δ_ij = w_ij² / U_jj²`, `[out, in]`: the loss that removing one weight costs (as the reference code has it).
+
+    Nothing, in a column whose input is always zero.
+    """
+    return (weight.square() / inverse.upper.diagonal().square()).masked_fill(inverse.dead, 0)
 
 
 def group_salience(weight: Tensor, inverse: InverseHessian, group_size: int) -> Tensor:

@@ -20,6 +20,7 @@ from slimplus.manifest import Manifest
 logger = logging.getLogger(__name__)
 
 CHECKPOINT, ATTEMPT = "last.ckpt", "attempt.json"
+END_TO_END = "end_to_end"  # the training of the whole model, beside those of the blocks
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,16 @@ class BlockCheckpoints(TorchCheckpointIO):
         self.folder, self.manifest, self.made_from = folder, manifest, made_from
         self.path = folder / CHECKPOINT
 
-    def begin(self, first: Attempt, fabric: Fabric) -> tuple[Attempt, bool]:
-        """The attempt to go on with, which is `first` unless a later one is kept, and whether it has a checkpoint."""
+    def begin(self, first: Attempt, fabric: Fabric, share: int) -> tuple[Attempt, bool]:
+        """The attempt to go on with, which is `first` unless a later one is kept, and whether it has a checkpoint.
+
+        A kept one whose parts do not divide `share`, a device's windows of a step, was made with fewer devices.
+        """
         attempt, found = first, False
         if fabric.is_global_zero:
             kept = self._read()
-            if kept is not None and replace(kept, split=1, restarts=0, events=()) == first:
+            same = kept is not None and replace(kept, split=1, restarts=0, events=()) == first
+            if kept is not None and same and share % (kept.parts * kept.split) == 0:
                 attempt, found = kept, self.manifest.names(self.path)
             else:
                 if kept is not None:

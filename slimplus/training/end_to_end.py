@@ -25,7 +25,7 @@ from slimplus.training.module import QuantizerTraining, TrainingConfig
 from slimplus.training.optimizers import ParameterKind, RateConfig
 from slimplus.training.teacher import Teacher
 
-JUDGED = 16  # windows a rank judges the model by before training: a pass over all of them takes as long as an epoch
+JUDGED = 16  # windows a rank judges the model by before and after training: all of them take as long as an epoch
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,11 @@ class EndToEnd(QuantizerTraining):
     """
 
     config: EndToEndConfig
+    judged_on_all = False
 
     def __init__(self, model: PreTrainedModel, teacher: Teacher | None, config: EndToEndConfig, precision: str) -> None:
-        super().__init__(config)
-        self.model, self.precision_name = model.requires_grad_(False), precision
+        super().__init__(config, precision)
+        self.model = model.requires_grad_(False)
         self._teacher: tuple[Teacher | None] = (teacher,)  # in a tuple: no part of what is trained, moved or sharded
         for block in find_blocks(model):
             for module in block.modules():

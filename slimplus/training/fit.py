@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from slimplus.errors import InputError
 from slimplus.signals import Preemption
-from slimplus.training.checkpoints import Attempt, BlockCheckpoints
+from slimplus.training.checkpoints import END_TO_END, Attempt, BlockCheckpoints
 from slimplus.training.module import QuantizerTraining
 from slimplus.training.ranks import Ranks
 from slimplus.training.sampling import StepSampler
@@ -130,7 +130,8 @@ class Fit:
         initial = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
         calibrated_loss = self._evaluate()
         first = Attempt(self.checkpoints.made_from, recipe.accumulate_grad_batches)
-        attempt, found = self.checkpoints.begin(first, self.fabric)
+        share = recipe.batch_size // self.fabric.world_size
+        attempt, found = self.checkpoints.begin(first, self.fabric, share)
         while attempt.restarts < len(RATES):
             for name, parameter in module.named_parameters():
                 if name in initial:
@@ -140,7 +141,8 @@ class Fit:
             if supervisor is not None and not supervisor.guard.diverged:
                 module.load_state_dict(supervisor.best, strict=False)
                 loss = supervisor.loss
-                if loss > calibrated_loss:  # the mean over an epoch lags behind the epoch's end
+                # The mean over an epoch lags behind the epoch's end.
+                if loss > calibrated_loss or not module.judged_on_all:
                     loss = self._evaluate()
                 return FitResult(loss, calibrated_loss, supervisor.guard.skipped, attempt.events)
             attempt, found = self._next(attempt, supervisor), False
@@ -170,8 +172,9 @@ class Fit:
         split = next((n for n in range(2 * attempt.split, windows + 1) if windows % n == 0), None)
         if split is None:
             raise InputError(
-                "out of device memory while one window is trained on; lower data.sequence_length, or share the "
-                "training by trainer.devices and trainer.strategy=deepspeed_stage_3; finished blocks are kept"
+                "out of device memory while one window is trained on; share the training by trainer.devices and "
+                "trainer.strategy=deepspeed_stage_3, for which finished blocks are kept, or lower data.sequence_length "
+                "in another run_dir"
             )
         event = f"out of device memory; {windows // split} windows at a time instead of {windows // attempt.split}"
         return replace(attempt, split=split, events=(*attempt.events, event))
@@ -226,9 +229,11 @@ class Fit:
                     raise KeyboardInterrupt from None
                 raise
             except torch.OutOfMemoryError as error:
-                if self.fabric.world_size > 1:  # the others wait in a collective
+                # Several processes wait for each other in a collective, and DeepSpeed has taken the module apart.
+                if self.fabric.world_size > 1 or config.strategy.startswith("deepspeed"):
+                    section = END_TO_END if self.name == END_TO_END else "training"
                     raise InputError(
-                        "out of device memory; give a larger training.accumulate_grad_batches, which changes no "
+                        f"out of device memory; give a larger {section}.accumulate_grad_batches, which changes no "
                         "result, and go on: finished blocks are kept"
                     ) from error
                 return None

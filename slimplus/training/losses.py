@@ -23,7 +23,7 @@ class LossConfig:
             energy, so that the few tokens whose activations are thousands of times larger than the others' ("Massive
             Activations in Large Language Models", arXiv 2402.17762) do not rule it; `after_norm` is the same behind
             the normalization that follows, which is what the next block reads.
-        leave_out: share of the tokens, those with the largest errors, that do not count.
+        leave_out: share of each window's tokens, those with the largest errors, that do not count.
         salient_channels: weight the channels of the output by their salience for what reads them.
         auxiliary: weight of a second error, against the full-precision block fed the quantized input (`aug_loss` of
             SliM-LLM+, arXiv 2405.14917).
@@ -57,8 +57,8 @@ def reconstruction_loss(
     else:
         errors = errors / (target.square() * weights).sum(-1).clamp(min=SMALLEST_ENERGY)
     if config.leave_out:
-        kept = errors.numel() - int(config.leave_out * errors.numel())
-        errors = errors.flatten().topk(kept, largest=False).values
+        tokens = errors.shape[-1]  # of a window, so that it does not matter how many are looked at together
+        errors = errors.topk(tokens - int(config.leave_out * tokens), largest=False).values
     return errors.mean()
 
 

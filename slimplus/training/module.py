@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from slimplus.models.precision import LOSS_SCALES
 from slimplus.training.optimizers import Name, ParameterKind, RateConfig, build_optimizer
 
 
@@ -43,18 +44,23 @@ class QuantizerTraining(L.LightningModule):
 
     Args:
         config: epochs, rates.
+        precision: Lightning's name of the precision to autocast to.
 
     Attributes:
         steps: of the whole training; set before it begins.
         slowdown: part of the learning rates that is used.
+        loss_scale: factor on the loss, and so on the gradients, that the precision needs.
+        judged_on_all: whether `evaluate` looks at every batch, as an epoch does.
     """
 
     steps: int
     slowdown = 1.0
+    judged_on_all = True
 
-    def __init__(self, config: TrainingConfig) -> None:
+    def __init__(self, config: TrainingConfig, precision: str) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.precision_name = config, precision
+        self.loss_scale = LOSS_SCALES.get(precision, 1.0)
         self._losses: list[Tensor] = []
         self.strict_loading = False  # a checkpoint holds what is trained
 
@@ -70,7 +76,7 @@ class QuantizerTraining(L.LightningModule):
         loss = self.loss(batch)
         self._losses.append(loss.detach())
         self.log("loss", loss, prog_bar=True, on_step=True, on_epoch=True, sync_dist=True)
-        return loss
+        return loss * self.loss_scale
 
     def take_loss(self) -> Tensor:
         """Mean loss of the batches since the last call."""

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 
 from lightning.fabric import Fabric
 
-from slimplus.errors import TemporaryFailure
+from slimplus.errors import InputError, TemporaryFailure
 
 INTERVAL, GRACE = 0.5, 10.0  # seconds between two looks, and for a process to end by itself once another has
-LOST, PREEMPTED = 75, 128 + signal.SIGTERM
+BAD_INPUT, LOST, PREEMPTED = 2, 75, 128 + signal.SIGTERM  # exit statuses
 
 
 @contextmanager
@@ -28,6 +28,7 @@ def watched(fabric: Fabric) -> Iterator[None]:
 
     Raises:
         TemporaryFailure: if the work failed because a process was lost.
+        InputError: if that ended because of its input.
     """
     launched: list[subprocess.Popen[bytes]] = getattr(fabric.strategy.launcher, "procs", [])
     children, parent = list(launched), os.getppid()
@@ -42,7 +43,7 @@ def watched(fabric: Fabric) -> Iterator[None]:
             if os.getppid() != parent:
                 os._exit(LOST)  # the first process has said why
             if lost := _lost(children):
-                raise TemporaryFailure(_sentence(*lost)) from error
+                raise (InputError if lost[1] == BAD_INPUT else TemporaryFailure)(_sentence(*lost)) from error
             time.sleep(INTERVAL / 4)
         raise
 
@@ -53,6 +54,8 @@ def _lost(children: list[subprocess.Popen[bytes]]) -> tuple[int, int] | None:
 
 
 def _sentence(rank: int, status: int) -> str:
+    if status == BAD_INPUT:
+        return f"process {rank} of this machine has said above what is wrong with the input"
     how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
     return f"process {rank} of this machine was {how}; the job cannot go on without it"
 
@@ -68,4 +71,4 @@ def _watch(children: list[subprocess.Popen[bytes]], parent: int) -> None:
     rank, status = lost
     sys.stderr.write(f"{_sentence(rank, status)}\n")
     sys.stderr.flush()
-    os._exit(status if status == PREEMPTED else LOST)
+    os._exit(status if status in (PREEMPTED, BAD_INPUT) else LOST)

@@ -68,8 +68,8 @@ class BlockReconstruction(QuantizerTraining):
         precision: str,
         surroundings: Surroundings = Surroundings(),
     ) -> None:
-        super().__init__(config)
-        self.block, self.arguments, self.precision_name = block, arguments, precision
+        super().__init__(config, precision)
+        self.block, self.arguments = block, arguments
         # In a tuple, so that the norm does not become a part of this module.
         self._surroundings: tuple[Surroundings] = (surroundings,)
 

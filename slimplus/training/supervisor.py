@@ -94,6 +94,7 @@ class Supervisor(Callback):
             return
         waited = trainer.is_global_zero and time.monotonic() - self._saved_at >= self.seconds
         norm, loss, asked, due = self._sum(trainer, pl_module.take_loss(), waited)
+        norm /= pl_module.loss_scale
         pl_module.log("grad_norm", norm)
         if self.guard.admits(norm):
             self.loss_sum += loss
