@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from slimplus.files import write_atomic
 from slimplus.machine import describe_machine
 from slimplus.nn import PackedLinear, prepare_inference
 from slimplus.quantization.affine import QuantizedWeight, storable_scale, storable_zero_point
@@ -40,6 +41,7 @@ def main() -> None:
         "--rows", type=int, nargs="+", default=[1, 4, 16, 32, 64, 128, 256, 512, 1024], help="of the input"
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path, default=RESULT, help="the JSON to write")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     packed = [packed_layer(arguments.features, seed) for seed in range(LAYERS)]
@@ -58,7 +60,7 @@ def main() -> None:
         if 1 in milliseconds
         else None,
     }
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    write_atomic(arguments.output, json.dumps(result, indent=2) + "\n")
 
 
 def packed_layer(features: int, seed: int) -> PackedLinear:

@@ -62,18 +62,24 @@ def main() -> None:
 
 def run(strategy: str, processes: int, steps: int, overrides: list[str]) -> dict[str, Any]:
     """One measurement, by as many processes as it takes."""
-    keys = [
-        *overrides,
-        *("quantization.method=slimllm_plus", f"trainer.strategy={strategy}", f"trainer.devices={processes}"),
-        *("training.epochs=1", f"training.batch_size={processes}", "training.accumulate_grad_batches=1"),
-        *(f"data.samples={processes * (steps + WARM_UP)}", f"data.evaluation.windows={processes}"),
-    ]
+    keys = measured_keys(strategy, processes, steps, overrides)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     with tempfile.TemporaryDirectory() as folder:
         command = [*launcher, __file__, "--measure", f"{folder}/row", *keys, f"run_dir={folder}/run"]
         subprocess.run(command, check=True, cwd=ROOT)
         ranks = [json.loads(Path(folder, f"row.{rank}").read_text()) for rank in range(processes)]
     return {"strategy": strategy, "processes": processes, "ranks": ranks}
+
+
+def measured_keys(strategy: str, processes: int, steps: int, overrides: list[str]) -> list[str]:
+    """The recipe of one measurement: one window a process and step, the first block alone."""
+    return [
+        *overrides,
+        *("quantization.method=slimllm_plus", f"trainer.strategy={strategy}", f"trainer.devices={processes}"),
+        *("training.epochs=1", f"training.batch_size={processes}", "training.accumulate_grad_batches=1"),
+        *(f"data.samples={processes * (steps + WARM_UP)}", f"data.evaluation.windows={processes}"),
+        "end_to_end.epochs=0",
+    ]
 
 
 class TimedReconstruction(BlockReconstruction):

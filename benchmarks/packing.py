@@ -4,7 +4,7 @@
 
 Packs one random block's weights again for every block, writes the checkpoint into a temporary folder (2.3 GB, removed
 at the end), and loads it in fresh processes, once with its pages dropped from the page cache and once with them in it.
-Writes one JSON with the machine, the versions and the commit into benchmarks/results/.
+Writes one JSON with the machine, the versions and the commit: benchmarks/results/packing.json, or `--output`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from slimplus.files import write_atomic
 from slimplus.hub.checkpoint import write_checkpoint
 from slimplus.hub.quantizer import SlimplusConfig
 from slimplus.machine import describe_machine
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=32, help="transformer blocks (LLaMA-7B has 32)")
     parser.add_argument("--hidden", type=int, default=4096, help="hidden size; the others follow")
     parser.add_argument("--folder", type=Path, help="where the temporary folder goes: the disk to measure")
+    parser.add_argument("--output", type=Path, default=RESULT, help="the JSON to write")
     parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.load:
@@ -63,7 +65,7 @@ def main() -> None:
         figures |= measure_loading(checkpoint)
     machine = describe_machine() | {"threads": torch.get_num_threads()}
     result = {"blocks": arguments.blocks, "hidden_size": arguments.hidden, "machine": machine, **figures}
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    write_atomic(arguments.output, json.dumps(result, indent=2) + "\n")
     sys.stdout.write(json.dumps(result, indent=2) + "\n")
 
 

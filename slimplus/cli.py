@@ -6,7 +6,6 @@ Nothing heavy is imported until the recipe, or the arguments, and their inputs h
 
 from __future__ import annotations
 
-import errno
 import logging
 import signal
 import sys
@@ -18,12 +17,11 @@ import yaml
 from slimplus.commands import benchmark, generate, inspect
 from slimplus.config import Recipe, keys
 from slimplus.console import BAD_INPUT, INTERRUPTED, PREEMPTED, TRY_AGAIN, WIDTH, Parser, write
-from slimplus.errors import InputError, TemporaryFailure
+from slimplus.errors import InputError, TemporaryFailure, is_full
 from slimplus.preflight import check_inputs
 from slimplus.reading import describe_type, load_recipe, recipe_file, recipe_names
 from slimplus.signals import Preempted, requeue
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 HELP = ("-h", "--help")
 COMMANDS = {"generate": generate, "inspect": inspect, "benchmark": benchmark}
 
@@ -102,7 +100,7 @@ def _run(recipe: Recipe) -> int:
         write(f"{failure}; {go_on}", sys.stderr)
         return TRY_AGAIN
     except OSError as error:
-        if error.errno not in FULL:
+        if not is_full(error):
             raise
         where = f" (writing {error.filename})" if error.filename else ""
         write(f"No space is left for {recipe.run_dir}{where}; free some, then {go_on}", sys.stderr)

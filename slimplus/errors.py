@@ -1,5 +1,9 @@
 """What the user can put right, and what passes."""
 
+import errno
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class InputError(ValueError):
     """Bad input: one sentence a line, each naming the key, file or tensor and the remedy."""
@@ -7,3 +11,13 @@ class InputError(ValueError):
 
 class TemporaryFailure(RuntimeError):
     """What is no fault of the input: a sentence that says what happened; the same command goes on afterwards."""
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether it says that a disk, or a quota on it, is full."""
+    return isinstance(error, OSError) and error.errno in FULL
+
+
+def first_line(error: BaseException) -> str:
+    """What it says, in one line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")

@@ -10,8 +10,9 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, TextStreamer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from slimplus.errors import InputError
+from slimplus.errors import InputError, first_line
 from slimplus.hub.checkpoint import load
+from slimplus.models.loading import UNREADABLE
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,9 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"--device: {name} cannot be used ({reason}); give cpu, or leave --device out") from error
+        raise InputError(
+            f"--device: {name} cannot be used ({first_line(error)}); give cpu, or leave --device out"
+        ) from error
     return device
 
 
@@ -73,10 +75,16 @@ def load_for_generation(folder: Path, device: str, dtype: str) -> LoadedModel:
         dtype: of what is not packed, and of the arithmetic; `auto` is as stored.
 
     Raises:
-        InputError: if there is no such device.
+        InputError: if there is no such device, or no tokenizer.
     """
-    model = load(folder, dtype=dtype, device_map=str(find_device(device)))
-    return LoadedModel(model.eval(), AutoTokenizer.from_pretrained(folder))
+    where = str(find_device(device))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except UNREADABLE as error:
+        raise InputError(
+            f"{folder} has no tokenizer that can be read ({first_line(error)}); export it again"
+        ) from error
+    return LoadedModel(load(folder, dtype=dtype, device_map=where).eval(), tokenizer)
 
 
 def stream(loaded: LoadedModel, prompt: str, sampling: Sampling, chat: bool = False) -> None:

@@ -41,11 +41,11 @@ def fuzz(examples: int) -> settings:
     return settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 
 
-def refusal(check: Callable[[], object]) -> str | None:
-    """What a check says against its input; any error but a clear one is not caught."""
+def refusal(check: Callable[[], object], kind: type[ValueError] = ValueError) -> str | None:
+    """What a check says against its input; any error but a clear one, of that kind, is not caught."""
     try:
         check()
-    except ValueError as error:
+    except kind as error:
         return str(error)
     return None
 

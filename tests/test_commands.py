@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -157,6 +158,49 @@ def test_a_path_that_leads_nowhere(finished: Path, make_model: ModelMaker, capsy
         said = capsys.readouterr().err
         assert sentence in said
         assert len(said.splitlines()) == 1
+
+
+def test_a_dense_model_on_the_hub_is_not_downloaded_to_be_refused(
+    monkeypatch: pytest.MonkeyPatch, make_model: ModelMaker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda _, name: str(make_model("llama") / name))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("downloads all of it"))
+    assert main(["inspect", "org/dense-70b"]) == 2
+    assert "is not a packed slimplus checkpoint; load it with transformers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [(errno.ENOSPC, "no space is left to download it"), (errno.EACCES, "cannot be had from the hub")],
+)
+def test_a_disk_that_is_full_is_not_a_wrong_id(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int, sentence: str
+) -> None:
+    def fail(*_: Any) -> str:
+        raise OSError(code, "as the system says")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    assert main(["inspect", "org/name"]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [1, "../../etc/passwd", "weights.bin", ".safetensors"])
+def test_an_index_names_safetensors_files_beside_it(
+    packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: Any
+) -> None:
+    copy = shutil.copytree(packed, tmp_path / "packed")
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    assert main(["inspect", str(copy)]) == 2
+    assert f"names {name!r}, which is no safetensors file" in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_a_tokenizer(packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = shutil.copytree(packed, tmp_path / "packed", ignore=shutil.ignore_patterns("tokenizer*"))
+    assert main(["generate", str(copy), "x"]) == 2
+    assert "has no tokenizer that can be read" in capsys.readouterr().err
+    (copy / "tokenizer_config.json").write_text("{")
+    assert main(["generate", str(copy), "x", "--chat"]) == 2
+    assert "tokenizer_config.json cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

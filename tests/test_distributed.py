@@ -27,11 +27,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks import distributed as scaling
 from slimplus import pipeline
 from slimplus.errors import InputError
 from slimplus.models.loading import ModelSource
 from slimplus.models.streaming import BlockRunner, StreamedModel
-from slimplus.preflight import check_inputs
+from slimplus.preflight import check_inputs, check_shares
 from slimplus.quantization.linear import Method, QuantizationConfig
 from slimplus.quantization.salience import HessianAccumulator
 from slimplus.reading import load_recipe
@@ -129,6 +130,12 @@ def test_windows_that_cannot_be_shared_evenly(keys: str, said: str) -> None:
     """Before PyTorch is loaded and a process started."""
     with pytest.raises(InputError, match=said):
         check_inputs(load_recipe([*SETTINGS, *keys.split()]))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_benchmarks_windows_can_be_shared(processes: int) -> None:
+    keys = scaling.measured_keys("ddp", processes, 10, [scaling.RECIPE, *scaling.METHOD])
+    check_shares(load_recipe(keys), processes)
 
 
 def test_torchrun_must_start_as_many_processes_as_the_recipe_says(monkeypatch: pytest.MonkeyPatch) -> None:

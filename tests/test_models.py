@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import TINY, ModelMaker
 from torch import nn
+from transformers import AutoConfig
 
 from slimplus.errors import InputError
 from slimplus.evaluation import perplexity
@@ -71,6 +76,28 @@ def test_an_unknown_architecture_is_named() -> None:
         find_blocks(build_on_meta(ModelSource.config_of({"model_type": "gpt2"})))
     with pytest.raises(InputError, match="'nothing' is no model_type"):
         ModelSource.config_of({"model_type": "nothing"})
+
+
+def test_values_that_an_architecture_does_not_take_are_named() -> None:
+    with pytest.raises(InputError, match=r"model\.config: no llama has such values \(.*hidden_size"):
+        ModelSource.config_of({"model_type": "llama", "hidden_size": "x"})
+
+
+def test_weights_cut_short_are_named(make_model: ModelMaker, tmp_path: Path) -> None:
+    folder = shutil.copytree(make_model("llama"), tmp_path / "model")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"model\.path: cannot load .*model' \("):
+        ModelSource(str(folder)).model()
+
+
+def test_a_full_disk_is_no_wrong_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/cache/blob")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", fail)
+    with pytest.raises(OSError, match="No space left"):
+        ModelSource("org/name").config()
 
 
 def test_a_model_that_cannot_be_had_is_named() -> None:

@@ -29,7 +29,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 import slimplus
 from slimplus import pipeline
@@ -114,6 +114,11 @@ def test_a_damaged_config_is_refused_or_describes_layers_of_bounded_size(checkpo
         ("quantization_config.modules", {}, "is in one of modules and shapes, not in both"),
         ("quantization_config.shapes", {}, "is in one of modules and shapes, not in both"),
         ("model_type", "no_such_model", "cannot be loaded"),
+        (
+            "model_type",
+            "gemma3n_text",
+            r"config\.json: model_type: 'gemma3n_text' is not supported; supported are llama",
+        ),
     ],
 )
 def test_claims_that_are_refused(checkpoint: Path, tmp_path: Path, key: str, value: Any, message: str) -> None:
@@ -127,6 +132,24 @@ def test_claims_that_are_refused(checkpoint: Path, tmp_path: Path, key: str, val
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=message):
         slimplus.load(copy)
+
+
+def test_where_a_checkpoint_lies_on_the_hub_is_asked_in_the_same_words(
+    monkeypatch: pytest.MonkeyPatch, checkpoint: Path
+) -> None:
+    """The check of config.json looks where `from_pretrained` is going to look."""
+    asked: list[dict[str, Any]] = []
+    read = PretrainedConfig.get_config_dict
+
+    def noted(path: Any, **arguments: Any) -> Any:
+        asked.append(arguments)
+        return read(checkpoint)
+
+    monkeypatch.setattr(PretrainedConfig, "get_config_dict", noted)
+    where = {"revision": "packed", "token": "secret", "subfolder": "inner"}
+    with pytest.raises(InputError):  # there is no such repository
+        slimplus.load("org/name", dtype=torch.float32, **where)
+    assert asked[0] == where
 
 
 # The tensors
@@ -344,7 +367,7 @@ def test_what_lists_a_damaged_checkpoint_refuses_it_or_gives_figures(checkpoint:
     for number in range(600):
         copy = shutil.copytree(checkpoint, tmp_path / "copy")
         DAMAGE[number % len(DAMAGE)](copy, generator)
-        said = refusal(lambda: read_contents(str(tmp_path / "copy")))
+        said = refusal(lambda: read_contents(str(tmp_path / "copy")), InputError)
         if said is None:
             contents = read_contents(str(copy))
             assert contents.compression > 0

@@ -60,8 +60,16 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def has_chat_template(folder: Path) -> bool:
-    """Whether the tokenizer saved in `folder` brings a chat template, in a file of its own or in its config."""
+    """Whether the tokenizer saved in `folder` brings a chat template, in a file of its own or in its config.
+
+    Raises:
+        InputError: if that is damaged.
+    """
     if any(folder.glob("chat_template.*")) or (folder / "additional_chat_templates").is_dir():
         return True
     file = folder / "tokenizer_config.json"
-    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get("chat_template"))
+    try:
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read ({error}); export or download the checkpoint again") from error
+    return isinstance(config, dict) and bool(config.get("chat_template"))

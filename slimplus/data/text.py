@@ -124,9 +124,13 @@ def check_source(path: str, split: Split) -> None:
         raise TextError(f"data.{split}.path: unknown text source {path!r}; give {_alternatives()}{guess}")
     if not file.is_file():
         raise TextError(f"data.{split}.path: there is no file {path!r}; give {_alternatives()}")
-    with file.open("rb") as lines:
-        if not any(line.strip() for line in lines):
-            raise TextError(f"data.{split}.path: {path!r} holds no text; give {_alternatives()}")
+    try:
+        with file.open("rb") as lines:
+            empty = not any(line.strip() for line in lines)
+    except OSError as error:
+        raise TextError(f"data.{split}.path: {path!r} cannot be read ({error.strerror}); make it readable") from error
+    if empty:
+        raise TextError(f"data.{split}.path: {path!r} holds no text; give {_alternatives()}")
 
 
 def _alternatives() -> str:

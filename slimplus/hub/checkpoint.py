@@ -25,6 +25,8 @@ from slimplus.hub.quantizer import SlimplusConfig, register
 from slimplus.nn import prepare_inference
 
 SHARD_BYTES = 2 * 2**30  # what is held in memory while a checkpoint is written
+# Of the arguments of `from_pretrained`, those that say where the files are.
+WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # What transformers and PyTorch raise for values in config.json that they do not expect.
 FROM_STRANGERS = (
     *(ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError),
@@ -133,7 +135,8 @@ def load(path: str | Path, *, fuse: bool = True, keep_dense: bool = False, **arg
 
 def _read(path: str | Path, arguments: dict[str, Any]) -> PreTrainedModel:
     try:
-        config, _ = PretrainedConfig.get_config_dict(path)
+        where = {key: value for key, value in arguments.items() if key in WHERE}
+        config, _ = PretrainedConfig.get_config_dict(path, **where)
         quantization = config.get("quantization_config")
         if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
             raise InputError(f"{path} is not a packed slimplus checkpoint; load it with transformers")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from slimplus.models.architectures import BLOCKS
 from slimplus.quantization.affine import MAX_BITS, SCALE_BITS
 from slimplus.quantization.packing import packed_shapes
 from slimplus.quantization.packing_checks import LARGEST_SIZE, check_layout
@@ -88,6 +89,9 @@ def check_architecture(values: Mapping[str, Any], modules: Iterable[str]) -> Non
     Raises:
         ValueError: naming the key.
     """
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in BLOCKS:  # of others, nobody knows what they build tensors from
+        raise ValueError(f"config.json: model_type: {_shown(kind)} is not supported; supported are {', '.join(BLOCKS)}")
     for key in SIZES:
         if values.get(key) is not None and not _is_size(values[key]):
             raise ValueError(f"config.json: {key}: {_shown(values[key])} is no size")

@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from slimplus.errors import InputError
+from slimplus.errors import InputError, first_line, is_full
 
 METHOD = "slimplus"
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
@@ -155,13 +155,18 @@ def checkpoint_folder(path: str) -> Path:
         raise InputError(f"{path} is a file; give the folder of a packed checkpoint")
     if not re.fullmatch(HUB_ID, path):
         raise InputError(f"{path} does not exist; give the folder of a packed checkpoint, or a hub id org/name")
-    from huggingface_hub import snapshot_download  # takes a while to import, and a local folder does not need it
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub import hf_hub_download, snapshot_download  # takes a while, and a local folder does not need it
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
+        _read_config(Path(hf_hub_download(path, "config.json")).parent)  # a dense model may have a hundred gigabytes
         return Path(snapshot_download(path, ignore_patterns=["*.bin", "*.pt", "*.pth"]))
-    except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        if is_full(error):
+            raise InputError(
+                f"{path}: no space is left to download it; free some, or set HF_HOME to another disk"
+            ) from error
+        reason = first_line(error)
         raise InputError(
             f"{path} is no folder here and cannot be had from the hub ({reason}); "
             "check the path, the hub id, the network and your login"
@@ -216,9 +221,14 @@ def _file_names(folder: Path) -> list[str]:
     if not index.is_file():
         return ["model.safetensors"]
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index} cannot be read ({error}); export or download the checkpoint again") from error
+    if wrong := [
+        name for name in names if not (isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*\.safetensors", name))
+    ]:
+        raise InputError(f"{index} names {wrong[0]!r}, which is no safetensors file; download the checkpoint again")
+    return sorted(names)
 
 
 def _open(file: Path) -> safe_open:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
 
 from slimplus.errors import InputError
+
+if TYPE_CHECKING:  # transformers imports this package while it is being imported itself
+    from transformers import PretrainedConfig, PreTrainedModel
 
 BLOCKS = {
     "llama": "model.layers",

@@ -8,10 +8,21 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from slimplus.errors import InputError
+from slimplus.errors import InputError, first_line, is_full
+
+UNREADABLE = (OSError, ValueError, SafetensorError, StrictDataclassError)  # what transformers raises for bad files
 
 
 class ModelLoadError(InputError):
@@ -39,9 +50,10 @@ class ModelSource:
         return arguments | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
 
     def _explain(self, error: Exception) -> ModelLoadError:
-        reason = str(error).strip().splitlines()[0]
+        if is_full(error):  # of a download
+            raise error
         return ModelLoadError(
-            f"model.path: cannot load '{self.path}' ({reason}); check the hub id and your login, "
+            f"model.path: cannot load '{self.path}' ({first_line(error)}); check the hub id and your login, "
             "or download the model and give its local folder"
         )
 
@@ -53,7 +65,7 @@ class ModelSource:
         """
         try:
             return AutoConfig.from_pretrained(self.path, **self._arguments())
-        except (OSError, ValueError) as error:
+        except UNREADABLE as error:
             raise self._explain(error) from error
 
     @staticmethod
@@ -61,14 +73,16 @@ class ModelSource:
         """A configuration from the defaults of `values["model_type"]` and the other values.
 
         Raises:
-            ModelLoadError: for an unknown architecture.
+            ModelLoadError: for an unknown architecture, or values that it does not take.
         """
         others = dict(values)
         model_type = others.pop("model_type", None)
+        if model_type not in CONFIG_MAPPING:
+            raise ModelLoadError(f"model.config: {model_type!r} is no model_type of transformers")
         try:
             return AutoConfig.for_model(model_type, **others)
-        except ValueError as error:
-            raise ModelLoadError(f"model.config: {model_type!r} is no model_type of transformers") from error
+        except (ValueError, StrictDataclassError) as error:
+            raise ModelLoadError(f"model.config: no {model_type} has such values ({first_line(error)})") from error
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer.
@@ -78,7 +92,7 @@ class ModelSource:
         """
         try:
             return AutoTokenizer.from_pretrained(self.path, **self._arguments())
-        except (OSError, ValueError) as error:
+        except UNREADABLE as error:
             raise self._explain(error) from error
 
     def model(self) -> PreTrainedModel:
@@ -94,7 +108,7 @@ class ModelSource:
             arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
         try:
             model = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype, **arguments)
-        except (OSError, ValueError) as error:
+        except UNREADABLE as error:
             raise self._explain(error) from error
         return model.eval().requires_grad_(False)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from slimplus.nn.int4 import Int4Weight
 from slimplus.nn.int8 import Int8Weight
 from slimplus.nn.packed import PackedLinear
-from slimplus.nn.shards import FusedShards
+from slimplus.nn.shards import OLDEST, FusedShards
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers of one module that every architecture we know feeds the same tensor."""
@@ -42,7 +42,10 @@ class Projections:
 
     def _kind(self, dtype: torch.dtype, rows: int) -> type[Form] | None:
         first = self.layers[0]
-        forms = FORMS.get(first.scales.device.type, ())
+        device = first.scales.device
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST:
+            return None
+        forms = FORMS.get(device.type, ())
         return next((form for form in forms if form.takes(dtype, rows, self._widths, first.group_size)), None)
 
     def __call__(self, inputs: Tensor, layer: PackedLinear, dtype: torch.dtype) -> Tensor:

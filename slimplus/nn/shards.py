@@ -42,8 +42,6 @@ class FusedShards:
         """Whether the kernels take inputs of so many rows."""
         from slimplus.kernels.packed_matmul import MAX_TOKENS  # Triton, which a machine without a GPU may lack
 
-        if torch.cuda.get_device_capability() < OLDEST:
-            return False
         half = dtype in (torch.float16, torch.bfloat16)
         return half and 0 < rows <= MAX_TOKENS and can_multiply(dict.fromkeys(widths, 1), group_size)
 
