@@ -335,7 +335,8 @@ def _metrics(
     }
     before, made_before = run.read("metrics.json"), run.read("fingerprint.json")
     measured = ("perplexity", "sentence")
-    same = all(made_before.get(key) == made_from[key] for key in ("model.path", "model.dtype", "trainer.precision"))
+    decisive = ("model.path", "model.gguf_file", "model.dtype", "model configuration", "trainer.precision")
+    same = all(made_before.get(key) == made_from[key] for key in decisive)
     if not same or before.get("evaluation", {}).get("fingerprint") != evaluation.fingerprint:
         before = {key: value for key, value in before.items() if key not in measured}
     return {"perplexity": {}, "seconds": {}, "events": []} | before | fresh

@@ -110,9 +110,11 @@ def quantize_blocks(job: Job) -> None:
     made_from = ""
     with job.stage("blocks"):
         inputs = job.model.block_inputs(job.shard(job.calibration.tokens), job.runner)
-        full = quantized = inputs.hidden
+        full, all_arguments = inputs.hidden, inputs.arguments
+        quantized = full
+        del inputs  # so that the first block's inputs go when the second one's are there
         for index, block in track(list(enumerate(job.model.blocks)), "quantizing"):
-            arguments = inputs.arguments[index]
+            arguments = all_arguments[index]
             original = job.runner.load(block)
             targets = job.runner.run(original, full, arguments) if job.quantizer.trains else full
             if (stored := job.stored_block(index, made_from)) is not None:

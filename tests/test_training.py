@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Literal
 
@@ -300,3 +302,20 @@ def test_a_training_is_judged_by_its_end(tmp_path: Path, noise: float, target: f
     measured = float(module.evaluate([(data,)]))
     if noise:
         assert result.loss == pytest.approx(measured)
+
+
+def test_a_training_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Its windows and its block are gone with the last name for them, not when Python next looks for cycles."""
+    gc.collect()
+    gc.disable()
+    try:
+        module = _Noisy(TrainingConfig(1, 1, optimizer="sign_sgd", grid=RateConfig(0.1, "constant")), 0.0)
+        data = torch.zeros(3, 4)
+        where = FitConfig(1, 1, "auto", "none", tmp_path / "logs", seed=0, checkpoint_seconds=3600)
+        checkpoints = BlockCheckpoints(tmp_path / "checkpoints", Manifest(tmp_path), "")
+        Fit(module, (data,), "toy", checkpoints, launch("cpu", 1, 1, "auto"), where, Preemption())()
+        left: list[weakref.ref[object]] = [weakref.ref(data), weakref.ref(module)]
+        del data, module
+        assert [each() for each in left] == [None, None]
+    finally:
+        gc.enable()

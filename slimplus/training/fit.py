@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import logging
 import warnings
 from collections.abc import Iterator
@@ -138,6 +139,10 @@ class Fit:
                     parameter.data = initial[name].to(parameter.device, copy=True)
             module.slowdown = RATES[attempt.restarts]
             supervisor = self._attempt(attempt, found)
+            # The Trainer and what it made refer to each other, and to the windows and the block: gigabytes, of which
+            # Python would let those of dozens of blocks pile up before it looks for such cycles by itself.
+            module.trainer = None
+            gc.collect()
             if supervisor is not None and not supervisor.guard.diverged:
                 module.load_state_dict(supervisor.best, strict=False)
                 loss = supervisor.loss
