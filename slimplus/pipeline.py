@@ -67,7 +67,7 @@ def dry_run(recipe: Recipe) -> str:
     calibration, length = (recipe.data.samples, recipe.data.sequence_length), recipe.data.evaluation.sequence_length
     outer = outer_bits(model, settings.embedding_bits, settings.head_bits)
     grid = (settings.bits, settings.group_size, settings.scale_bits, settings.size_bytes)
-    return str(make_plan(model, *grid, outer, calibration, length))
+    return str(make_plan(model, *grid, outer, calibration, length, recipe.end_to_end.epochs > 0))
 
 
 def measure_full_precision(job: Job) -> None:

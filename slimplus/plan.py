@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from torch import nn
 from transformers import PreTrainedModel
 
-from slimplus.models.architectures import blocks_path, find_blocks, find_linears
+from slimplus.models.architectures import find_blocks, quantized_linears
 from slimplus.quantization.affine import group_count
 from slimplus.quantization.packing import packed_size
 
@@ -38,8 +37,8 @@ class Plan:
         other_bytes: the rest of the model, at 16 bits.
         host_bytes: rough peak of main memory, where the device is the CPU: the model, and the larger of one block in
             training beside three sets of hidden states, and one window's logits.
-        device_bytes: rough peak on the device: embedding and head, and the larger of one block in training and one
-            window's logits.
+        device_bytes: rough peak on the device: embedding and head, and the largest of one block in training, one
+            window's logits, and the whole model in training, its activations apart.
     """
 
     architecture: str
@@ -107,6 +106,7 @@ def make_plan(
     outer_bits: dict[str, int],
     calibration: tuple[int, int],
     evaluation_length: int,
+    end_to_end: bool,
 ) -> Plan:
     """Plan for `model`, which may lie on the meta device.
 
@@ -119,28 +119,18 @@ def make_plan(
         outer_bits: name → bits of the layers outside the blocks that get packed.
         calibration: number of windows, and tokens in each.
         evaluation_length: tokens in an evaluation window.
+        end_to_end: whether the whole model is trained, on the device.
     """
-    blocks = find_blocks(model)
-    prefix = blocks_path(model.config)
-    layers: dict[str, nn.Linear] = {
-        f"{prefix}.{index}.{name}": layer
-        for index, block in enumerate(blocks)
-        for name, layer in find_linears(block).items()
-    }
+    layers, total = quantized_linears(model), sum(parameter.numel() for parameter in model.parameters())
     size = partial(packed_size, group_size=group_size, scale_bits=scale_bits)
     groups = {name: group_count(layer.in_features, group_size) for name, layer in layers.items()}
     quantized = sum(layer.weight.numel() for layer in layers.values())
     outer = {name: model.get_parameter(f"{name}.weight") for name in outer_bits}
     outer_weights = sum(weight.numel() for weight in {id(weight): weight for weight in outer.values()}.values())
-    total = sum(parameter.numel() for parameter in model.parameters())
-    block_weights = max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
-    hidden = calibration[0] * calibration[1] * model.config.hidden_size * FLOAT32
-    outside = FLOAT32 * (total - sum(parameter.numel() for parameter in blocks.parameters()))
-    logits = LOGITS_COPIES * evaluation_length * model.config.vocab_size * FLOAT32
-    training = BLOCK_COPIES * block_weights * FLOAT32
+    host_bytes, device_bytes = _memory(model, quantized if end_to_end else 0, calibration, evaluation_length)
     return Plan(
         architecture=model.config.model_type,
-        blocks=len(blocks),
+        blocks=len(find_blocks(model)),
         linears=len(layers),
         groups=sum(groups.values()),
         bits=bits if size_bytes is None else None,
@@ -154,6 +144,22 @@ def make_plan(
             for name, weight in outer.items()
         ),
         other_bytes=(total - quantized - outer_weights) * BYTES_16_BIT,
-        host_bytes=LIBRARIES + total * BYTES_16_BIT + outside + max(training + 3 * hidden, logits),
-        device_bytes=outside + max(training, logits),
+        host_bytes=host_bytes,
+        device_bytes=device_bytes,
     )
+
+
+def _memory(
+    model: PreTrainedModel, trained_whole: int, calibration: tuple[int, int], evaluation_length: int
+) -> tuple[int, int]:
+    """`host_bytes` and `device_bytes` of a plan; `trained_whole` are the weights that are trained all together."""
+    blocks, total = find_blocks(model), sum(parameter.numel() for parameter in model.parameters())
+    windows, length = calibration
+    token_logits = LOGITS_COPIES * model.config.vocab_size * FLOAT32
+    block = BLOCK_COPIES * FLOAT32 * max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
+    whole = trained_whole + length * token_logits if trained_whole else 0  # integers take a byte each
+    logits = evaluation_length * token_logits
+    outside = FLOAT32 * (total - sum(parameter.numel() for parameter in blocks.parameters()))
+    hidden = windows * length * model.config.hidden_size * FLOAT32
+    host = LIBRARIES + total * BYTES_16_BIT + outside + max(block + 3 * hidden, logits, whole)
+    return host, outside + max(block, logits, whole)

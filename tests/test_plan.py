@@ -53,6 +53,15 @@ def test_8_bit_scales_make_the_plan_smaller() -> None:
     assert "effective bits per weight  2.127" in plan
 
 
+def test_training_the_whole_model_takes_all_of_it_on_the_device() -> None:
+    plans = [
+        pipeline.dry_run(load_recipe(["recipe=llama7b_2bit", f"end_to_end.epochs={epochs}", "dry_run=true"]))
+        for epochs in (0, 1)
+    ]
+    blocks, whole = (float(plan.rpartition("there is one, ")[2].removesuffix(" GB")) for plan in plans)
+    assert blocks < 6.48 < whole  # its 6.48 billion weights are a byte each
+
+
 @pytest.mark.parametrize("recipe", ["llama7b_3bit", "llama2_7b_2bit", "llama3_8b_2bit", "opt_1.3b_2bit"])
 def test_dry_run_of_the_paper_models(recipe: str) -> None:
     assert "times smaller" in pipeline.dry_run(load_recipe([f"recipe={recipe}", "dry_run=true"]))
