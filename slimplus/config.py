@@ -126,9 +126,7 @@ class QuantizationConfig(Section):
         "(any of quantization.widths by measured sensitivity, under one average for a block or the model), or a FILE: "
         "allocation.json of another run, or the authors' .pt; null is uniform for rtn and gptq, else slimllm",
     )
-    widths: list[int] = Field(
-        [1, 2, 3, 4], min_length=2, description="widths that the allocations block and model choose from"
-    )
+    widths: list[int] = Field([1, 2, 3, 4], description="widths that the allocations block and model choose from")
     size_bytes: int | None = Field(
         None,
         ge=1,
@@ -158,8 +156,9 @@ class QuantizationConfig(Section):
                 f"quantization.bits: expected 2 to 7 with quantization.allocation=slimllm, got {self.bits}, because "
                 "groups get bits-1 to bits+1 and the packed format holds 1 to 8"
             )
-        if sorted(set(self.widths)) != self.widths or not all(1 <= width <= 8 for width in self.widths):
-            raise ValueError(f"quantization.widths: expected rising ones from 1 to 8, got {self.widths}")
+        rising = sorted(set(self.widths)) == self.widths and len(self.widths) > 1
+        if not rising or not all(1 <= width <= 8 for width in self.widths):
+            raise ValueError(f"quantization.widths: expected two or more, rising, from 1 to 8, got {self.widths}")
         by_sensitivity = self.allocates_by in ("block", "model")
         if by_sensitivity and self.size_bytes is None and not self.widths[0] <= self.bits <= self.widths[-1]:
             raise ValueError(

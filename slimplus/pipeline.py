@@ -151,6 +151,7 @@ def train_end_to_end(job: Job) -> None:
     if job.tuned is not None:
         logger.info("end_to_end: found in %s, skipped", job.run.root)
         return
+    job.forget_checkpoint()
     with job.stage("end_to_end"):
         job.tuned = whole_model.train(job, made_from)
 

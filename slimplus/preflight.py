@@ -91,7 +91,7 @@ def _library_problem(recipe: Recipe) -> str | None:
 def _folder_problem(run_dir: str) -> str | None:
     """Whether `run_dir`, or what it is to be made in, can be written to."""
     folder = Path(run_dir).expanduser()
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.access(path, os.F_OK))
     if not existing.is_dir():
         return f"run_dir: {existing} is a file; give a folder"
     if not os.access(existing, os.W_OK | os.X_OK):

@@ -212,7 +212,7 @@ def test_whatever_is_typed_gives_a_recipe_or_a_recipe_error(key: str, text: str)
             "quantization.method: expected rtn | gptq | slimllm | slimllm_plus | qat, got 'awq'",
         ),
         ("quantization.percdamp=0", "quantization.percdamp: expected number > 0 and <= 1, got 0"),
-        ("quantization.widths=[2]", "quantization.widths: expected list, got [2]"),
+        ("quantization.widths=[2]", "quantization.widths: expected two or more, rising, from 1 to 8, got [2]"),
         ("quantization.widths=[2,3]", "quantization.widths: only quantization.allocation=block and model choose from"),
         ("training.width_rates={9: 1}", "training.width_rates: expected factors of at least 0 for widths from 1 to 8"),
         ("end_to_end={epochs: 1, distillation: 0}", "end_to_end.distillation: nothing is left to learn from"),

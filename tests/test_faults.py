@@ -263,7 +263,7 @@ def test_out_of_memory(arguments: Arguments, server: faulty.Server, tmp_path: Pa
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3), "another step than that of the whole batch"
     status, said = server(arguments(tmp_path / "none"), largest_batch=0)
     assert status == 2
-    assert said.splitlines()[-1].startswith("out of device memory while one window is trained on; lower")
+    assert said.splitlines()[-1].startswith("out of device memory while one window is trained on; give trainer")
 
 
 def test_a_training_that_made_it_worse(arguments: Arguments, server: faulty.Server, tmp_path: Path) -> None:

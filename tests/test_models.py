@@ -12,7 +12,7 @@ from conftest import TINY, ModelMaker
 from torch import nn
 from transformers import AutoConfig
 
-from slimplus.errors import InputError
+from slimplus.errors import InputError, TemporaryFailure
 from slimplus.evaluation import perplexity
 from slimplus.models.architectures import BLOCKS, find_blocks, find_linears
 from slimplus.models.loading import ModelSource, build_on_meta
@@ -96,7 +96,7 @@ def test_a_full_disk_is_no_wrong_path(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "/cache/blob")
 
     monkeypatch.setattr(AutoConfig, "from_pretrained", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(TemporaryFailure, match="no space is left to download org/name; free some, or set HF_HOME"):
         ModelSource("org/name").config()
 
 

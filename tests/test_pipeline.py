@@ -268,7 +268,7 @@ def test_shards(arguments: Arguments, tmp_path: Path, monkeypatch: pytest.Monkey
         ("data.samples=100000", r"fewer than data\.samples=100000"),
         ("training.batch_size=3", r"8 windows are no whole number of steps of 3 .* give a multiple of 3"),
         ("training.accumulate_grad_batches=2", r"training\.batch_size: 1 windows a step cannot be shared evenly"),
-        ("data.evaluation.sequence_length=200000", "shorter than one window"),
+        ("data.evaluation.sequence_length=200000", "200000 tokens are more than the model takes; give at most 256"),
         ("model.path=nobody/no-such-model", "cannot load 'nobody/no-such-model'"),
     ],
 )

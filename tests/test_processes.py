@@ -78,6 +78,6 @@ def test_bad_input_that_one_process_finds_ends_the_job_as_bad_input(arguments: A
     devices = ("trainer.accelerator=cpu", "trainer.devices=2", "training.batch_size=2")
     status, said = finish(start(arguments(tmp_path / "run", *devices), rank=1, largest_batch=0))
     assert status == 2, said
-    assert "out of device memory; give a larger training.accumulate_grad_batches" in said
+    assert "out of device memory while one window is trained on; give trainer.strategy=deepspeed_stage_3" in said
     assert "process 1 of this machine has said above what is wrong with the input" in said
     assert "the same command" not in said

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from slimplus.manifest import Manifest
 from slimplus.models.architectures import find_linears
 from slimplus.models.loading import ModelSource
+from slimplus.models.precision import LOSS_SCALES
 from slimplus.models.streaming import BlockInputs, BlockRunner, StreamedModel, run_block
 from slimplus.nn import FakeQuantizedLinear, PackedLinear
 from slimplus.quantization.affine import QuantizedWeight, choose_qparams, quantize, storable_scale, storable_zero_point
@@ -319,3 +320,26 @@ def test_a_training_leaves_nothing_behind(tmp_path: Path) -> None:
         assert [each() for each in left] == [None, None]
     finally:
         gc.enable()
+
+
+class _Overflowing(_Noisy):
+    """Its gradient is 30 for every element, times the factor on the loss, in float16."""
+
+    def loss(self, batch: tuple[Tensor, ...]) -> Tensor:
+        return (self.value.half() * 30).float().sum() + batch[0].sum()
+
+
+def test_an_overflow_of_float16_lowers_the_factor_on_the_loss(tmp_path: Path) -> None:
+    """It neither ends the training nor lowers its rates."""
+    module = _Overflowing(TrainingConfig(1, 1, optimizer="sign_sgd", grid=RateConfig(0.1, "constant")), 0.0)
+    module.loss_scale = LOSS_SCALES["16-mixed"]
+    where = FitConfig(1, 1, "auto", "none", tmp_path / "logs", seed=0, checkpoint_seconds=3600)
+    checkpoints = BlockCheckpoints(tmp_path / "checkpoints", Manifest(tmp_path), "")
+    steps = 12
+    result = Fit(
+        module, (torch.zeros(steps, 4),), "toy", checkpoints, launch("cpu", 1, 1, "auto"), where, Preemption()
+    )()
+    assert module.loss_scale == 2**11  # 30 * 2**12 is more than float16 holds
+    assert result.skipped == 5
+    assert result.events == ()
+    torch.testing.assert_close(module.value.detach(), torch.full((4,), 1 - 0.1 * (steps - 5)))

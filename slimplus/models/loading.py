@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from slimplus.errors import InputError, first_line, is_full
+from slimplus.errors import InputError, TemporaryFailure, first_line, is_full
 
 UNREADABLE = (OSError, ValueError, SafetensorError, StrictDataclassError)  # what transformers raises for bad files
 
@@ -49,9 +49,11 @@ class ModelSource:
         arguments: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
         return arguments | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
 
-    def _explain(self, error: Exception) -> ModelLoadError:
-        if is_full(error):  # of a download
-            raise error
+    def _explain(self, error: Exception) -> ModelLoadError | TemporaryFailure:
+        if is_full(error):
+            return TemporaryFailure(
+                f"model.path: no space is left to download {self.path}; free some, or set HF_HOME to another disk"
+            )
         return ModelLoadError(
             f"model.path: cannot load '{self.path}' ({first_line(error)}); check the hub id and your login, "
             "or download the model and give its local folder"

@@ -13,8 +13,9 @@ AUTOCAST_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-
 LOSS_SCALES = {"16-mixed": 2.0**16}
 """Precision → factor on a loss before its backward; 1 for the others.
 
-A mean over thousands of tokens has gradients that float16 rounds to zero. The factor is the one that PyTorch's
-GradScaler begins with. No optimizer here depends on it: one takes signs, the other divides by the gradient's size.
+A mean over thousands of tokens has gradients that float16 rounds to zero. As with PyTorch's GradScaler, this is what it
+begins with, and an overflow halves it. No optimizer depends on it: one takes signs, the other divides by the gradient's
+size.
 """
 
 

@@ -141,7 +141,7 @@ class Fit:
             supervisor = self._attempt(attempt, found)
             # The Trainer and what it made refer to each other, and to the windows and the block: gigabytes, of which
             # Python would let those of dozens of blocks pile up before it looks for such cycles by itself.
-            module.trainer = None
+            module.forget_attempt()
             gc.collect()
             if supervisor is not None and not supervisor.guard.diverged:
                 module.load_state_dict(supervisor.best, strict=False)
@@ -176,13 +176,22 @@ class Fit:
         windows = self.module.config.batch_size // attempt.parts
         split = next((n for n in range(2 * attempt.split, windows + 1) if windows % n == 0), None)
         if split is None:
-            raise InputError(
-                "out of device memory while one window is trained on; share the training by trainer.devices and "
-                "trainer.strategy=deepspeed_stage_3, for which finished blocks are kept, or lower data.sequence_length "
-                "in another run_dir"
-            )
+            raise InputError(self._out_of_memory(1))
         event = f"out of device memory; {windows // split} windows at a time instead of {windows // attempt.split}"
         return replace(attempt, split=split, events=(*attempt.events, event))
+
+    def _out_of_memory(self, windows: int) -> str:
+        """What to do about it where so many windows at a time were too many."""
+        whole = self.name == END_TO_END
+        if windows > 1:
+            key = f"{END_TO_END if whole else 'training'}.accumulate_grad_batches"
+            problem, remedy = "out of device memory", f"a larger {key}, which changes no result"
+        else:
+            blocks = "trainer.strategy=deepspeed_stage_3 and trainer.offload=parameters"
+            problem = "out of device memory while one window is trained on"
+            remedy = f"{'end_to_end.activation_checkpointing=true' if whole else blocks}, or a lower "
+            remedy += "data.sequence_length in another run_dir"
+        return f"{problem}; give {remedy}; finished blocks are kept"
 
     def _loader(self, parts: int) -> ResumableLoader:
         ranks, step = Ranks(self.fabric.global_rank, self.fabric.world_size), self.module.config.batch_size
@@ -236,11 +245,8 @@ class Fit:
             except torch.OutOfMemoryError as error:
                 # Several processes wait for each other in a collective, and DeepSpeed has taken the module apart.
                 if self.fabric.world_size > 1 or config.strategy.startswith("deepspeed"):
-                    section = END_TO_END if self.name == END_TO_END else "training"
-                    raise InputError(
-                        f"out of device memory; give a larger {section}.accumulate_grad_batches, which changes no "
-                        "result, and go on: finished blocks are kept"
-                    ) from error
+                    windows = self.module.config.batch_size // (self.fabric.world_size * parts)
+                    raise InputError(self._out_of_memory(windows)) from error
                 return None
         return supervisor
 

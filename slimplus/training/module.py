@@ -49,7 +49,7 @@ class QuantizerTraining(L.LightningModule):
     Attributes:
         steps: of the whole training; set before it begins.
         slowdown: part of the learning rates that is used.
-        loss_scale: factor on the loss, and so on the gradients, that the precision needs.
+        loss_scale: factor on the loss, and so on the gradients, that the precision needs; the supervisor lowers it.
         judged_on_all: whether `evaluate` looks at every batch, as an epoch does.
     """
 
@@ -78,6 +78,11 @@ class QuantizerTraining(L.LightningModule):
         self.log("loss", loss, prog_bar=True, on_step=True, on_epoch=True, sync_dist=True)
         return loss * self.loss_scale
 
+    def forget_attempt(self) -> None:
+        """Let go of the Trainer, and of what a step that was not finished left."""
+        self.trainer = None
+        self._losses.clear()
+
     def take_loss(self) -> Tensor:
         """Mean loss of the batches since the last call."""
         mean = torch.stack(self._losses).mean()
@@ -97,6 +102,10 @@ class QuantizerTraining(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = self.trained_state(checkpoint["state_dict"])
+        checkpoint["loss_scale"] = self.loss_scale
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.loss_scale = checkpoint["loss_scale"]
 
     def configure_optimizers(self) -> Any:
         # Not `estimated_stepping_batches`: that sets up the loader before a checkpoint has told it where to go on.

@@ -49,8 +49,9 @@ def watched(fabric: Fabric) -> Iterator[None]:
 
 
 def _lost(children: list[subprocess.Popen[bytes]]) -> tuple[int, int] | None:
-    """Rank on this machine and exit status of a child that has failed."""
-    return next(((rank, child.returncode) for rank, child in enumerate(children, 1) if child.poll()), None)
+    """Rank on this machine and exit status of a child that has failed, of one that says why if there is one."""
+    failed = [(rank, child.returncode) for rank, child in enumerate(children, 1) if child.poll()]
+    return min(failed, key=lambda found: found[1] != BAD_INPUT, default=None)
 
 
 def _sentence(rank: int, status: int) -> str:

@@ -96,7 +96,11 @@ class Supervisor(Callback):
         norm, loss, asked, due = self._sum(trainer, pl_module.take_loss(), waited)
         norm /= pl_module.loss_scale
         pl_module.log("grad_norm", norm)
-        if self.guard.admits(norm):
+        if not math.isfinite(norm) and pl_module.loss_scale > 1:
+            pl_module.loss_scale /= 2  # float16 overflowed, which is no fault of the training
+            self.guard.skipped += 1
+            discard_gradient(trainer)
+        elif self.guard.admits(norm):
             self.loss_sum += loss
             self.steps += 1
         else:
