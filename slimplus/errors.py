@@ -21,3 +21,8 @@ def is_full(error: BaseException) -> bool:
 def first_line(error: BaseException) -> str:
     """What it says, in one line; its type where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")
+
+
+def named_first_line(error: BaseException) -> str:
+    """The same after its type, which says more where a message is short."""
+    return f"{type(error).__name__}: {error}".split("\n", 1)[0].rstrip(" .:")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from slimplus.config import EndToEndConfig, ModelConfig, Recipe, RecipeError, TrainingConfig
 from slimplus.data.text import HUB_SOURCES, OFFLINE, Split, TextError, check_source
+from slimplus.errors import named_first_line
 from slimplus.reading import resolve_model_folder
 
 
@@ -43,7 +44,7 @@ def _hub_problem(repository: str) -> str | None:
             return None
         HfApi().model_info(repository, timeout=10)
     except (OSError, HTTPError, HFValidationError) as error:
-        reason = f"{type(error).__name__}: {error}".split("\n", 1)[0].rstrip(" .:")
+        reason = named_first_line(error)
         return (
             f"model.path: {repository} is no local folder and cannot be had from the hub ({reason}); "
             "check the id, the network and your login, or download the model and give its folder"

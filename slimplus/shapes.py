@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
-from itertools import chain
-
 from transformers import PreTrainedModel
 
 from slimplus.config import QuantizationConfig, Recipe
 from slimplus.errors import InputError
-from slimplus.models.architectures import find_blocks, find_linears
-from slimplus.quantization.budget import bit_costs, byte_costs, check_budget
+from slimplus.models.architectures import find_blocks, find_linears, quantized_linears
+from slimplus.quantization.budget import check_budget, costs_and_budget
 
 
 def check_shapes(model: PreTrainedModel, recipe: Recipe) -> None:
@@ -36,15 +33,13 @@ def check_widths(model: PreTrainedModel, settings: QuantizationConfig) -> None:
     """
     if settings.allocates_by not in ("block", "model"):
         return
-    size, widths, group_size = settings.size_bytes, settings.widths, settings.group_size
-    blocks = [list(find_linears(block).values()) for block in find_blocks(model)]
-    scopes = blocks if settings.allocates_by == "block" else [list(chain.from_iterable(blocks))]
-    price = bit_costs if size is None else partial(byte_costs, scale_bits=settings.scale_bits)
-    for layers in scopes:
-        costs = [price(layer.out_features, layer.in_features, group_size, widths) for layer in layers]
-        weights = sum(layer.weight.numel() for layer in layers)
+    size, widths = settings.size_bytes, settings.widths
+    by_block = settings.allocates_by == "block"
+    for layers in map(find_linears, find_blocks(model)) if by_block else (quantized_linears(model),):
+        shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+        costs, budget = costs_and_budget(shapes, settings.bits, settings.group_size, widths, size, settings.scale_bits)
         try:
-            check_budget(costs, widths, settings.bits * weights if size is None else size, exact=size is None)
+            check_budget(costs.values(), widths, budget, exact=size is None)
         except ValueError as error:
             if size is not None:
                 raise InputError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from slimplus.models.architectures import is_norm, quantized_linears
 from slimplus.nn import FakeQuantizedLinear, PackedLinear
 from slimplus.nn.fake_quantized import ScaledLinear
 from slimplus.progress import track
-from slimplus.quantization.budget import allocate, bit_costs, byte_costs
+from slimplus.quantization.budget import allocate, costs_and_budget
 from slimplus.training.block import BlockData, load_packed_block, packed_tensors, search_windows
 from slimplus.training.checkpoints import END_TO_END
 from slimplus.training.end_to_end import EndToEnd, EndToEndConfig
@@ -68,9 +67,9 @@ def allocate_model(job: Job, tables: Mapping[str, Tensor]) -> dict[str, list[int
     settings, size = job.quantizer.quantization, job.recipe.quantization.size_bytes
     layers = quantized_linears(job.model.model)
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
-    price = bit_costs if size is None else partial(byte_costs, scale_bits=settings.scale_bits)
-    costs = {name: price(*shape, settings.group_size, settings.widths) for name, shape in shapes.items()}
-    budget = settings.bits * sum(rows * columns for rows, columns in shapes.values()) if size is None else size
+    costs, budget = costs_and_budget(
+        shapes, settings.bits, settings.group_size, settings.widths, size, settings.scale_bits
+    )
     losses = {name: tables[name] for name in shapes}
     try:
         found = allocate(losses, costs, settings.widths, budget, exact=size is None)

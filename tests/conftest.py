@@ -99,15 +99,12 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-# The paper's method in place of the demo's.
-PLUS = (
+SMALL = (
+    # The paper's method in place of the demo's.
     "quantization.method=slimllm_plus",
     "quantization.allocation=null",
     "training.learning_rate=2.0e-2",
     "end_to_end.epochs=0",
-)
-SMALL = (
-    *PLUS,
     "model.gguf_file=null",
     "model.dtype=auto",
     "data.samples=8",

@@ -21,7 +21,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import PLUS, ModelMaker
+from conftest import SMALL, ModelMaker
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -48,17 +48,10 @@ ROOT = Path(__file__).resolve().parent.parent
 EPOCHS, TIMEOUT = 4, 240
 SETTINGS = (
     "recipe=smollm2_135m_2bit",
-    *PLUS,
-    "model.gguf_file=null",
-    "model.dtype=auto",
+    *SMALL,
     "data.samples=16",
-    "data.sequence_length=32",
-    "data.evaluation.sequence_length=64",
-    "data.evaluation.windows=2",
-    "quantization.group_size=16",
     f"training.epochs={EPOCHS}",
     "training.batch_size=2",
-    "trainer.precision=32-true",
     "trainer.accelerator=cpu",
 )
 

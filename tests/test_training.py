@@ -35,7 +35,7 @@ from slimplus.training.block import (
 )
 from slimplus.training.blockwise import QuantizerConfig
 from slimplus.training.checkpoints import BlockCheckpoints
-from slimplus.training.fit import Fit, FitConfig
+from slimplus.training.fit import Fit, FitConfig, FitResult
 from slimplus.training.losses import normalized_error
 from slimplus.training.module import QuantizerTraining, TrainingConfig
 from slimplus.training.optimizers import ParameterKind, RateConfig
@@ -291,14 +291,18 @@ class _Noisy(QuantizerTraining):
         return (self.value - batch[0]).square().mean() + (self.noise if torch.is_grad_enabled() else 0.0)
 
 
+def _fit_toy(module: QuantizerTraining, data: Tensor, folder: Path) -> FitResult:
+    where = FitConfig(1, 1, "auto", "none", folder / "logs", seed=0, checkpoint_seconds=3600)
+    checkpoints = BlockCheckpoints(folder / "checkpoints", Manifest(folder), "")
+    return Fit(module, (data,), "toy", checkpoints, launch("cpu", 1, 1, "auto"), where, Preemption())()
+
+
 @pytest.mark.parametrize(("noise", "target", "helped"), [(0.0, 0.0, True), (9.0, 0.0, True), (9.0, 1.001, False)])
 def test_a_training_is_judged_by_its_end(tmp_path: Path, noise: float, target: float, helped: bool) -> None:
     """Near the target, steps of one size go past it."""
     module = _Noisy(TrainingConfig(1, 1, optimizer="sign_sgd", grid=RateConfig(0.1, "constant")), noise)
     data = torch.full((3, 4), target)
-    where = FitConfig(1, 1, "auto", "none", tmp_path / "logs", seed=0, checkpoint_seconds=3600)
-    checkpoints = BlockCheckpoints(tmp_path / "checkpoints", Manifest(tmp_path), "")
-    result = Fit(module, (data,), "toy", checkpoints, launch("cpu", 1, 1, "auto"), where, Preemption())()
+    result = _fit_toy(module, data, tmp_path)
     assert result.helped is helped
     measured = float(module.evaluate([(data,)]))
     if noise:
@@ -312,9 +316,7 @@ def test_a_training_leaves_nothing_behind(tmp_path: Path) -> None:
     try:
         module = _Noisy(TrainingConfig(1, 1, optimizer="sign_sgd", grid=RateConfig(0.1, "constant")), 0.0)
         data = torch.zeros(3, 4)
-        where = FitConfig(1, 1, "auto", "none", tmp_path / "logs", seed=0, checkpoint_seconds=3600)
-        checkpoints = BlockCheckpoints(tmp_path / "checkpoints", Manifest(tmp_path), "")
-        Fit(module, (data,), "toy", checkpoints, launch("cpu", 1, 1, "auto"), where, Preemption())()
+        _fit_toy(module, data, tmp_path)
         left: list[weakref.ref[object]] = [weakref.ref(data), weakref.ref(module)]
         del data, module
         assert [each() for each in left] == [None, None]
@@ -333,12 +335,8 @@ def test_an_overflow_of_float16_lowers_the_factor_on_the_loss(tmp_path: Path) ->
     """It neither ends the training nor lowers its rates."""
     module = _Overflowing(TrainingConfig(1, 1, optimizer="sign_sgd", grid=RateConfig(0.1, "constant")), 0.0)
     module.loss_scale = LOSS_SCALES["16-mixed"]
-    where = FitConfig(1, 1, "auto", "none", tmp_path / "logs", seed=0, checkpoint_seconds=3600)
-    checkpoints = BlockCheckpoints(tmp_path / "checkpoints", Manifest(tmp_path), "")
     steps = 12
-    result = Fit(
-        module, (torch.zeros(steps, 4),), "toy", checkpoints, launch("cpu", 1, 1, "auto"), where, Preemption()
-    )()
+    result = _fit_toy(module, torch.zeros(steps, 4), tmp_path)
     assert module.loss_scale == 2**11  # 30 * 2**12 is more than float16 holds
     assert result.skipped == 5
     assert result.events == ()

@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from slimplus.errors import InputError
+from slimplus.errors import InputError, named_first_line
 
 Split = Literal["calibration", "evaluation"]
 
@@ -165,7 +165,7 @@ def _download(path: str, split: Split) -> Path:
     except (OSError, HTTPError) as error:  # HTTPError: of whichever httpx the hub client uses
         raise TextError(
             f"data.{split}.path: {path!r} could not be downloaded from the hub ({source.repository}: "
-            f"{_first_line(error)}); run once with a network, or give {OFFLINE} or a local "
+            f"{named_first_line(error)}); run once with a network, or give {OFFLINE} or a local "
             f"{', '.join(FILE_FORMATS)} file"
         ) from error
 
@@ -190,7 +190,7 @@ def _read(path: str, split: Split, file: Path, text_format: TextFormat, limit: i
             rows = list(islice(stream, limit))
     except (OSError, ValueError, pyarrow.ArrowException, DatasetsError) as error:
         raise TextError(
-            f"data.{split}.path: {path!r} cannot be read as {text_format.builder} ({_first_line(error)}); "
+            f"data.{split}.path: {path!r} cannot be read as {text_format.builder} ({named_first_line(error)}); "
             f"repair the file, or give {_alternatives()}"
         ) from error
     return text_format.separator.join(_column(rows, text_format.column, path, split))
@@ -213,10 +213,6 @@ def _column(rows: Iterable[Mapping[str, Any]], column: str, path: str, split: Sp
                 f"it must hold strings"
             )
         yield value
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".split("\n", 1)[0].rstrip(" .:")
 
 
 def _offline_text(split: Split) -> str:

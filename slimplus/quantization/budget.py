@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -52,6 +53,21 @@ def byte_costs(rows: int, columns: int, group_size: int, widths: Sequence[int], 
     costs = (second - first)[:, None].repeat(1, group_count(columns, group_size))
     costs[:, 0] = first
     return costs
+
+
+def costs_and_budget(
+    shapes: Mapping[str, tuple[int, int]],
+    bits: int,
+    group_size: int,
+    widths: Sequence[int],
+    size_bytes: int | None = None,
+    scale_bits: int = 16,
+) -> tuple[dict[str, Tensor], int]:
+    """What `allocate` takes for layers of `shapes`: bits under an average of `bits`, or bytes where a size is given."""
+    price = bit_costs if size_bytes is None else partial(byte_costs, scale_bits=scale_bits)
+    costs = {name: price(*shape, group_size, widths) for name, shape in shapes.items()}
+    weights = sum(rows * columns for rows, columns in shapes.values())
+    return costs, bits * weights if size_bytes is None else size_bytes
 
 
 def check_budget(costs: Iterable[Tensor], widths: Sequence[int], budget: int, exact: bool) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from slimplus.models.precision import autocast
 from slimplus.models.streaming import run_block
 from slimplus.quantization.affine import group_count
-from slimplus.quantization.budget import allocate, bit_costs
+from slimplus.quantization.budget import allocate, costs_and_budget
 from slimplus.quantization.linear import QuantizationConfig
 from slimplus.quantization.sensitivity import GradientStatistics, group_sensitivity
 from slimplus.training.block import BlockData, search_windows
@@ -100,6 +100,5 @@ def allocate_block(data: BlockData, config: QuantizationConfig) -> dict[str, Ten
         statistics, _ = backward_statistics(data, windows, probe)
     tables = block_tables(data, statistics, config.widths, config)
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in data.layers.items()}
-    costs = {name: bit_costs(*shape, config.group_size, config.widths) for name, shape in shapes.items()}
-    budget = config.bits * sum(rows * columns for rows, columns in shapes.values())
+    costs, budget = costs_and_budget(shapes, config.bits, config.group_size, config.widths)
     return allocate(tables, costs, config.widths, budget, exact=True).bits
