@@ -31,7 +31,10 @@ from slimplus.machine import commit, describe_machine
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
 RECIPE = "smollm2_135m_2bit_best"
-FIGURES = ("average_bits", "bits_per_weight", "seconds", "peak_memory_bytes", "allocation_gap", "end_to_end")
+FIGURES = (
+    *("average_bits", "bits_per_weight", "seconds", "peak_memory_bytes", "peak_device_memory_bytes"),
+    *("allocation_gap", "end_to_end"),
+)
 
 Row = dict[str, Any]
 Texts = Mapping[str, str]

@@ -13,14 +13,15 @@ from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 PACKAGES = ("slimplus", "torch", "transformers", "triton")
-CPUINFO, STATM = Path("/proc/cpuinfo"), Path("/proc/self/statm")
+CPUINFO, STATM, GPUS = Path("/proc/cpuinfo"), Path("/proc/self/statm"), Path("/proc/driver/nvidia/gpus")
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, cores, Python, versions of the packages that matter, and the commit; None for what is not known."""
+    """Processor, cores, GPUs, Python, versions of the packages that matter, the commit; None for what is not known."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
+        "gpus": _gpus(),
         "python": platform.python_version(),
         **{package: _version(package) for package in PACKAGES},
         "commit": commit(),
@@ -57,6 +58,12 @@ def peak_resident_bytes() -> int:
 def _processor() -> str:
     model = re.search(r"^model name\s*: (.*)$", CPUINFO.read_text(), re.MULTILINE) if CPUINFO.exists() else None
     return model[1] if model else platform.processor() or platform.machine()
+
+
+def _gpus() -> list[str]:
+    """Models, as NVIDIA's driver for Linux tells them; no library of CUDA is loaded for it."""
+    told = [file.read_text() for file in sorted(GPUS.glob("*/information"))]
+    return [model[1] for text in told if (model := re.search(r"^Model:\s*(.*)$", text, re.MULTILINE))]
 
 
 def _version(package: str) -> str | None:

@@ -17,10 +17,10 @@ from slimplus.evaluation import perplexity
 from slimplus.models.architectures import BLOCKS, find_blocks, find_linears
 from slimplus.models.loading import ModelSource, build_on_meta
 from slimplus.models.precision import resolve_precision
-from slimplus.models.streaming import BlockRunner, StreamedModel
+from slimplus.models.streaming import BlockRunner, StreamedModel, windows_at_a_time
 
 CPU = torch.device("cpu")
-RUNNER = BlockRunner(CPU, "32-true", windows=2)
+RUNNER = BlockRunner(CPU, "32-true")
 
 
 @pytest.fixture
@@ -32,8 +32,12 @@ def test_every_supported_architecture_is_tested() -> None:
     assert set(TINY) == set(BLOCKS)
 
 
+@pytest.mark.parametrize("windows", [1, 2])  # of three: as on a CPU, and as on a GPU
 @pytest.mark.parametrize("model_type", BLOCKS)
-def test_streaming_gives_the_logits_of_the_model(make_model: ModelMaker, tokens: torch.Tensor, model_type: str) -> None:
+def test_streaming_gives_the_logits_of_the_model(
+    make_model: ModelMaker, tokens: torch.Tensor, model_type: str, windows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slimplus.models.streaming.windows_at_a_time", lambda device, sequence_length: windows)
     source = ModelSource(str(make_model(model_type)), dtype="float32")
     with torch.no_grad():
         expected = source.model()(input_ids=tokens).logits
@@ -43,6 +47,12 @@ def test_streaming_gives_the_logits_of_the_model(make_model: ModelMaker, tokens:
     for block, arguments in zip(streamed.blocks, inputs.arguments, strict=True):
         hidden = RUNNER.run(RUNNER.load(block), hidden, arguments)
     torch.testing.assert_close(streamed.logits(tokens, hidden, RUNNER), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_gpu_runs_as_many_windows_as_keep_it_busy() -> None:
+    counts = [windows_at_a_time(torch.device("cuda"), length) for length in (256, 2048, 16384)]
+    assert counts == [32, 4, 1]
+    assert windows_at_a_time(CPU, 256) == 1
 
 
 def test_the_model_is_whole_again_after_streaming(make_model: ModelMaker, tokens: torch.Tensor) -> None:

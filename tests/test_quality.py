@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from benchmarks.quality_methods import FULL, METHODS, Budget, identity
 from benchmarks.quality_report import pareto, table
+from slimplus import machine
 from slimplus.reading import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,3 +121,12 @@ def test_shapes_of_large_models_are_measured_without_their_weights(tmp_path: Pat
     (row,) = json.loads(file.read_text())["rows"]
     assert row["seconds_block"] > row["seconds_calibration"] + 4 * 32 * row["seconds_step"]
     assert "| tiny |" in printed
+
+
+def test_the_machine_names_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "GPUS", tmp_path)
+    assert machine.describe_machine()["gpus"] == []
+    for address in ("0000:01:00.0", "0000:02:00.0"):
+        (tmp_path / address).mkdir()
+        (tmp_path / address / "information").write_text("Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   \t\t 16\n")
+    assert machine.describe_machine()["gpus"] == 2 * ["NVIDIA H100 80GB HBM3"]

@@ -309,6 +309,12 @@ def test_a_training_is_judged_by_its_end(tmp_path: Path, noise: float, target: f
         assert result.loss == pytest.approx(measured)
 
 
+def test_a_loss_is_the_same_however_many_windows_are_judged_at_once() -> None:
+    module, data = _Noisy(TrainingConfig(1, 1), noise=0.0), torch.tensor([[1.0], [2.0], [4.0]])
+    at_once, alone = (float(module.evaluate(zip(data.split(windows)))) for windows in (2, 1))
+    assert at_once == alone == pytest.approx(10 / 3)
+
+
 def test_a_training_leaves_nothing_behind(tmp_path: Path) -> None:
     """Its windows and its block are gone with the last name for them, not when Python next looks for cycles."""
     gc.collect()

@@ -19,6 +19,8 @@ from slimplus.nn.packed import PackedModule
 
 BlockArguments = dict[str, Any]
 
+GPU_TOKENS = 8192  # at a time: with fewer a GPU waits for its next kernel most of the time
+
 
 @dataclass(frozen=True)
 class BlockInputs:
@@ -38,6 +40,11 @@ class _Captured(Exception):
     """Ends the forward once the last block has been reached."""
 
 
+def windows_at_a_time(device: torch.device, sequence_length: int) -> int:
+    """How many windows to run at once where no gradient is kept; a CPU gains nothing from more than one."""
+    return max(GPU_TOKENS // sequence_length, 1) if device.type == "cuda" else 1
+
+
 def run_block(block: nn.Module, hidden: Tensor, arguments: BlockArguments) -> Tensor:
     """Output of `block` for a batch `[windows, sequence_length, hidden]`."""
     output = block(hidden, **arguments)
@@ -51,12 +58,10 @@ class BlockRunner:
     Attributes:
         device: where blocks run.
         precision: Lightning's name of the precision to autocast to.
-        windows: how many at a time.
     """
 
     device: torch.device
     precision: str
-    windows: int = 1
 
     @property
     def hidden_dtype(self) -> torch.dtype:
@@ -75,7 +80,8 @@ class BlockRunner:
     def run(self, block: nn.Module, hidden: Tensor, arguments: BlockArguments) -> Tensor:
         """Outputs for `hidden` `[windows, sequence_length, hidden]`, on the CPU in the dtype of `hidden`."""
         outputs = torch.empty_like(hidden)
-        for source, destination in zip(hidden.split(self.windows), outputs.split(self.windows), strict=True):
+        windows = windows_at_a_time(self.device, hidden.shape[1])
+        for source, destination in zip(hidden.split(windows), outputs.split(windows), strict=True):
             with autocast(self.device, self.precision):
                 destination.copy_(run_block(block, source.to(self.device, torch.float32), arguments))
         return outputs

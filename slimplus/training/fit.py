@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from slimplus.errors import InputError
+from slimplus.models.streaming import windows_at_a_time
 from slimplus.signals import Preemption
 from slimplus.training.checkpoints import END_TO_END, Attempt, BlockCheckpoints
 from slimplus.training.module import QuantizerTraining
@@ -160,7 +161,9 @@ class Fit:
     def _evaluate(self) -> float:
         """Loss of the module as it is, over all ranks' windows."""
         self.module.to(self.fabric.device)
-        mean = self.module.evaluate(zip(*(tensor.split(1) for tensor in self.data), strict=True))
+        # The predictions of a whole model for many windows might not fit.
+        windows = windows_at_a_time(self.fabric.device, self.data[0].shape[1]) if self.module.judged_on_all else 1
+        mean = self.module.evaluate(zip(*(tensor.split(windows) for tensor in self.data), strict=True))
         ranks = Ranks(self.fabric.global_rank, self.fabric.world_size)
         return float(ranks.sum(mean.double()) / ranks.count)
 

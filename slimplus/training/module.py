@@ -91,9 +91,12 @@ class QuantizerTraining(L.LightningModule):
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[tuple[Tensor, ...]]) -> Tensor:
-        """Mean loss over `batches`."""
-        losses = [self.loss(tuple(tensor.to(self.device) for tensor in batch)) for batch in batches]
-        return torch.stack(losses).mean()
+        """Mean loss over the windows of `batches`."""
+        losses, windows = [], 0
+        for batch in batches:
+            losses.append(self.loss(tuple(tensor.to(self.device) for tensor in batch)) * len(batch[0]))
+            windows += len(batch[0])
+        return torch.stack(losses).sum() / windows
 
     def trained_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """Of a state dict, what is trained."""
