@@ -60,10 +60,12 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/block_shapes.json")
     given = parser.parse_args()
-    rows = [measure(shape, given) for shape in given.shapes]
     settings = {"samples": given.samples, "sequence_length": given.sequence_length, "epochs": given.epochs}
+    rows: list[dict[str, Any]] = []
     result = {"settings": settings, "machine": describe_machine(), "reported_hours": REPORTED_HOURS, "rows": rows}
-    write_atomic(given.output, json.dumps(result, indent=2) + "\n")
+    for shape in given.shapes:
+        rows.append(measure(shape, given))
+        write_atomic(given.output, json.dumps(result, indent=2) + "\n")
     sys.stdout.write(table(rows) + "\n")
 
 
