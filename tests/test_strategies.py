@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from slimplus.training.optimizers import SignSGD
 from slimplus.training.strategies import build_strategy, launch
 from slimplus.training.zero import gathered
 
@@ -47,8 +48,9 @@ class ScaledLinear(nn.Module):
 class Reconstruction(pl.LightningModule):
     rank: Tensor
 
-    def __init__(self, rank: int, failing: bool = False) -> None:
+    def __init__(self, rank: int, failing: bool = False, signs: bool = False) -> None:
         super().__init__()
+        self.signs = signs
         self.block = nn.Sequential(ScaledLinear(), nn.Tanh(), ScaledLinear())
         self.register_buffer("rank", torch.tensor(rank), persistent=False)
         self.failing = failing
@@ -61,7 +63,11 @@ class Reconstruction(pl.LightningModule):
         return (self.block(x.float()) - target).square().mean()
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2, eps=1e-4)  # no step hangs on rounding
+        optimizer: torch.optim.Optimizer
+        if self.signs:
+            optimizer = SignSGD(self.parameters(), lr=1e-2)
+        else:
+            optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2, eps=1e-4)  # no step hangs on rounding
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=8)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -96,11 +102,12 @@ def fit(
     folder: Path | None = None,
     resume: bool = False,
     failing: bool = False,
+    signs: bool = False,
 ) -> tuple[Reconstruction, set[tuple[int, int]]]:
     """One block's fit; with a `folder` it writes checkpoints and, unless it resumes, stops halfway."""
     world = fabric.world_size
     torch.manual_seed(seed)
-    module = Reconstruction(fabric.global_rank, failing)
+    module = Reconstruction(fabric.global_rank, failing, signs)
     share = TensorDataset(*(tensor[fabric.global_rank :: world] for tensor in data(seed)))
     observer = Observer(stop_halfway=folder is not None and not resume)
     checkpoints = [ModelCheckpoint(folder, filename="{step}", save_last="link")] if folder else []
@@ -137,7 +144,11 @@ def run_strategy(name: str, fabric: Fabric, folder: Path) -> dict[str, Any]:
     with mock.patch("torch.load", wraps=torch.load) as load:
         resumed = [fit(name, fabric, 0, folder, resume=True)[0].block.state_dict() for _ in range(2)]
     gc.collect()
+    signs = folder / "signs"
+    fit(name, fabric, 0, signs, signs=True)
+    by_signs = [fit(name, fabric, 0, signs=True), fit(name, fabric, 0, signs, resume=True, signs=True)]
     return {
+        "by_signs": [module.block.state_dict() for module, _ in by_signs],
         "states": [block.state_dict() for block in blocks],
         "resumed": resumed,
         "weights_only": [call.kwargs["weights_only"] for call in load.call_args_list],
@@ -257,6 +268,13 @@ def test_checkpoint_resumes_exactly_and_loads_weights_only(ranks: list[dict[str,
             assert all(torch.equal(resumed[key], value) for key, value in results["states"][0].items())
         assert results["weights_only"]
         assert all(results["weights_only"])
+
+
+def test_an_optimizer_without_state_resumes_exactly(ranks: list[dict[str, Any]]) -> None:
+    for results in ranks:
+        whole, resumed = results["by_signs"]
+        assert all(torch.equal(resumed[key], value) for key, value in whole.items())
+        assert (whole["0.scale"] - 1).abs().max() > 0.02, "it did not train"
 
 
 def test_unknown_strategy_is_refused() -> None:

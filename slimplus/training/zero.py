@@ -108,7 +108,7 @@ class ZeROStrategy(DeepSpeedStrategy):
 
         inner = self.deepspeed_engine.optimizer.optimizer
         state = {}
-        if inner.state:
+        if any(inner.state.values()):  # to look for the state of a parameter leaves an empty one there
             if not self.zero_stage_3:
                 self._link_optimizer_state()
             step = next(iter(inner.state.values()))["step"]
