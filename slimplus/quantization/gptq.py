@@ -88,6 +88,11 @@ def _round_columns(tile: Tensor, upper: Tensor, scale: Tensor, zero_point: Tenso
 
     Returns the errors over the diagonal of `upper`, `[out, columns]`, for the groups that follow.
     """
+    if tile.is_cuda:
+        from slimplus.kernels.round_columns import round_columns  # Triton, which a machine without a GPU may lack
+
+        with torch.cuda.device_of(tile):  # Triton launches on the current device
+            return round_columns(tile, upper, scale, zero_point, largest)
     errors = torch.empty_like(tile)
     for column in range(tile.shape[1]):
         real = tile[:, column]

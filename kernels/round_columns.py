@@ -1,0 +1,82 @@
+"""Rounding of a group of columns with error compensation (GPTQ, arXiv 2210.17323), a block of rows a program.
+
+Column by column in PyTorch it is a dozen launches a column, for which a GPU waits: rows do not depend on each other, so
+that a program can go through all the columns of a group with its rows in registers.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+VALUES = 2048  # in the registers of a program; with twice as many it spills
+INTEGERS_ABOVE = tl.constexpr(1.5 * 2**23)  # what is added to this in float32 becomes whole, ties to even
+
+
+@triton.jit
+def _round_columns_kernel(
+    tile,
+    upper,
+    scale,
+    zero_point,
+    errors,
+    rows,
+    columns,
+    largest,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    exists = (row < rows)[:, None] & (column < columns)[None, :]
+    place = row[:, None].to(tl.int64) * columns + column[None, :]
+    values = tl.load(tile + place, exists, other=0.0)
+    step = tl.load(scale + row, row < rows, other=1.0)
+    zero = tl.load(zero_point + row, row < rows, other=0.0)
+    whole = tl.floor(zero)
+    for current in range(columns):
+        here = (column == current)[None, :]
+        real = tl.sum(tl.where(here, values, 0.0), 1)
+        position = tl.div_rn(real, step) + (zero - whole)
+        position = tl.minimum(tl.maximum(position, -1024.0), 1024.0)  # beyond either end of any grid
+        nearest = (position + INTEGERS_ABOVE) - INTEGERS_ABOVE + whole
+        nearest = tl.minimum(tl.maximum(nearest, 0.0), largest)
+        factors = tl.load(upper + current * columns + column, column < columns, other=0.0)
+        diagonal = tl.sum(tl.where(column == current, factors, 0.0), 0)
+        error = tl.div_rn(real - (nearest - zero) * step, diagonal)
+        tl.store(errors + row.to(tl.int64) * columns + current, error, row < rows)
+        values -= error[:, None] * tl.where(column > current, factors, 0.0)[None, :]
+    tl.store(tile + place, values, exists)
+
+
+def round_columns(tile: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, largest: int) -> Tensor:
+    """Round `tile` column by column, moving each error into the columns after it, in place.
+
+    Args:
+        tile: `[out, columns]`, float32, contiguous; each column is left as it was when it was rounded.
+        upper: `[columns, columns]`, a square on the diagonal of the factor of the inverse Hessian.
+        scale, zero_point: `[out]`.
+        largest: integer of the grid, at most 255.
+
+    Returns:
+        The errors over the diagonal of `upper`, `[out, columns]`.
+    """
+    rows, columns = tile.shape
+    errors = torch.empty_like(tile)
+    padded = triton.next_power_of_2(columns)
+    rows_each = max(VALUES // padded, 1)
+    _round_columns_kernel[(triton.cdiv(rows, rows_each),)](
+        tile,
+        upper.contiguous(),
+        scale.contiguous(),
+        zero_point.contiguous(),
+        errors,
+        rows,
+        columns,
+        largest,
+        ROWS=rows_each,
+        COLUMNS=padded,
+    )
+    return errors
