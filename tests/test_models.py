@@ -117,6 +117,14 @@ def test_a_model_that_cannot_be_had_is_named() -> None:
             load()
 
 
+def test_half_a_tokenizer_is_named(make_model: ModelMaker, tmp_path: Path) -> None:
+    folder = shutil.copytree(make_model("llama"), tmp_path / "model")
+    file = folder / "tokenizer.json"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"cannot load '.*model' \(tokenizer.json is damaged: .*give its local folder"):
+        ModelSource(str(folder)).tokenizer()
+
+
 def test_stored_dtype_is_kept(make_model: ModelMaker) -> None:
     assert ModelSource(str(make_model("llama"))).model().dtype == torch.bfloat16
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,9 +95,19 @@ class ModelSource:
             ModelLoadError: if it cannot be had.
         """
         try:
+            self._check_tokenizer_file()
             return AutoTokenizer.from_pretrained(self.path, **self._arguments())
         except UNREADABLE as error:
             raise self._explain(error) from error
+
+    def _check_tokenizer_file(self) -> None:
+        """Raises ValueError for one that is no JSON, such as half a copy: tokenizers raises a bare Exception."""
+        file = Path(self.path, "tokenizer.json")
+        if file.is_file():
+            try:
+                json.loads(file.read_bytes())
+            except ValueError as error:
+                raise ValueError(f"tokenizer.json is damaged: {error}") from error
 
     def model(self) -> PreTrainedModel:
         """The model on the CPU, in its stored dtype (or `dtype`), in evaluation mode, frozen.
