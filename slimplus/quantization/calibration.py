@@ -12,6 +12,8 @@ from torch import Tensor
 
 from slimplus.quantization.affine import binary_qparams, minmax_qparams, nearest_integers
 
+GPU_ELEMENTS = 2**24
+
 
 @dataclass(frozen=True)
 class CalibrationConfig:
@@ -51,13 +53,18 @@ def calibrate_group(
     shrinks = torch.cat([offsets.new_ones(1), 1 + offsets, 1 - offsets])
     best_error = torch.full_like(tile[:, 0], torch.inf)
     best_scale, best_zero = torch.empty_like(best_error), torch.empty_like(best_error)
-    for shrink in shrinks:
-        scale, zero_point = minmax_qparams(tile, bits, shrink)
-        level = nearest_integers(tile, scale[:, None], zero_point[:, None], 2**bits - 1)
-        error = level.sub_(zero_point[:, None]).mul_(scale[:, None]).sub_(tile).abs_().pow_(config.exponent)
-        total = (error if weights is None else error * weights).sum(dim=1)
-        better = total < best_error
-        best_error = torch.where(better, total, best_error)
-        best_scale = torch.where(better, scale, best_scale)
-        best_zero = torch.where(better, zero_point, best_zero)
+    for part in shrinks.split(_ranges_at_once(tile)):
+        scale, zero_point = minmax_qparams(tile, bits, part[:, None])  # [ranges, out]
+        level = nearest_integers(tile, scale[..., None], zero_point[..., None], 2**bits - 1)
+        error = level.sub_(zero_point[..., None]).mul_(scale[..., None]).sub_(tile).abs_().pow_(config.exponent)
+        total, place = (error if weights is None else error * weights).sum(dim=-1).min(dim=0, keepdim=True)
+        better = total[0] < best_error
+        best_error = torch.where(better, total[0], best_error)
+        best_scale = torch.where(better, scale.gather(0, place)[0], best_scale)
+        best_zero = torch.where(better, zero_point.gather(0, place)[0], best_zero)
     return best_scale, best_zero
+
+
+def _ranges_at_once(tile: Tensor) -> int:
+    """How many to try together: a CPU is fastest in its cache, a GPU waits for its next kernel with few elements."""
+    return max(GPU_ELEMENTS // tile.numel(), 1) if tile.is_cuda else 1
