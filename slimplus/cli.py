@@ -16,8 +16,16 @@ import yaml
 
 from slimplus.commands import benchmark, generate, inspect
 from slimplus.config import Recipe, keys
-from slimplus.console import BAD_INPUT, INTERRUPTED, PREEMPTED, TRY_AGAIN, WIDTH, Parser, write
-from slimplus.errors import InputError, TemporaryFailure, is_full
+from slimplus.console import WIDTH, Parser, write
+from slimplus.errors import (
+    BAD_INPUT,
+    INTERRUPTED,
+    PREEMPTED,
+    TRY_AGAIN,
+    InputError,
+    TemporaryFailure,
+    is_full,
+)
 from slimplus.preflight import check_inputs
 from slimplus.reading import describe_type, load_recipe, recipe_file, recipe_names
 from slimplus.signals import Preempted, requeue

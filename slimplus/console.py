@@ -1,4 +1,4 @@
-"""What every command line of the package shares: writing, exit statuses, and one sentence for bad input."""
+"""What every command line of the package shares: writing, and one sentence for bad input."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import math
 import sys
 from typing import NoReturn, TextIO
 
+from slimplus.errors import BAD_INPUT
+
 WIDTH = 110  # columns of the help text
-# Exit statuses: argparse's, sysexits.h's EX_TEMPFAIL, and a shell's for Ctrl-C and SIGTERM.
-BAD_INPUT, TRY_AGAIN, INTERRUPTED, PREEMPTED = 2, 75, 130, 143
 
 
 def write(text: str, stream: TextIO | None = None) -> None:

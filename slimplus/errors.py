@@ -1,6 +1,9 @@
-"""What the user can put right, and what passes."""
+"""What the user can put right, and what passes; how a command ends."""
 
 import errno
+
+# Exit statuses: argparse's, sysexits.h's EX_TEMPFAIL, and a shell's for Ctrl-C and SIGTERM.
+BAD_INPUT, TRY_AGAIN, INTERRUPTED, PREEMPTED = 2, 75, 130, 143
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -13,10 +13,9 @@ from contextlib import contextmanager
 
 from lightning.fabric import Fabric
 
-from slimplus.errors import InputError, TemporaryFailure
+from slimplus.errors import BAD_INPUT, PREEMPTED, TRY_AGAIN, InputError, TemporaryFailure
 
 INTERVAL, GRACE = 0.5, 10.0  # seconds between two looks, and for a process to end by itself once another has
-BAD_INPUT, LOST, PREEMPTED = 2, 75, 128 + signal.SIGTERM  # exit statuses
 
 
 @contextmanager
@@ -41,7 +40,7 @@ def watched(fabric: Fabric) -> Iterator[None]:
         deadline = time.monotonic() + 4 * INTERVAL
         while fabric.world_size > 1 and time.monotonic() < deadline:
             if os.getppid() != parent:
-                os._exit(LOST)  # the first process has said why
+                os._exit(TRY_AGAIN)  # the first process has said why
             if lost := _lost(children):
                 raise (InputError if lost[1] == BAD_INPUT else TemporaryFailure)(_sentence(*lost)) from error
             time.sleep(INTERVAL / 4)
@@ -64,7 +63,7 @@ def _sentence(rank: int, status: int) -> str:
 def _watch(children: list[subprocess.Popen[bytes]], parent: int) -> None:
     while not (lost := _lost(children)):
         if os.getppid() != parent:
-            os._exit(LOST)
+            os._exit(TRY_AGAIN)
         time.sleep(INTERVAL)
     time.sleep(GRACE)  # usually the main thread has noticed as well, and ends in its own words
     for child in children:
@@ -72,4 +71,4 @@ def _watch(children: list[subprocess.Popen[bytes]], parent: int) -> None:
     rank, status = lost
     sys.stderr.write(f"{_sentence(rank, status)}\n")
     sys.stderr.flush()
-    os._exit(status if status in (PREEMPTED, BAD_INPUT) else LOST)
+    os._exit(status if status in (PREEMPTED, BAD_INPUT) else TRY_AGAIN)
