@@ -14,7 +14,6 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -37,6 +36,7 @@ from slimplus.kernels.measure import (
     relative_error,
 )
 from slimplus.kernels.packed_matmul import MAX_TOKENS
+from slimplus.machine import describe_machine
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUP_SIZE = 128
@@ -62,7 +62,6 @@ MIXES = {"2": (2,), "2 (1/2/3)": (1, 2, 2, 3), "3": (3,), "3 (2/3/4)": (2, 3, 3,
 
 TOKENS = (1, 4, 16, 64, 256, 2048)
 GEMLITE_BITS = (2, 4)
-PACKAGES = ("torch", "triton", "gemlite")
 
 
 def main() -> None:
@@ -129,11 +128,9 @@ def copy_bandwidth(device: torch.device, timer: Timer = graph_seconds, size: int
 
 
 def provenance() -> dict[str, Any]:
-    """Versions of what was measured, and the commit."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES if importlib.util.find_spec(name)}
-    command = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    return {"versions": versions, "commit": commit, "group_size": GROUP_SIZE, "dtype": str(DTYPE)}
+    """The machine, the versions of what was measured, the commit, and what all rows share."""
+    gemlite = importlib.metadata.version("gemlite") if importlib.util.find_spec("gemlite") else None
+    return {"machine": describe_machine() | {"gemlite": gemlite}, "group_size": GROUP_SIZE, "dtype": str(DTYPE)}
 
 
 def _packed_weights(

@@ -51,6 +51,12 @@ def _round_columns_kernel(
     tl.store(tile + place, values, exists)
 
 
+def choose_blocks(columns: int) -> dict[str, int]:
+    """What a program holds of groups of so many columns."""
+    padded = triton.next_power_of_2(columns)
+    return {"ROWS": max(VALUES // padded, 1), "COLUMNS": padded}
+
+
 def round_columns(tile: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, largest: int) -> Tensor:
     """Round `tile` column by column, moving each error into the columns after it, in place.
 
@@ -65,9 +71,8 @@ def round_columns(tile: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor
     """
     rows, columns = tile.shape
     errors = torch.empty_like(tile)
-    padded = triton.next_power_of_2(columns)
-    rows_each = max(VALUES // padded, 1)
-    _round_columns_kernel[(triton.cdiv(rows, rows_each),)](
+    blocks = choose_blocks(columns)
+    _round_columns_kernel[(triton.cdiv(rows, blocks["ROWS"]),)](
         tile,
         upper.contiguous(),
         scale.contiguous(),
@@ -76,7 +81,6 @@ def round_columns(tile: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor
         rows,
         columns,
         largest,
-        ROWS=rows_each,
-        COLUMNS=padded,
+        **blocks,
     )
     return errors

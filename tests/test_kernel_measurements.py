@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 from benchmarks import kernels as benchmark
 from slimplus.kernels.launch import BUCKETS, read_table
 from slimplus.kernels.shards import FusedShape
+from slimplus.machine import commit
 from slimplus.tune import candidates, parse_shape, write_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,7 +67,8 @@ def test_copy_bandwidth_counts_reads_and_writes() -> None:
     assert benchmark.copy_bandwidth(torch.device("cpu"), timer=lambda calls: 0.5, size=1000) == 4000
 
 
-def test_results_name_versions_and_commit() -> None:
-    provenance = benchmark.provenance()
-    assert provenance["versions"]["torch"] == torch.__version__
-    assert provenance["commit"]
+def test_results_name_machine_versions_and_commit() -> None:
+    machine = benchmark.provenance()["machine"]
+    assert machine["torch"] == torch.__version__
+    assert machine["commit"] == commit()
+    assert {"gpus", "triton", "gemlite"} <= machine.keys()
