@@ -11,7 +11,6 @@ benchmarks/results/kernels_<gpu>.json with the machine, the versions and the com
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
 import sys
@@ -36,7 +35,7 @@ from slimplus.kernels.measure import (
     relative_error,
 )
 from slimplus.kernels.packed_matmul import MAX_TOKENS
-from slimplus.machine import describe_machine
+from slimplus.machine import describe_machine, package_version
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUP_SIZE = 128
@@ -129,8 +128,8 @@ def copy_bandwidth(device: torch.device, timer: Timer = graph_seconds, size: int
 
 def provenance() -> dict[str, Any]:
     """The machine, the versions of what was measured, the commit, and what all rows share."""
-    gemlite = importlib.metadata.version("gemlite") if importlib.util.find_spec("gemlite") else None
-    return {"machine": describe_machine() | {"gemlite": gemlite}, "group_size": GROUP_SIZE, "dtype": str(DTYPE)}
+    machine = describe_machine() | {"gemlite": package_version("gemlite")}
+    return {"machine": machine, "group_size": GROUP_SIZE, "dtype": str(DTYPE)}
 
 
 def _packed_weights(

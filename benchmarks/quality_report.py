@@ -81,25 +81,22 @@ def pareto(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def plot(rows: Sequence[Row], text: str, file: Path) -> None:
-    """Perplexity on one text against stored bits per weight, a point a method, and the front of the best ones."""
+    """Perplexity on one text against stored bits per weight, a symbol a method, and the front of the best ones."""
     from matplotlib.figure import Figure  # not needed for the table
+    from matplotlib.ticker import LogFormatter
 
-    points = [
-        (row["bits_per_weight"], row["perplexity"][text], f"{_name(row)} ({row['samples']} × {row['sequence_length']})")
-        for row in rows
-        if "bits" in row
-    ]
+    points = [(row["bits_per_weight"], row["perplexity"][text], row["method"]) for row in rows if "bits" in row]
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
-    for name in dict.fromkeys(name for _, _, name in points):
+    for number, name in enumerate(dict.fromkeys(name for _, _, name in points)):
         mine = [(bits, perplexity) for bits, perplexity, other in points if other == name]
-        axes.plot(*zip(*mine, strict=True), "o", label=name)
+        axes.plot(*zip(*mine, strict=True), "osD^v"[number // 10 % 5], label=name)  # matplotlib has ten colours
     axes.step(*zip(*pareto(point[:2] for point in points), strict=True), where="post", color="0.6", zorder=0)
     for row in rows:
         if "bits" not in row:
             axes.axhline(row["perplexity"][text], linestyle=":", color="0.4", label=_name(row))
     axes.set(xlabel="stored bits per weight", ylabel=f"perplexity, {text}", yscale="log")
-    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        axis("{x:g}")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))  # none where they would lie on each other
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(file, dpi=150)

@@ -23,7 +23,7 @@ def describe_machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "gpus": _gpus(),
         "python": platform.python_version(),
-        **{package: _version(package) for package in PACKAGES},
+        **{package: package_version(package) for package in PACKAGES},
         "commit": commit(),
     }
 
@@ -66,7 +66,8 @@ def _gpus() -> list[str]:
     return [model[1] for text in told if (model := re.search(r"^Model:\s*(.*)$", text, re.MULTILINE))]
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Of an installed package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:  # such as Triton, where there is no Linux
