@@ -15,6 +15,7 @@ import argparse
 import json
 import multiprocessing
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from typing import Any
 from quality_methods import FULL, METHODS, PEER, Budget, identity
 from quality_report import plot, table
 
+from slimplus.errors import PREEMPTED
 from slimplus.files import write_atomic
 from slimplus.machine import commit, describe_machine
 
@@ -56,6 +58,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="the JSON; the plot stands beside it")
     parser.add_argument("--keys", nargs="+", default=[], metavar="KEY=VALUE", help="of the recipe, for every method")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))  # as Ctrl-C, it ends the process at work too
     texts = dict(text.split("=", 1) for text in given.evaluation)
     for seed in given.seeds:
         tokens = (given.samples, given.sequence_length)
@@ -71,16 +74,16 @@ def measured(method: str, budget: Budget, calibration: str, texts: Texts, runs: 
     """Run a method unless its run is finished, and measure what came of it."""
     folder = runs / budget.folder_name(method)
     evaluated = f"data.evaluation.path={next(iter(texts.values()))}"
-    arguments = [f"recipe={RECIPE}", f"data.calibration.path={calibration}", evaluated, *budget.keys(method)]
+    common = [f"recipe={RECIPE}", f"data.calibration.path={calibration}", evaluated]
     row = budget.row(method, Path(calibration).name)
     if method == FULL:
         row["machine"] = describe_machine()
     else:
-        _quantize(method, budget, arguments, runs)
+        _quantize(method, budget, common, runs)
         metrics = json.loads((folder / "metrics.json").read_text())
         row |= {key: metrics[key] for key in (*FIGURES, "version") if key in metrics}
         row["machine"] = describe_machine() | {"commit": (folder / "commit").read_text()}
-    row["perplexity"] = _measure_apart(method, arguments, dict(texts), folder)
+    row["perplexity"] = _measure_apart(method, [*common, *budget.keys(method)], dict(texts), folder)
     return row
 
 
@@ -99,6 +102,7 @@ def _measure_apart(*arguments: Any) -> dict[str, float]:
     except EOFError:
         raise RuntimeError(f"{arguments[0]} could not be measured; why is said above") from None
     finally:
+        process.kill()  # it has sent what it measured, or is not to go on
         process.join()
     return measured
 
@@ -107,9 +111,10 @@ def _send_perplexities(sender: Connection, *arguments: Any) -> None:
     sender.send(perplexities(*arguments))
 
 
-def _quantize(method: str, budget: Budget, arguments: list[str], runs: Path) -> None:
-    """Have the run of a method finished; a run after another's begins as a copy of that one."""
+def _quantize(method: str, budget: Budget, common: list[str], runs: Path) -> None:
+    """Have the run of a method finished; a run after another's has that one finished, and begins as a copy of it."""
     folder, after = runs / budget.folder_name(method), METHODS[method].after
+    arguments = [*common, *budget.keys(method)]
     if method == PEER:
         command = [ROOT / "benchmarks" / "autoround_peer.py", folder, *arguments]
         if (folder / "metrics.json").exists():
@@ -117,6 +122,7 @@ def _quantize(method: str, budget: Budget, arguments: list[str], runs: Path) -> 
     else:
         command = [ROOT / "train.py", *arguments, "data.evaluation.windows=1", f"run_dir={folder}"]
     if after is not None and not folder.exists():
+        _quantize(after, budget, common, runs)
         copy = folder.with_suffix(".copy")
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(runs / budget.folder_name(after), copy)

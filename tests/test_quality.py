@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from benchmarks.quality_methods import FULL, METHODS, Budget, identity
 from benchmarks.quality_report import pareto, table
 from slimplus import machine
+from slimplus.errors import PREEMPTED
 from slimplus.reading import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,19 +82,23 @@ def test_no_point_beats_the_front(points: list[tuple[float, float]]) -> None:
         assert not any(other != one and other[0] <= one[0] and other[1] <= one[1] for other in points)
 
 
-@pytest.mark.slow
-def test_methods_side_by_side(make_model: ModelMaker, text_file: Path, tmp_path: Path) -> None:
-    methods = [FULL, "RTN", "ours", "ours, end to end"]
-    common = [
-        *("--calibration", str(text_file), "--evaluation", f"first={text_file}", "second=offline"),
+def side_by_side(text: Path, model: Path, folder: Path, *methods: str) -> list[str | Path]:
+    return [
+        *(sys.executable, ROOT / "benchmarks" / "quality.py", "--methods", *methods),
+        *("--calibration", text, "--evaluation", f"first={text}", "second=offline"),
         *("--samples", "8", "--sequence-length", "32", "--epochs", "2", "--end-to-end-epochs", "1"),
-        *("--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "quality.json")),
+        *("--runs", folder / "runs", "--results", folder / "quality.json"),
         *("--keys", *(key for key in SMALL if key.startswith(("model", "data.e", "quantization.g", "trainer")))),
-        f"model.path={make_model('llama')}",
+        f"model.path={model}",
     ]
 
+
+@pytest.mark.slow
+def test_methods_side_by_side(make_model: ModelMaker, text_file: Path, tmp_path: Path) -> None:
+    methods = [FULL, "RTN", "ours, end to end", "ours"]  # what is trained end to end is made first, asked for or not
+
     def compare(*names: str) -> tuple[str, list[dict[str, Any]]]:
-        command = [sys.executable, ROOT / "benchmarks" / "quality.py", "--methods", *names, *common]
+        command = side_by_side(text_file, make_model("llama"), tmp_path, *names)
         process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert process.returncode == 0, process.stderr
         return process.stdout, json.loads((tmp_path / "quality.json").read_text())["rows"]
@@ -111,6 +117,17 @@ def test_methods_side_by_side(make_model: ModelMaker, text_file: Path, tmp_path:
     assert len({row["perplexity"]["second"] for row in rows}) == len(rows)  # no model is measured twice
     assert "second" in printed
     assert (tmp_path / "quality.png").stat().st_size > 10_000
+
+
+def test_sigterm_ends_the_run_in_progress_as_well(make_model: ModelMaker, text_file: Path, tmp_path: Path) -> None:
+    command = side_by_side(text_file, make_model("llama"), tmp_path, "ours")
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert any("block" in line for line in process.stderr or ())  # train.py's bar: it is at work
+        process.terminate()
+        assert process.wait(60) == PREEMPTED
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    assert not (tmp_path / "quality.json").exists()
 
 
 def test_shapes_of_large_models_are_measured_without_their_weights(tmp_path: Path) -> None:
