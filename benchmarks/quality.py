@@ -18,7 +18,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,11 @@ from typing import Any
 from quality_methods import FULL, METHODS, PEER, Budget, identity
 from quality_report import plot, table
 
-from slimplus.errors import PREEMPTED
+from slimplus.data.text import load_text
+from slimplus.errors import PREEMPTED, InputError
 from slimplus.files import write_atomic
 from slimplus.machine import commit, describe_machine
+from slimplus.reading import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
@@ -60,14 +63,28 @@ def main() -> None:
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))  # as Ctrl-C, it ends the process at work too
     texts = dict(text.split("=", 1) for text in given.evaluation)
-    for seed in given.seeds:
-        tokens = (given.samples, given.sequence_length)
-        budget = Budget(given.bits, *tokens, given.epochs, given.end_to_end_epochs, seed, tuple(given.keys))
+    steps = (given.samples, given.sequence_length, given.epochs, given.end_to_end_epochs)
+    budgets = [Budget(given.bits, *steps, seed, tuple(given.keys)) for seed in given.seeds]
+    try:
+        check_keys(given.methods, budgets[0])
+        digest = sha256(load_text(given.calibration, "calibration").encode()).hexdigest()[:8]
+    except InputError as error:
+        parser.error(str(error))
+    for budget in budgets:
         for method in given.methods:
-            keep(measured(method, budget, given.calibration, texts, given.runs), given.results)
+            keep(measured(method, budget, given.calibration, texts, given.runs / digest), given.results)
     rows = json.loads(given.results.read_text())["rows"]
     sys.stdout.write(table(rows) + "\n")
     plot(rows, next(iter(texts)), given.results.with_suffix(".png"))
+
+
+def check_keys(methods: Sequence[str], budget: Budget) -> None:
+    """Raises `InputError` where one of the methods does not take the keys, before any long work."""
+    for method in methods:
+        try:
+            load_recipe([f"recipe={RECIPE}", *budget.keys(method)])
+        except InputError as error:
+            raise InputError(f"{method}: {error}; give --methods without it, or other --keys") from error
 
 
 def measured(method: str, budget: Budget, calibration: str, texts: Texts, runs: Path) -> Row:
@@ -138,14 +155,12 @@ def perplexities(method: str, arguments: list[str], texts: Texts, folder: Path) 
     import torch  # here, since the process that starts the runs stays small
     from safetensors.torch import load_file
 
-    from slimplus.data.text import load_text
     from slimplus.data.windows import evaluation_windows
     from slimplus.evaluation import perplexity
     from slimplus.hub.checkpoint import load
     from slimplus.job import model_source
     from slimplus.models.precision import resolve_precision
     from slimplus.models.streaming import BlockRunner, StreamedModel
-    from slimplus.reading import load_recipe
     from slimplus.training.strategies import launch
 
     recipe = load_recipe(arguments)
@@ -167,9 +182,13 @@ def perplexities(method: str, arguments: list[str], texts: Texts, folder: Path) 
 
 
 def keep(row: Row, file: Path) -> None:
-    """Put a row into the results, in the place of an earlier one of the same."""
+    """Put a row into the results, in the place of an earlier one of the same; of the same run, its texts stay."""
     rows = json.loads(file.read_text())["rows"] if file.exists() else []
-    kept = {identity(before): before for before in rows} | {identity(row): row}
+    kept = {identity(before): before for before in rows}
+    before = kept.get(identity(row), row)
+    if before["machine"] == row["machine"] and before.get("seconds") == row.get("seconds"):
+        row = row | {"perplexity": before["perplexity"] | row["perplexity"]}
+    kept[identity(row)] = row
     write_atomic(file, json.dumps({"rows": list(kept.values())}, indent=2) + "\n")
 
 

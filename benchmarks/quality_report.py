@@ -85,13 +85,15 @@ def plot(rows: Sequence[Row], text: str, file: Path) -> None:
     from matplotlib.figure import Figure  # not needed for the table
     from matplotlib.ticker import LogFormatter
 
+    rows = [row for row in rows if text in row["perplexity"]]
     points = [(row["bits_per_weight"], row["perplexity"][text], row["method"]) for row in rows if "bits" in row]
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
     for number, name in enumerate(dict.fromkeys(name for _, _, name in points)):
         mine = [(bits, perplexity) for bits, perplexity, other in points if other == name]
         axes.plot(*zip(*mine, strict=True), "osD^v"[number // 10 % 5], label=name)  # matplotlib has ten colours
-    axes.step(*zip(*pareto(point[:2] for point in points), strict=True), where="post", color="0.6", zorder=0)
+    front = pareto(point[:2] for point in points)
+    axes.step([bits for bits, _ in front], [best for _, best in front], where="post", color="0.6", zorder=0)
     for row in rows:
         if "bits" not in row:
             axes.axhline(row["perplexity"][text], linestyle=":", color="0.4", label=_name(row))

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from slimplus.errors import InputError
-from slimplus.quantization.affine import MAX_BITS
+from slimplus.quantization.affine import MAX_BITS, per_column
 
 KEY, REMEDY = "quantization.allocation", "give the allocation.json of a run, or a published group-precision .pt file"
 LARGEST = 2**26  # bytes; a 70B model has 9 million groups
@@ -59,6 +60,16 @@ def check_allocation(bits: Mapping[str, list[int]], expected: Mapping[str, int])
                 f"{KEY}: {name} has {found.get(name, 0)} groups there and {expected.get(name, 0)} in the model; "
                 "give the allocation of the same model and group size"
             )
+
+
+def average_bits(bits: Mapping[str, list[int]], layers: Mapping[str, nn.Linear], group_size: int) -> float:
+    """Width of a weight of `layers` on average."""
+    weights = sum(layer.weight.numel() for layer in layers.values())
+    stored = (
+        layer.out_features * int(per_column(torch.tensor(bits[name]), group_size, layer.in_features).sum())
+        for name, layer in layers.items()
+    )
+    return sum(stored) / weights
 
 
 def _own(file: Path, group_size: int) -> Any:

@@ -337,7 +337,7 @@ class Recipe(Section):
         min_length=1, description="folder for all that the run writes; runs/NAME if the recipe sets none"
     )
     resume: ResumeConfig = ResumeConfig()
-    seed: int = Field(0, ge=0, description="seed of the windows and of training")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of the windows and of training")
     dry_run: bool = Field(False, description="print the plan and sizes without loading weights, then stop")
 
     @model_validator(mode="after")

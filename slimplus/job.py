@@ -10,7 +10,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from slimplus.allocation_file import check_allocation, read_allocation
-from slimplus.config import Recipe, TrainingConfig, to_yaml
+from slimplus.allocation_file import average_bits
+from slimplus.assembly import block_quantizer
+from slimplus.config import Recipe, to_yaml
 from slimplus.data.text import load_text
 from slimplus.data.windows import Windows, calibration_windows, evaluation_windows
 from slimplus.fingerprint import differences, fingerprint, library_versions
@@ -38,18 +39,13 @@ from slimplus.models.loading import ModelSource, build_on_meta
 from slimplus.models.precision import resolve_precision
 from slimplus.models.streaming import BlockRunner, StreamedModel
 from slimplus.preflight import check_shares
-from slimplus.quantization.affine import group_count
-from slimplus.quantization.linear import QuantizationConfig
 from slimplus.reading import resolve_model_folder
 from slimplus.run import Record, RunDirectory, chain
-from slimplus.shapes import check_shapes
+from slimplus.shapes import check_shapes, given_allocation
 from slimplus.signals import Preemption
 from slimplus.training.block import layer_tensors
-from slimplus.training.blockwise import BlockQuantizer, QuantizerConfig
-from slimplus.training.fit import FitConfig
-from slimplus.training.losses import LossConfig
-from slimplus.training.optimizers import Name, RateConfig, Schedule
-from slimplus.training.reconstruction import ReconstructionConfig, Surroundings
+from slimplus.training.blockwise import BlockQuantizer
+from slimplus.training.reconstruction import Surroundings
 from slimplus.training.strategies import launch
 
 logger = logging.getLogger(__name__)
@@ -129,7 +125,9 @@ class Job:
 
     def surroundings(self, index: int) -> Surroundings:
         """What a loss needs to know of the place of a block."""
-        norm = deepcopy(following_norm(self.model.model, index)).to(self.runner.device, torch.float32)
+        norm = None
+        if self.quantizer.trains and self.quantizer.reconstruction.loss.error == "after_norm":
+            norm = deepcopy(following_norm(self.model.model, index)).to(self.runner.device, torch.float32)
         return Surroundings(norm, None if self.channels is None else self.channels[index].to(self.runner.device))
 
     def stored_block(self, index: int, made_from: str) -> dict[str, Tensor] | None:
@@ -208,10 +206,15 @@ class Job:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage, and keep the figures at its end."""
+        """Time a stage, and keep the figures at its end, be that an interruption."""
         start = time.perf_counter()
-        yield
-        self.metrics["seconds"][name] = self.metrics["seconds"].get(name, 0) + time.perf_counter() - start
+        try:
+            yield
+        finally:
+            self._keep_figures(name, time.perf_counter() - start)
+
+    def _keep_figures(self, name: str, seconds: float) -> None:
+        self.metrics["seconds"][name] = self.metrics["seconds"].get(name, 0) + seconds
         self.metrics["peak_memory_bytes"] = max(self.metrics.get("peak_memory_bytes", 0), peak_resident_bytes())
         if self.runner.device.type == "cuda":
             held = torch.cuda.max_memory_allocated(self.runner.device)
@@ -257,7 +260,7 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption) -> Job:
         run.write("fingerprint.json", made_from)
         run.write("recipe.yaml", to_yaml(recipe))
         run.write("metrics.json", metrics)
-    return Job(
+    job = Job(
         recipe=recipe,
         run=run,
         fabric=fabric,
@@ -266,12 +269,20 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption) -> Job:
         tokenizer=tokenizer,
         calibration=calibration,
         evaluation=evaluation,
-        quantizer=_quantizer(recipe, fabric, runner, run.logs, preemption),
+        quantizer=block_quantizer(recipe, fabric, runner, run.logs, preemption),
         block_names=block_names,
         allocation=allocation,
         outer_bits=outer,
         metrics=metrics,
     )
+    if allocation is not None:
+        settings = recipe.quantization
+        average = average_bits(allocation, quantized_linears(skeleton), settings.group_size)
+        if average != settings.bits:
+            job.note(
+                f"quantization.allocation gives {average:.3f} bits on average, not quantization.bits={settings.bits}"
+            )
+    return job
 
 
 def _look_into(run: RunDirectory, recipe: Recipe, made_from: dict[str, Any], blocks: int) -> list[str]:
@@ -291,15 +302,8 @@ def _look_into(run: RunDirectory, recipe: Recipe, made_from: dict[str, Any], blo
 def _check_model(model: PreTrainedModel, recipe: Recipe) -> tuple[list[str], dict[str, list[int]] | None]:
     """Names of the blocks, and the imported allocation if there is one, checked against the model's layers."""
     check_shapes(model, recipe)
-    path, group_size = blocks_path(model.config), recipe.quantization.group_size
-    names = [f"{path}.{index}" for index in range(len(find_blocks(model)))]
-    if recipe.quantization.allocation is None or recipe.quantization.allocates_by != "file":
-        return names, None
-    allocation = read_allocation(recipe.quantization.allocation, group_size, path)
-    layers = quantized_linears(model)
-    expected = {name: group_count(layer.in_features, group_size) for name, layer in layers.items()}
-    check_allocation(allocation, expected)
-    return names, allocation
+    names = [f"{blocks_path(model.config)}.{index}" for index in range(len(find_blocks(model)))]
+    return names, given_allocation(model, recipe)
 
 
 def _windows(recipe: Recipe, text: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[Windows, Windows]:
@@ -340,59 +344,3 @@ def _metrics(
     if not same or before.get("evaluation", {}).get("fingerprint") != evaluation.fingerprint:
         before = {key: value for key, value in before.items() if key not in measured}
     return {"perplexity": {}, "seconds": {}, "events": []} | before | fresh
-
-
-def _quantizer(
-    recipe: Recipe, fabric: Fabric, runner: BlockRunner, logs: Path, preemption: Preemption
-) -> BlockQuantizer:
-    quantization, trainer = recipe.quantization, recipe.trainer
-    search = quantization.allocates_by
-    elements = recipe.training.parametrization if quantization.method == "qat" else None
-    return BlockQuantizer(
-        quantization=QuantizationConfig(
-            quantization.method,
-            quantization.bits,
-            quantization.group_size,
-            quantization.percdamp,
-            search if search in ("slimllm", "block") else "uniform",  # the others' widths are given
-            tuple(quantization.widths),
-            quantization.scale_bits,
-        ),
-        quantizer=QuantizerConfig(elements, recipe.training.width_rates),
-        reconstruction=_reconstruction(recipe.training, elements),
-        fit=FitConfig(
-            trainer.devices,
-            trainer.num_nodes,
-            trainer.strategy,
-            trainer.offload,
-            logs,
-            recipe.seed,
-            trainer.checkpoint_seconds,
-        ),
-        runner=runner,
-        fabric=fabric,
-        preemption=preemption,
-    )
-
-
-def _reconstruction(training: TrainingConfig, elements: str | None) -> ReconstructionConfig:
-    """The training of a block, `auto` and null resolved."""
-    usual_optimizer: Name = "sign_sgd" if elements == "rounding" else "adamw"
-    optimizer = usual_optimizer if training.optimizer == "auto" else training.optimizer
-    signs = optimizer == "sign_sgd"
-
-    def rate(peak: float | None, usual: float, schedule: Schedule | Literal["auto"]) -> RateConfig:
-        falls = ("linear" if signs else "cosine") if schedule == "auto" else schedule
-        return RateConfig(usual if peak is None and not signs else peak, falls)
-
-    return ReconstructionConfig(
-        epochs=training.epochs,
-        batch_size=training.batch_size,
-        accumulate_grad_batches=training.accumulate_grad_batches,
-        optimizer=optimizer,
-        grid=rate(training.learning_rate, 0.01, training.schedule),
-        elements=rate(training.element_learning_rate, 3e-4, training.element_schedule),
-        weight_decay=training.weight_decay,
-        patience=training.patience,
-        loss=LossConfig(**training.loss.model_dump()),
-    )

@@ -20,7 +20,7 @@ from slimplus.outer import packed_config, quantize_outer_layers
 from slimplus.plan import make_plan
 from slimplus.progress import track
 from slimplus.run import SENSITIVITY, chain, locked, write_allocation
-from slimplus.shapes import check_shapes
+from slimplus.shapes import check_shapes, planned_widths
 from slimplus.signals import Preemption
 from slimplus.training.block import load_packed_block, packed_block, packed_tensors
 from slimplus.training.blockwise import BlockTask
@@ -66,8 +66,16 @@ def dry_run(recipe: Recipe) -> str:
     check_shapes(model, recipe)
     calibration, length = (recipe.data.samples, recipe.data.sequence_length), recipe.data.evaluation.sequence_length
     outer = outer_bits(model, settings.embedding_bits, settings.head_bits)
-    grid = (settings.bits, settings.group_size, settings.scale_bits, settings.size_bytes)
-    return str(make_plan(model, *grid, outer, calibration, length, recipe.end_to_end.epochs > 0))
+    grid = (*planned_widths(model, recipe), settings.group_size, settings.scale_bits)
+    return str(make_plan(model, *grid, outer, calibration, length, _whole_bytes(recipe)))
+
+
+def _whole_bytes(recipe: Recipe) -> int:
+    """Bytes of a weight while the whole model is trained: the integer, and what the backward pass multiplies by."""
+    if not recipe.end_to_end.epochs:
+        return 0
+    kept = 4 if recipe.trainer.precision == "32-true" else 2
+    return 1 if recipe.end_to_end.activation_checkpointing else 1 + kept
 
 
 def measure_full_precision(job: Job) -> None:
@@ -147,13 +155,14 @@ def train_end_to_end(job: Job) -> None:
         job.metrics.pop("end_to_end", None)  # of an earlier start
         return
     made_from = whole_model.made_from(job)
-    job.tuned = job.run.load_tuned(made_from)
-    if job.tuned is not None:
+    if (found := job.run.load_tuned(made_from)) is None:
+        job.forget_checkpoint()
+        with job.stage("end_to_end"):
+            found = whole_model.train(job, made_from)
+    else:
         logger.info("end_to_end: found in %s, skipped", job.run.root)
-        return
-    job.forget_checkpoint()
-    with job.stage("end_to_end"):
-        job.tuned = whole_model.train(job, made_from)
+    job.tuned, job.metrics["end_to_end"] = found
+    job.save_metrics()
 
 
 def export(job: Job) -> None:

@@ -45,7 +45,7 @@ class Plan:
     blocks: int
     linears: int
     groups: int
-    bits: int | None
+    bits: float | None
     quantized_weights: int
     packed_linear_bytes: int
     outer_bits: dict[str, int]
@@ -99,44 +99,43 @@ def gigabytes(size: int) -> str:
 
 def make_plan(
     model: PreTrainedModel,
-    bits: int,
+    bits: float | None,
+    packed_linear_bytes: int,
     group_size: int,
     scale_bits: int,
-    size_bytes: int | None,
     outer_bits: dict[str, int],
     calibration: tuple[int, int],
     evaluation_length: int,
-    end_to_end: bool,
+    whole_bytes: int,
 ) -> Plan:
     """Plan for `model`, which may lie on the meta device.
 
     Args:
         model: the full-precision model.
-        bits: average width. A group one bit narrower and one wider take what two groups of the average take.
+        bits: average width; None where a size is given instead.
+        packed_linear_bytes: of all packed layers of the blocks.
         group_size: columns a group.
         scale_bits: that a scale takes.
-        size_bytes: at most for all packed layers of the blocks, instead of an average width.
         outer_bits: name → bits of the layers outside the blocks that get packed.
         calibration: number of windows, and tokens in each.
         evaluation_length: tokens in an evaluation window.
-        end_to_end: whether the whole model is trained, on the device.
+        whole_bytes: that the device holds for a weight while the whole model is trained; 0 where it is not.
     """
     layers, total = quantized_linears(model), sum(parameter.numel() for parameter in model.parameters())
     size = partial(packed_size, group_size=group_size, scale_bits=scale_bits)
-    groups = {name: group_count(layer.in_features, group_size) for name, layer in layers.items()}
+    groups = [group_count(layer.in_features, group_size) for layer in layers.values()]
     quantized = sum(layer.weight.numel() for layer in layers.values())
     outer = {name: model.get_parameter(f"{name}.weight") for name in outer_bits}
     outer_weights = sum(weight.numel() for weight in {id(weight): weight for weight in outer.values()}.values())
-    host_bytes, device_bytes = _memory(model, quantized if end_to_end else 0, calibration, evaluation_length)
+    host_bytes, device_bytes = _memory(model, quantized * whole_bytes, calibration, evaluation_length)
     return Plan(
         architecture=model.config.model_type,
         blocks=len(find_blocks(model)),
         linears=len(layers),
-        groups=sum(groups.values()),
-        bits=bits if size_bytes is None else None,
+        groups=sum(groups),
+        bits=bits,
         quantized_weights=quantized,
-        packed_linear_bytes=size_bytes
-        or sum(size(layer.out_features, {bits: groups[name]}) for name, layer in layers.items()),
+        packed_linear_bytes=packed_linear_bytes,
         outer_bits=outer_bits,
         outer_weights=outer_weights,
         outer_bytes=sum(
@@ -150,14 +149,14 @@ def make_plan(
 
 
 def _memory(
-    model: PreTrainedModel, trained_whole: int, calibration: tuple[int, int], evaluation_length: int
+    model: PreTrainedModel, weights: int, calibration: tuple[int, int], evaluation_length: int
 ) -> tuple[int, int]:
-    """`host_bytes` and `device_bytes` of a plan; `trained_whole` are the weights that are trained all together."""
+    """`host_bytes` and `device_bytes` of a plan; `weights` are the bytes of all those trained together."""
     blocks, total = find_blocks(model), sum(parameter.numel() for parameter in model.parameters())
     windows, length = calibration
     token_logits = LOGITS_COPIES * model.config.vocab_size * FLOAT32
     block = BLOCK_COPIES * FLOAT32 * max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
-    whole = trained_whole + length * token_logits if trained_whole else 0  # integers take a byte each
+    whole = weights + length * token_logits if weights else 0
     logits = evaluation_length * token_logits
     outside = FLOAT32 * (total - sum(parameter.numel() for parameter in blocks.parameters()))
     hidden = windows * length * model.config.hidden_size * FLOAT32

@@ -31,6 +31,8 @@ def _model_problem(model: ModelConfig) -> str | None:
     if not model.gguf_file and not (folder / "config.json").is_file():
         remedy = f"give model.gguf_file={ggufs[0]}" if ggufs else "give a folder that save_pretrained wrote"
         return f"model.path: {folder} has no config.json; {remedy}"
+    if unreadable := [file for file in sorted(folder.iterdir()) if not os.access(file, os.R_OK)]:
+        return f"model.path: {unreadable[0]} cannot be read: its permissions do not let you; change them"
     return None
 
 

@@ -45,10 +45,11 @@ def summary(metrics: Metrics, packed: str, sentence: str) -> str:
 
 
 def _events(metrics: Metrics) -> list[tuple[str, str]]:
-    """What went wrong and was put right, block by block."""
+    """What went wrong and was put right: in the run, block by block, in training end to end."""
     run = [("note", event) for event in metrics["events"]]
+    whole = [("end to end", event) for event in metrics.get("end_to_end", {}).get("events", ())]
     blocks = enumerate(metrics["blocks"])
-    return run + [(f"block {index}", event) for index, record in blocks for event in record["events"]]
+    return [*run, *[(f"block {index}", event) for index, record in blocks for event in record["events"]], *whole]
 
 
 FIGURES = "<!-- figures -->"

@@ -43,6 +43,8 @@ Record = dict[str, Any]
 
 LOCK = ".lock"
 SENSITIVITY = "sensitivity.safetensors"
+TUNED = f"{END_TO_END}.safetensors"
+FORMAT = ("quantization.group_size", "quantization.scale_bits")  # which all blocks of a checkpoint share
 
 
 @contextmanager
@@ -161,12 +163,21 @@ class RunDirectory:
             What differs, with `force`.
 
         Raises:
-            InputError: naming every key that differs, with its old and new value.
+            InputError: naming every key that differs, with its old and new value; if they cannot be known.
         """
-        before = self.read("fingerprint.json")
-        different = differences(before, json.loads(_json(now))) if before else []
         used = any(self.blocks.glob("*")) or any(self.checkpoints.glob("*"))
+        if (problem := self.manifest.problem(self.root / "fingerprint.json")) and used:
+            raise InputError(
+                f"run_dir: {problem}, and tells what the blocks were made from; restore it, or give another run_dir"
+            )
+        before = {} if problem else self.read("fingerprint.json")
+        different = differences(before, json.loads(_json(now)))
         changes = ", ".join(different)
+        if any(change.split()[0] in FORMAT for change in different) and any(self.blocks.glob("*")):
+            raise InputError(
+                f"run_dir: the blocks of {self.root} are in another format than this run's would be: {changes}; "
+                "restore the values, or give another run_dir"
+            )
         if different and used and not force:
             raise InputError(
                 f"run_dir: what {self.root} holds was made with other values: {changes}; restore them, give another "
@@ -187,7 +198,8 @@ class RunDirectory:
     @property
     def has_checkpoint(self) -> bool:
         """Whether the packed checkpoint and the allocation, which are written together, are complete."""
-        return self.manifest.names(self.packed) and self.manifest.names(self.root / "allocation.json")
+        written = (self.packed, self.root / "allocation.json")
+        return all(self.manifest.names(path) and path.exists() for path in written)
 
     def has_block(self, index: int) -> bool:
         """Whether a block is finished."""
@@ -196,15 +208,18 @@ class RunDirectory:
 
     def finished_blocks(self, count: int) -> list[bool]:
         """Of each block, whether it is finished and, where the one before it is too, was made from that."""
-        records = [self._read_record(index) if self.has_block(index) else None for index in range(count)]
+        records = [
+            self._read_record(self._block_file(index)) if self.has_block(index) else None for index in range(count)
+        ]
         return [
             record is not None and (before is None or record["made_from"] == before["chain"])
             for before, record in zip([{"chain": ""}, *records], records, strict=False)
         ]
 
-    def _read_record(self, index: int) -> Record:
-        with safe_open(self._block_file(index), framework="pt") as file:
-            record: Record = json.loads(file.metadata()["record"])
+    @staticmethod
+    def _read_record(file: Path) -> Record:
+        with safe_open(file, framework="pt") as opened:
+            record: Record = json.loads(opened.metadata()["record"])
             return record
 
     def _block_file(self, index: int) -> Path:
@@ -228,7 +243,7 @@ class RunDirectory:
             problem = f"{file} is damaged"
             data = file.read_bytes()
             if self.manifest.accepts(file, data):
-                return load(data), self._read_record(index)
+                return load(data), self._read_record(file)
         raise InputError(f"run_dir: {problem}; start again to have the block made again")
 
     def block_checkpoints(self, index: int, made_from: str) -> BlockCheckpoints:
@@ -237,24 +252,28 @@ class RunDirectory:
 
     def last_chain(self, blocks: int) -> str:
         """`chain` of the last of the finished blocks."""
-        return str(self._read_record(blocks - 1)["chain"])
+        return str(self._read_record(self._block_file(blocks - 1))["chain"])
 
     def end_to_end_checkpoints(self, made_from: str) -> BlockCheckpoints:
         """Where the training of the whole model keeps its checkpoints."""
         return BlockCheckpoints(self.checkpoints / END_TO_END, self.manifest, made_from)
 
-    def save_tuned(self, tensors: Mapping[str, Tensor], made_from: str) -> None:
-        """Keep what the training of the whole model made; its checkpoints are no longer needed."""
-        self.save_tensors(f"{END_TO_END}.safetensors", tensors, made_from)
+    def save_tuned(self, tensors: Mapping[str, Tensor], made_from: str, record: Record) -> None:
+        """Keep what the training of the whole model made, and how it went; its checkpoints are no longer needed."""
+        self.save_tensors(TUNED, tensors, made_from, record)
         self.manifest.forget(self.checkpoints / END_TO_END)
 
-    def load_tuned(self, made_from: str) -> dict[str, Tensor] | None:
+    def load_tuned(self, made_from: str) -> tuple[dict[str, Tensor], Record] | None:
         """What `save_tuned` kept, if it was made from the same."""
-        return self.load_tensors(f"{END_TO_END}.safetensors", made_from)
+        tensors = self.load_tensors(TUNED, made_from)
+        return None if tensors is None else (tensors, self._read_record(self.root / TUNED))
 
-    def save_tensors(self, name: str, tensors: Mapping[str, Tensor], made_from: str) -> None:
-        """Write a file of tensors, with a hash of what they were made from."""
-        self.manifest.write(self.root / name, save(dict(tensors), metadata={"made_from": made_from}))
+    def save_tensors(
+        self, name: str, tensors: Mapping[str, Tensor], made_from: str, record: Record | None = None
+    ) -> None:
+        """Write a file of tensors, with a hash of what they were made from, and a record of how."""
+        metadata = {"made_from": made_from, "record": json.dumps(record or {})}
+        self.manifest.write(self.root / name, save(dict(tensors), metadata=metadata))
 
     def load_tensors(self, name: str, made_from: str) -> dict[str, Tensor] | None:
         """The tensors of a file, or None where there is none made from the same."""

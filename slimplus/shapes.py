@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from functools import partial
+
 from transformers import PreTrainedModel
 
+from slimplus.allocation_file import average_bits, check_allocation, read_allocation
 from slimplus.config import QuantizationConfig, Recipe
 from slimplus.errors import InputError
-from slimplus.models.architectures import find_blocks, find_linears, quantized_linears
+from slimplus.models.architectures import blocks_path, find_blocks, find_linears, following_norm, quantized_linears
+from slimplus.quantization.affine import group_count
 from slimplus.quantization.budget import check_budget, costs_and_budget
+from slimplus.quantization.packing import packed_size
 
 
 def check_shapes(model: PreTrainedModel, recipe: Recipe) -> None:
     """Check what the recipe asks against the shapes of `model`, which may lie on the meta device.
 
     Raises:
-        InputError: for windows longer than its context, and where `check_widths` does.
+        InputError: for windows longer than its context, a loss behind a norm that is not there, and where
+            `check_widths` does.
     """
     longest, data = getattr(model.config, "max_position_embeddings", None), recipe.data
     for key, length in (("", data.sequence_length), ("evaluation.", data.evaluation.sequence_length)):
@@ -22,7 +29,49 @@ def check_shapes(model: PreTrainedModel, recipe: Recipe) -> None:
             raise InputError(
                 f"data.{key}sequence_length: {length} tokens are more than the model takes; give at most {longest}"
             )
+    if recipe.quantization.trains and recipe.training.loss.error == "after_norm":
+        for index in range(len(find_blocks(model))):
+            following_norm(model, index)
     check_widths(model, recipe.quantization)
+
+
+def given_allocation(model: PreTrainedModel, recipe: Recipe) -> dict[str, list[int]] | None:
+    """The imported allocation, if there is one.
+
+    Raises:
+        InputError: if it is none, or not of `model` in this recipe's groups.
+    """
+    settings = recipe.quantization
+    if settings.allocation is None or settings.allocates_by != "file":
+        return None
+    allocation = read_allocation(settings.allocation, settings.group_size, blocks_path(model.config))
+    layers = quantized_linears(model)
+    check_allocation(
+        allocation, {name: group_count(layer.in_features, settings.group_size) for name, layer in layers.items()}
+    )
+    return allocation
+
+
+def planned_widths(model: PreTrainedModel, recipe: Recipe) -> tuple[float | None, int]:
+    """Average width, None where a size is given instead, and the bytes of all packed layers of the blocks.
+
+    Raises:
+        InputError: where `given_allocation` does.
+    """
+    settings, layers = recipe.quantization, quantized_linears(model)
+    size = partial(packed_size, group_size=settings.group_size, scale_bits=settings.scale_bits)
+
+    def uniform(bits: int) -> int:
+        groups = {name: group_count(layer.in_features, settings.group_size) for name, layer in layers.items()}
+        return sum(size(layer.out_features, {bits: groups[name]}) for name, layer in layers.items())
+
+    if (given := given_allocation(model, recipe)) is not None:
+        stored = (size(layer.out_features, Counter(given[name])) for name, layer in layers.items())
+        return average_bits(given, layers, settings.group_size), sum(stored)
+    if settings.size_bytes is not None:
+        return None, min(settings.size_bytes, uniform(max(settings.widths)))
+    # A group one bit narrower and one wider take what two groups of the average take.
+    return settings.bits, uniform(settings.bits)
 
 
 def check_widths(model: PreTrainedModel, settings: QuantizationConfig) -> None:

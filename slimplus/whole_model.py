@@ -17,6 +17,7 @@ from slimplus.nn import FakeQuantizedLinear, PackedLinear
 from slimplus.nn.fake_quantized import ScaledLinear
 from slimplus.progress import track
 from slimplus.quantization.budget import allocate, costs_and_budget
+from slimplus.run import Record
 from slimplus.training.block import BlockData, load_packed_block, packed_tensors, search_windows
 from slimplus.training.checkpoints import END_TO_END
 from slimplus.training.end_to_end import EndToEnd, EndToEndConfig
@@ -94,7 +95,7 @@ def result(job: Job) -> str:
     return job.run.last_chain(job.block_count)
 
 
-def train(job: Job, made_from: str) -> dict[str, Tensor]:
+def train(job: Job, made_from: str) -> tuple[dict[str, Tensor], Record]:
     """Train the finished blocks together; what comes of it, by the names of the packed model, is kept in run_dir."""
     settings = job.recipe.end_to_end
     tokens = job.shard(job.calibration.tokens)
@@ -115,19 +116,18 @@ def train(job: Job, made_from: str) -> dict[str, Tensor]:
         job.quantizer.fit,
         job.quantizer.preemption,
     )()
-    job.metrics["end_to_end"] = {"loss": fit.loss, "before": fit.calibrated_loss, "skipped_steps": fit.skipped}
-    for event in fit.events:
-        job.note(f"end to end: {event}")
+    events = list(fit.events)
     if not fit.helped:
-        job.note("training end to end ended above the loss it began with; the blocks stay as they were")
+        events.append("training ended above the loss it began with; the blocks stay as they were")
+        logger.warning("end to end: %s", events[-1])
         module = EndToEnd(_student(job), None, end_to_end_config(job), job.runner.precision)
     tuned = tuned_tensors(module.to("cpu").model, job.model.dtype)
-    job.save_metrics()  # before the tensors, whose presence ends the stage for good
+    record = {"loss": fit.loss, "before": fit.calibrated_loss, "skipped_steps": fit.skipped, "events": events}
     if job.fabric.is_global_zero:
-        job.run.save_tuned(tuned, made_from)
+        job.run.save_tuned(tuned, made_from, record)
     job.fabric.barrier()
     job.release_model()  # it is the trained one now
-    return tuned
+    return tuned, record
 
 
 def end_to_end_config(job: Job) -> EndToEndConfig:
@@ -175,11 +175,12 @@ def _student(job: Job) -> PreTrainedModel:
 
 
 def tuned_tensors(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What is saved of a trained model, by the names of the packed model: packed layers, and norms in `dtype`."""
+    """What is saved of a trained model, by the packed model's names: packed layers; norms and biases in `dtype`."""
     tensors = {}
     for name, module in list(model.named_modules()):
         if isinstance(module, FakeQuantizedLinear):
-            packed = nn.ModuleDict({"layer": PackedLinear.from_quantized(module.quantized_weight(), module.bias)})
+            bias = None if module.bias is None else module.bias.to(dtype)
+            packed = nn.ModuleDict({"layer": PackedLinear.from_quantized(module.quantized_weight(), bias)})
             for key, tensor in packed_tensors(packed).items():
                 tensors[f"{name}.{key.removeprefix('layer.')}"] = tensor.cpu()
         elif is_norm(module):

@@ -160,6 +160,18 @@ def test_a_changed_training_of_the_model_keeps_the_blocks(tuned: Path, arguments
         assert torch.equal(new[name], stored)
 
 
+def test_what_is_said_is_of_the_training_that_is_shipped(tuned: Path, arguments: Arguments, tmp_path: Path) -> None:
+    shutil.copytree(tuned, tmp_path, dirs_exist_ok=True)
+    keys = (*TUNED, "quantization.allocation=model")
+    failed = _run(arguments(tmp_path, *keys, "end_to_end.learning_rate=50"))
+    assert "the blocks stay as they were" in (tmp_path / "summary.txt").read_text()
+    helped = _run(arguments(tmp_path, *keys))
+    assert helped["end_to_end"]["loss"] < failed["end_to_end"]["before"] == helped["end_to_end"]["before"]
+    assert "the blocks stay as they were" not in (tmp_path / "summary.txt").read_text()
+    assert "end_to_end" not in _run(arguments(tmp_path, *keys, "end_to_end.epochs=0"))
+    assert _run(arguments(tmp_path, *keys))["end_to_end"] == helped["end_to_end"]
+
+
 @pytest.mark.parametrize("teacher", ["int8", "nf4"])
 def test_the_teacher_may_be_held_in_few_bits(arguments: Arguments, tmp_path: Path, teacher: str) -> None:
     pytest.importorskip("bitsandbytes")
@@ -187,6 +199,19 @@ def test_choices_of_training_go_together(arguments: Arguments, tmp_path: Path, k
         pytest.importorskip("bitsandbytes")
     metrics = _run(arguments(tmp_path, *QAT, *keys))
     assert all(block["loss"] <= block["calibrated_loss"] for block in metrics["blocks"])
+
+
+def test_norms_behind_the_blocks(arguments: Arguments, make_model: ModelMaker, tmp_path: Path) -> None:
+    """OPT-350m's layout: only a loss behind the next norm is refused, and before any work."""
+    model = make_model("opt", do_layer_norm_before=False)
+    after_norm = arguments(tmp_path / "refused", *QAT, "training.loss.error=after_norm", model=model)
+    with pytest.raises(InputError, match=r"no normalization follows block 1; give another training\.loss\.error"):
+        _run(after_norm)
+    metrics = _run(arguments(tmp_path / "run", *TUNED, "quantization.allocation=model", model=model))
+    assert metrics["end_to_end"]["loss"] < metrics["end_to_end"]["before"]
+    assert {tensor.dtype for name, tensor in _weights(tmp_path / "run").items() if name.endswith("bias")} == {
+        torch.bfloat16
+    }
 
 
 @pytest.mark.parametrize("architecture", ["mistral", "qwen2", "qwen3", "opt"])

@@ -49,6 +49,14 @@ def test_streaming_gives_the_logits_of_the_model(
     torch.testing.assert_close(streamed.logits(tokens, hidden, RUNNER), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_rank_without_windows_runs_nothing(make_model: ModelMaker, tokens: torch.Tensor) -> None:
+    """Of a few long windows not every rank has a share."""
+    streamed = StreamedModel(ModelSource(str(make_model("llama")), dtype="float32").model(), CPU)
+    inputs = streamed.block_inputs(tokens[:0], RUNNER)
+    outputs = RUNNER.run(RUNNER.load(streamed.blocks[0]), inputs.hidden, inputs.arguments[0])
+    assert outputs.shape == (0, 24, 64)
+
+
 def test_a_gpu_runs_as_many_windows_as_keep_it_busy() -> None:
     counts = [windows_at_a_time(torch.device("cuda"), length) for length in (256, 2048, 16384)]
     assert counts == [32, 4, 1]

@@ -165,9 +165,9 @@ def test_another_evaluation_text_is_measured_anew(
 
 
 def test_changed_inputs_are_refused(finished: Path, arguments: Arguments) -> None:
-    changes = r"quantization\.group_size 16 -> 64, seed 0 -> 1; restore them, .* resume\.force=true"
+    changes = r"quantization\.percdamp 0\.01 -> 0\.1, seed 0 -> 1; restore them, .* resume\.force=true"
     with pytest.raises(InputError, match=rf"run_dir: .* made with other values: {changes}"):
-        run(arguments(finished, "quantization.group_size=64", "seed=1", "data.samples=8"))
+        run(arguments(finished, "quantization.percdamp=0.1", "seed=1", "data.samples=8"))
 
 
 def test_resume_never_refuses_a_used_folder(finished: Path, arguments: Arguments) -> None:
@@ -179,6 +179,35 @@ def test_an_allocation_can_be_imported(finished: Path, arguments: Arguments, tmp
     file = finished / "allocation.json"
     run(arguments(tmp_path / "gptq", f"quantization.allocation={file}", "quantization.method=gptq"))
     assert json.loads((tmp_path / "gptq/allocation.json").read_text()) == json.loads(file.read_text())
+    assert _metrics(tmp_path / "gptq")["events"] == []
+
+
+def test_an_imported_allocation_of_another_average_is_noted(
+    finished: Path, arguments: Arguments, tmp_path: Path
+) -> None:
+    allocation = f"quantization.allocation={finished / 'allocation.json'}"
+    run(arguments(tmp_path, allocation, "quantization.bits=3", "quantization.method=rtn"))
+    assert _metrics(tmp_path)["average_bits"] == 2
+    (event,) = _metrics(tmp_path)["events"]
+    assert event == "quantization.allocation gives 2.000 bits on average, not quantization.bits=3"
+
+
+def test_the_plan_of_an_imported_allocation_is_that_of_its_widths(
+    finished: Path, arguments: Arguments, tmp_path: Path
+) -> None:
+    file, metrics = finished / "allocation.json", _metrics(finished)
+    plan = pipeline.dry_run(load_recipe(arguments(tmp_path, f"quantization.allocation={file}", "quantization.bits=4")))
+    assert "average bits               2.000" in plan
+    assert f"effective bits per weight  {metrics['bits_per_weight']:.3f}" in plan
+    with pytest.raises(InputError, match=r"is for group_size 16, not 64"):
+        pipeline.dry_run(
+            load_recipe(arguments(tmp_path, f"quantization.allocation={file}", "quantization.group_size=64"))
+        )
+
+
+def test_the_checkpoint_is_as_readable_as_the_other_files(finished: Path) -> None:
+    modes = {file.name: file.stat().st_mode for file in (finished / "packed").iterdir()}
+    assert len(set(modes.values())) == 1, modes
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,14 @@ def test_the_plan_of_a_size_has_that_size() -> None:
     assert f"effective bits per weight  {8 * 1.9e9 / 6_476_005_376:.3f}" in plan
 
 
+def test_the_plan_of_a_size_that_no_widths_take_is_what_they_take() -> None:
+    keys = ("quantization.allocation=model", "quantization.widths=[2,4]", "quantization.size_bytes=90_000_000_000")
+    four = ("quantization.allocation=uniform", "quantization.bits=4")
+    plans = [pipeline.dry_run(load_recipe(["recipe=llama7b_2bit", *each, "dry_run=true"])) for each in (keys, four)]
+    sizes = [next(line for line in plan.splitlines() if line.startswith("size")) for plan in plans]
+    assert sizes[0] == sizes[1]
+
+
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
@@ -54,12 +62,12 @@ def test_8_bit_scales_make_the_plan_smaller() -> None:
 
 
 def test_training_the_whole_model_takes_all_of_it_on_the_device() -> None:
-    plans = [
-        pipeline.dry_run(load_recipe(["recipe=llama7b_2bit", f"end_to_end.epochs={epochs}", "dry_run=true"]))
-        for epochs in (0, 1)
-    ]
-    blocks, whole = (float(plan.rpartition("there is one, ")[2].removesuffix(" GB")) for plan in plans)
-    assert blocks < 6.48 < whole  # its 6.48 billion weights are a byte each
+    chosen = ("epochs=0", "epochs=1", "activation_checkpointing=true")
+    keys = [["end_to_end.epochs=1", f"end_to_end.{key}", "dry_run=true"] for key in chosen]
+    plans = [pipeline.dry_run(load_recipe(["recipe=llama7b_2bit", *each])) for each in keys]
+    blocks, whole, recomputed = (float(plan.rpartition("there is one, ")[2].removesuffix(" GB")) for plan in plans)
+    assert blocks < 6.48 < recomputed  # its 6.48 billion weights are a byte each
+    assert whole == pytest.approx(recomputed + 2 * 6.48, abs=0.02)  # and 16 bits beside, for the backward pass
 
 
 @pytest.mark.parametrize("recipe", ["llama7b_3bit", "llama2_7b_2bit", "llama3_8b_2bit", "opt_1.3b_2bit"])

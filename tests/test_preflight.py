@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from slimplus.config import RecipeError
-from slimplus.preflight import check_inputs
+from slimplus.config import ModelConfig, RecipeError
+from slimplus.preflight import check_inputs, check_model
 from slimplus.reading import load_recipe, resolve_model_folder
 
 DEMO = "recipe=smollm2_135m_2bit"
@@ -205,6 +205,12 @@ def test_a_short_text_names_the_keys_and_numbers(tmp_path: Path) -> None:
 def test_the_offline_text_has_an_end() -> None:
     (line,) = input_problems("model.path=org/name", "data.samples=100000")
     assert line.startswith("data.calibration.path: offline has ")
+
+
+def test_a_file_without_permission_to_read_is_named(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "config.json")
+    with pytest.raises(RecipeError, match=r"model\.path: .*config\.json cannot be read: its permissions"):
+        check_model(ModelConfig(path=str(model_folder)))
 
 
 def test_a_missing_allocation_is_said_with_the_rest() -> None:

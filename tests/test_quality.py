@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,9 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.quality_methods import FULL, METHODS, Budget, identity
-from benchmarks.quality_report import pareto, table
+from benchmarks.quality_report import pareto, plot, table
 from slimplus import machine
-from slimplus.errors import PREEMPTED
+from slimplus.errors import PREEMPTED, InputError
 from slimplus.reading import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,6 +74,34 @@ def test_the_table_gives_seeds_by_mean_and_spread_and_budgets_apart() -> None:
     assert "RTN" not in three
 
 
+@pytest.fixture
+def quality(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script, which finds its parts beside itself."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("quality")
+
+
+def test_another_text_joins_the_row_of_the_same_run(quality: ModuleType, tmp_path: Path) -> None:
+    file, row = tmp_path / "quality.json", measured("ours", 0, 50.0, machine={"commit": "a"})
+    quality.keep(row, file)
+    quality.keep(row | {"perplexity": {"python": 99.0}}, file)
+    (both,) = json.loads(file.read_text())["rows"]
+    assert both["perplexity"] == {"wiki": 50.0, "python": 99.0}
+    quality.keep(row | {"perplexity": {"python": 98.0}, "machine": {"commit": "b"}}, file)  # of a run made anew
+    (new,) = json.loads(file.read_text())["rows"]
+    assert new["perplexity"] == {"python": 98.0}
+    full = {"method": FULL, "overrides": [], "perplexity": {"wiki": 20.83}}
+    for rows in ([full], [full, new]):  # no point at all, and one that was measured on another text
+        plot(rows, "wiki", tmp_path / "quality.png")
+
+
+def test_a_method_that_does_not_take_the_keys_is_named(quality: ModuleType) -> None:
+    budget = replace(BUDGET, overrides=("quantization.size_bytes=1000000",))
+    quality.check_keys(["ours", "ours, end to end"], budget)
+    with pytest.raises(InputError, match=r"RTN: quantization\.size_bytes: needs .*; give --methods without it"):
+        quality.check_keys(["ours", "RTN"], budget)
+
+
 @given(st.lists(st.tuples(st.floats(1, 8), st.floats(1, 1e6)), min_size=1))
 def test_no_point_beats_the_front(points: list[tuple[float, float]]) -> None:
     front = pareto(points)
@@ -104,7 +134,7 @@ def test_methods_side_by_side(make_model: ModelMaker, text_file: Path, tmp_path:
         return process.stdout, json.loads((tmp_path / "quality.json").read_text())["rows"]
 
     compare(*methods[:2])
-    first = tmp_path / "runs" / next(path.name for path in (tmp_path / "runs").iterdir())
+    (first,) = tmp_path.glob("runs/*/RTN*")
     made = (first / "packed" / "model.safetensors").stat().st_mtime_ns
     printed, rows = compare(*methods[1:])
     assert [row["method"] for row in rows] == methods

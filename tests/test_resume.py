@@ -7,8 +7,10 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -211,6 +213,47 @@ def test_a_changed_recipe_goes_on_with_force(
     before = len(metrics(copy)["events"])
     run(changed[:-1])  # once forced, this is what the run is made with
     assert len(metrics(copy)["events"]) == before
+
+
+@pytest.mark.parametrize("key", ["quantization.group_size=32", "quantization.scale_bits=8"])
+def test_blocks_of_two_formats_are_not_joined(copy: Path, arguments: Arguments, key: str) -> None:
+    (copy / "blocks/block_001.safetensors").unlink()
+    with pytest.raises(
+        InputError, match=rf"run_dir: the blocks of .* another format .*: {key.partition('=')[0]} \d+ ->"
+    ):
+        run(arguments(copy, key, "resume.force=true"))
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
+def test_without_a_fingerprint_blocks_are_not_gone_on_from(
+    copy: Path, arguments: Arguments, damage: Callable[[Path], None]
+) -> None:
+    damage(copy / "fingerprint.json")
+    with pytest.raises(InputError, match=r"fingerprint.json .*, and tells what the blocks were made from; restore it"):
+        run(arguments(copy))
+
+
+def test_a_deleted_allocation_is_written_again(copy: Path, arguments: Arguments) -> None:
+    before = (copy / "allocation.json").read_bytes()
+    (copy / "allocation.json").unlink()
+    run(arguments(copy))
+    assert (copy / "allocation.json").read_bytes() == before
+
+
+def test_an_interrupted_stage_counts_its_seconds(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, arguments: Arguments
+) -> None:
+    before = metrics(copy)["seconds"]["blocks"]
+    (copy / "blocks/block_001.safetensors").unlink()
+    interrupt = Mock(side_effect=KeyboardInterrupt)
+    with monkeypatch.context() as patched:
+        patched.setattr("slimplus.pipeline.packed_block", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(arguments(copy))
+    interrupted = metrics(copy)["seconds"]["blocks"]
+    assert interrupted > before
+    run(arguments(copy))
+    assert metrics(copy)["seconds"]["blocks"] > interrupted
 
 
 @pytest.mark.parametrize(("key", "stays"), [("quantization.widths", False), ("training.epochs", True), (None, True)])

@@ -5,13 +5,15 @@ from __future__ import annotations
 import gc
 import weakref
 from pathlib import Path
-from typing import Literal
+from types import SimpleNamespace
+from typing import Literal, cast
 
 import pytest
 import torch
 from conftest import ModelMaker
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from slimplus.manifest import Manifest
@@ -295,6 +297,31 @@ def _fit_toy(module: QuantizerTraining, data: Tensor, folder: Path) -> FitResult
     where = FitConfig(1, 1, "auto", "none", folder / "logs", seed=0, checkpoint_seconds=3600)
     checkpoints = BlockCheckpoints(folder / "checkpoints", Manifest(folder), "")
     return Fit(module, (data,), "toy", checkpoints, launch("cpu", 1, 1, "auto"), where, Preemption())()
+
+
+def test_any_number_of_ranks_judges_by_the_same_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor: None)  # each rank's half is looked at alone
+    where = FitConfig(1, 1, "auto", "none", tmp_path / "logs", seed=0, checkpoint_seconds=3600)
+    windows = torch.arange(64.0)[:, None].expand(64, 4)
+    module = _Noisy(TrainingConfig(1, 1), 0.0)
+
+    def judged(ranks: int) -> float:
+        means = []
+        for rank in range(ranks):
+            checkpoints = BlockCheckpoints(tmp_path, Manifest(tmp_path), "")
+            fabric = cast(Fabric, SimpleNamespace(global_rank=rank, world_size=ranks, device=torch.device("cpu")))
+            means.append(
+                Fit(module, (windows[rank::ranks],), "toy", checkpoints, fabric, where, Preemption())._evaluate()
+            )
+        return sum(means)
+
+    whole = judged(1)
+    module.judged = 16
+    part = judged(1)
+    assert part == pytest.approx((windows[:16] - 1).square().mean().item())
+    assert [judged(2), judged(4)] == pytest.approx([part, part])
+    module.judged = None
+    assert judged(2) == pytest.approx(whole)
 
 
 @pytest.mark.parametrize(("noise", "target", "helped"), [(0.0, 0.0, True), (9.0, 0.0, True), (9.0, 1.001, False)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -234,6 +235,8 @@ def _file_names(folder: Path) -> list[str]:
 def _open(file: Path) -> safe_open:
     if not file.is_file():
         raise InputError(f"{file} is missing; export or download the checkpoint again")
+    if not os.access(file, os.R_OK):
+        raise InputError(f"{file} cannot be read: its permissions do not let you")
     try:
         return safe_open(file, framework="numpy")
     except (OSError, SafetensorError) as error:

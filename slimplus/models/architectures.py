@@ -74,7 +74,7 @@ def following_norm(model: PreTrainedModel, index: int) -> nn.Module:
     for child in reader.children():
         if is_norm(child):
             return child
-    raise UnsupportedModelError(f"model.path: no normalization follows block {index}; architecture not supported")
+    raise UnsupportedModelError(f"model.path: no normalization follows block {index}; give another training.loss.error")
 
 
 @dataclass(frozen=True)

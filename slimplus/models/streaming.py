@@ -80,6 +80,8 @@ class BlockRunner:
     def run(self, block: nn.Module, hidden: Tensor, arguments: BlockArguments) -> Tensor:
         """Outputs for `hidden` `[windows, sequence_length, hidden]`, on the CPU in the dtype of `hidden`."""
         outputs = torch.empty_like(hidden)
+        if not len(hidden):  # a rank may have no share of a few windows
+            return outputs
         windows = windows_at_a_time(self.device, hidden.shape[1])
         for source, destination in zip(hidden.split(windows), outputs.split(windows), strict=True):
             with autocast(self.device, self.precision):

@@ -10,7 +10,7 @@ from torch import Tensor
 from slimplus.quantization.affine import QuantizedWeight, dequantize, storable_scale, storable_zero_point
 
 RIDGE = 1e-4  # share of the diagonal added to the normal equations: a group whose integers are all equal is singular
-ROWS = 1024  # rows solved at a time, to bound memory
+NUMBERS = 2**27  # of the normal equations solved at a time, to bound memory
 
 
 def output_error(error: Tensor, hessian: Tensor) -> Tensor:
@@ -29,7 +29,8 @@ def refit_qparams(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -
         quantized: the integers, and the scale and zero point to improve.
         hessian: `[in, in]`, of the layer's inputs.
     """
-    rows = (t.split(ROWS) for t in (weight, quantized.integers, quantized.scale, quantized.zero_point))
+    rows_at_a_time = max(NUMBERS // (2 * quantized.scale.shape[1]) ** 2, 1)
+    rows = (t.split(rows_at_a_time) for t in (weight, quantized.integers, quantized.scale, quantized.zero_point))
     parts = [
         _refit_rows(w, replace(quantized, integers=q, scale=scale, zero_point=zero_point), hessian)
         for w, q, scale, zero_point in zip(*rows, strict=True)

@@ -6,10 +6,8 @@ Block by block, errors add up that no block can see; here the integers stay, and
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
@@ -25,7 +23,7 @@ from slimplus.training.module import QuantizerTraining, TrainingConfig
 from slimplus.training.optimizers import ParameterKind, RateConfig
 from slimplus.training.teacher import Teacher
 
-JUDGED = 16  # windows a rank judges the model by before and after training: all of them take as long as an epoch
+JUDGED = 16  # windows that the model is judged by before and after training: all of them take as long as an epoch
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class EndToEnd(QuantizerTraining):
     """
 
     config: EndToEndConfig
-    judged_on_all = False
+    judged = JUDGED
 
     def __init__(self, model: PreTrainedModel, teacher: Teacher | None, config: EndToEndConfig, precision: str) -> None:
         super().__init__(config, precision)
@@ -125,7 +123,3 @@ class EndToEnd(QuantizerTraining):
         if config.hidden_states:
             total = total + config.hidden_states * normalized_error(states, taught)
         return total
-
-    @torch.no_grad()
-    def evaluate(self, batches: Iterable[tuple[Tensor, ...]]) -> Tensor:
-        return super().evaluate(islice(batches, JUDGED))

@@ -148,7 +148,7 @@ class Fit:
                 module.load_state_dict(supervisor.best, strict=False)
                 loss = supervisor.loss
                 # The mean over an epoch lags behind the epoch's end.
-                if loss > calibrated_loss or not module.judged_on_all:
+                if loss > calibrated_loss or module.judged is not None:
                     loss = self._evaluate()
                 return FitResult(loss, calibrated_loss, supervisor.guard.skipped, attempt.events)
             attempt, found = self._next(attempt, supervisor), False
@@ -159,12 +159,13 @@ class Fit:
         return FitResult(None, calibrated_loss, 0, attempt.events)
 
     def _evaluate(self) -> float:
-        """Loss of the module as it is, over all ranks' windows."""
+        """Loss of the module as it is, over all ranks' windows, or those that it is judged by."""
         self.module.to(self.fabric.device)
-        # The predictions of a whole model for many windows might not fit.
-        windows = windows_at_a_time(self.fabric.device, self.data[0].shape[1]) if self.module.judged_on_all else 1
-        mean = self.module.evaluate(zip(*(tensor.split(windows) for tensor in self.data), strict=True))
-        ranks = Ranks(self.fabric.global_rank, self.fabric.world_size)
+        ranks, judged, windows = Ranks(self.fabric.global_rank, self.fabric.world_size), self.module.judged, 1
+        if judged is None:  # the predictions of a whole model for many windows might not fit
+            windows = windows_at_a_time(self.fabric.device, self.data[0].shape[1])
+        share = None if judged is None else max(judged // ranks.count, 1)  # the ranks hold every n-th window
+        mean = self.module.evaluate(zip(*(tensor[:share].split(windows) for tensor in self.data), strict=True))
         return float(ranks.sum(mean.double()) / ranks.count)
 
     def _next(self, attempt: Attempt, supervisor: Supervisor | None) -> Attempt:

@@ -50,12 +50,12 @@ class QuantizerTraining(L.LightningModule):
         steps: of the whole training; set before it begins.
         slowdown: part of the learning rates that is used.
         loss_scale: factor on the loss, and so on the gradients, that the precision needs; the supervisor lowers it.
-        judged_on_all: whether `evaluate` looks at every batch, as an epoch does.
+        judged: windows of all ranks that tell whether training helped; None for all, as an epoch has them.
     """
 
     steps: int
     slowdown = 1.0
-    judged_on_all = True
+    judged: int | None = None
 
     def __init__(self, config: TrainingConfig, precision: str) -> None:
         super().__init__()
