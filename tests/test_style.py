@@ -35,6 +35,7 @@ SEES_THE_RECIPE = {
     "run",
     "job",
     "shapes",
+    "assembly",
     "pipeline",
     "train",
 }
