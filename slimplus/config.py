@@ -103,7 +103,7 @@ class QuantizationConfig(Section):
         description="round to nearest, GPTQ, SliM-LLM (gradient-free), SliM-LLM+ (the grid is trained), "
         "qat (the grid and the rounding are trained)"
     )
-    bits: int = Field(ge=1, le=8, description="average bits per weight, met exactly; an allocation from a file has its own")
+    bits: int = Field(ge=1, le=8, description="average bits per weight, met exactly; a file of widths has its own")
     group_size: Literal[16, 32, 64, 128, 256, 512, 1024] = Field(
         128, description="columns sharing a bit width; the packed format stores 16 a container"
     )
