@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from slimplus.errors import InputError
-from slimplus.quantization.affine import MAX_BITS, per_column
+from slimplus.quantization.affine import MAX_BITS, weight_bits
 
 KEY, REMEDY = "quantization.allocation", "give the allocation.json of a run, or a published group-precision .pt file"
 LARGEST = 2**26  # bytes; a 70B model has 9 million groups
@@ -65,11 +65,8 @@ def check_allocation(bits: Mapping[str, list[int]], expected: Mapping[str, int])
 def average_bits(bits: Mapping[str, list[int]], layers: Mapping[str, nn.Linear], group_size: int) -> float:
     """Width of a weight of `layers` on average."""
     weights = sum(layer.weight.numel() for layer in layers.values())
-    stored = (
-        layer.out_features * int(per_column(torch.tensor(bits[name]), group_size, layer.in_features).sum())
-        for name, layer in layers.items()
-    )
-    return sum(stored) / weights
+    widths = (weight_bits(torch.tensor(bits[name]), group_size, *layer.weight.shape) for name, layer in layers.items())
+    return sum(widths) / weights
 
 
 def _own(file: Path, group_size: int) -> Any:

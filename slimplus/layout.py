@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimplus.quantization.affine import per_column
+from slimplus.quantization.affine import weight_bits
 from slimplus.quantization.packing import count_bits
 
 
@@ -45,7 +45,7 @@ class PackedLayout:
         self.bits[name] = widths.tolist()
         self.shapes[name] = list(shape)
         self.weights += shape.numel()
-        self.weight_bits += shape[0] * int(per_column(widths, group_size, shape[1]).sum())
+        self.weight_bits += weight_bits(widths, group_size, *shape)
         self.packed_bytes += sum(tensor.nbytes for key, tensor in packed.items() if key != "bias")
 
     def add_outer(self, name: str, packed: Mapping[str, Tensor], shape: torch.Size) -> None:

@@ -162,7 +162,6 @@ def train_end_to_end(job: Job) -> None:
     else:
         logger.info("end_to_end: found in %s, skipped", job.run.root)
     job.tuned, job.metrics["end_to_end"] = found
-    job.save_metrics()
 
 
 def export(job: Job) -> None:

@@ -123,7 +123,6 @@ def make_plan(
     """
     layers, total = quantized_linears(model), sum(parameter.numel() for parameter in model.parameters())
     size = partial(packed_size, group_size=group_size, scale_bits=scale_bits)
-    groups = [group_count(layer.in_features, group_size) for layer in layers.values()]
     quantized = sum(layer.weight.numel() for layer in layers.values())
     outer = {name: model.get_parameter(f"{name}.weight") for name in outer_bits}
     outer_weights = sum(weight.numel() for weight in {id(weight): weight for weight in outer.values()}.values())
@@ -132,7 +131,7 @@ def make_plan(
         architecture=model.config.model_type,
         blocks=len(find_blocks(model)),
         linears=len(layers),
-        groups=sum(groups),
+        groups=sum(group_count(layer.in_features, group_size) for layer in layers.values()),
         bits=bits,
         quantized_weights=quantized,
         packed_linear_bytes=packed_linear_bytes,

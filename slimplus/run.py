@@ -165,7 +165,8 @@ class RunDirectory:
         Raises:
             InputError: naming every key that differs, with its old and new value; if they cannot be known.
         """
-        used = any(self.blocks.glob("*")) or any(self.checkpoints.glob("*"))
+        blocks = any(self.blocks.glob("*"))
+        used = blocks or any(self.checkpoints.glob("*"))
         if (problem := self.manifest.problem(self.root / "fingerprint.json")) and used:
             raise InputError(
                 f"run_dir: {problem}, and tells what the blocks were made from; restore it, or give another run_dir"
@@ -173,7 +174,7 @@ class RunDirectory:
         before = {} if problem else self.read("fingerprint.json")
         different = differences(before, json.loads(_json(now)))
         changes = ", ".join(different)
-        if any(change.split()[0] in FORMAT for change in different) and any(self.blocks.glob("*")):
+        if blocks and any(change.split()[0] in FORMAT for change in different):
             raise InputError(
                 f"run_dir: the blocks of {self.root} are in another format than this run's would be: {changes}; "
                 "restore the values, or give another run_dir"

@@ -62,8 +62,8 @@ def planned_widths(model: PreTrainedModel, recipe: Recipe) -> tuple[float | None
     size = partial(packed_size, group_size=settings.group_size, scale_bits=settings.scale_bits)
 
     def uniform(bits: int) -> int:
-        groups = {name: group_count(layer.in_features, settings.group_size) for name, layer in layers.items()}
-        return sum(size(layer.out_features, {bits: groups[name]}) for name, layer in layers.items())
+        groups = partial(group_count, group_size=settings.group_size)
+        return sum(size(layer.out_features, {bits: groups(layer.in_features)}) for layer in layers.values())
 
     if (given := given_allocation(model, recipe)) is not None:
         stored = (size(layer.out_features, Counter(given[name])) for name, layer in layers.items())

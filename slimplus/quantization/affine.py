@@ -35,6 +35,11 @@ def per_column(values: Tensor, group_size: int, in_features: int) -> Tensor:
     return values[..., None].expand(*values.shape, group_size).flatten(-2)[..., :in_features]
 
 
+def weight_bits(bits: Tensor, group_size: int, out_features: int, in_features: int) -> int:
+    """Widths of all weights of a layer, summed; `bits` is `[groups]`."""
+    return out_features * int(per_column(bits, group_size, in_features).sum())
+
+
 def minmax_qparams(tile: Tensor, bits: int, shrink: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
     """Scale and zero point `[out]` that span `shrink * [min(w, 0), max(w, 0)]` of a tile `[out, columns]`.
 

@@ -50,8 +50,6 @@ class BlockData:
 
     def watch(self, hooks: Mapping[str, InputHook], windows: int | None = None) -> None:
         """Run the block on the first `windows` (default: all), calling `hooks[name]` with each input of that layer."""
-        if windows == 0:
-            return
         handles = [
             self.layers[name].register_forward_pre_hook(lambda _, inputs, hook=hook: hook(inputs[0]))
             for name, hook in hooks.items()
