@@ -32,10 +32,15 @@ def table(rows: Sequence[Row]) -> str:
 def _grouped(rows: Iterable[Row]) -> dict[str, list[Row]]:
     groups: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        steps = row["epochs"] * row["samples"]
+        steps = row["epochs"] * row["samples"] // _windows_per_step(row)
         budget = f"{row['samples']} windows of {row['sequence_length']} tokens of {row['calibration']}"
         groups[f"{row['bits']} bits, {budget}, {steps} steps a block where blocks are trained"].append(row)
     return groups
+
+
+def _windows_per_step(row: Row) -> int:
+    values = dict(key.split("=", 1) for key in row["overrides"])
+    return int(values.get("training.batch_size", 1))
 
 
 def _name(row: Row) -> str:

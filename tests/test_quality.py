@@ -74,6 +74,12 @@ def test_the_table_gives_seeds_by_mean_and_spread_and_budgets_apart() -> None:
     assert "RTN" not in three
 
 
+def test_the_table_counts_steps_not_windows() -> None:
+    assert "8 windows of 32 tokens of text.txt, 16 steps a block" in table([measured("ours", 0, 50.0)])
+    larger = measured("ours", 0, 50.0, overrides=["training.batch_size=4"])
+    assert "8 windows of 32 tokens of text.txt, 4 steps a block" in table([larger])
+
+
 @pytest.fixture
 def quality(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script, which finds its parts beside itself."""
