@@ -70,9 +70,12 @@ def main() -> None:
         digest = sha256(load_text(given.calibration, "calibration").encode()).hexdigest()[:8]
     except InputError as error:
         parser.error(str(error))
-    for budget in budgets:
-        for method in given.methods:
-            keep(measured(method, budget, given.calibration, texts, given.runs / digest), given.results)
+    try:
+        for budget in budgets:
+            for method in given.methods:
+                keep(measured(method, budget, given.calibration, texts, given.runs / digest), given.results)
+    except subprocess.CalledProcessError as error:
+        parser.exit(1, f"{method}: its run ended with status {error.returncode}, and says above why\n")
     rows = json.loads(given.results.read_text())["rows"]
     sys.stdout.write(table(rows) + "\n")
     plot(rows, next(iter(texts)), given.results.with_suffix(".png"))

@@ -166,6 +166,15 @@ def test_sigterm_ends_the_run_in_progress_as_well(make_model: ModelMaker, text_f
     assert not (tmp_path / "quality.json").exists()
 
 
+def test_a_run_that_is_refused_says_why(make_model: ModelMaker, text_file: Path, tmp_path: Path) -> None:
+    command = [*side_by_side(text_file, make_model("llama"), tmp_path, "ours"), "training.batch_size=3"]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode == 1
+    assert "data.samples: 8 windows are no whole number of steps of 3" in process.stderr
+    assert process.stderr.endswith("ours: its run ended with status 2, and says above why\n")
+    assert "Traceback" not in process.stderr
+
+
 def test_shapes_of_large_models_are_measured_without_their_weights(tmp_path: Path) -> None:
     file = tmp_path / "shapes.json"
     sizes = ("--shapes", "tiny", "--samples", "32", "--sequence-length", "32", "--steps", "5", "--group-size", "16")
