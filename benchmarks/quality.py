@@ -145,10 +145,10 @@ def _quantize(method: str, budget: Budget, common: list[str], runs: Path) -> Non
         _quantize(after, budget, common, runs)
         copy = folder.with_suffix(".copy")
         shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(runs / budget.folder_name(after), copy)
+        shutil.copytree(runs / budget.folder_name(after), copy, ignore=shutil.ignore_patterns("commit"))
         copy.rename(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "commit").exists():  # a run is of the commit it began with
+    if not (folder / "commit").exists():  # of a run, or of what follows another's, as it began
         write_atomic(folder / "commit", str(commit()))
     subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
 

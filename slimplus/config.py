@@ -254,7 +254,9 @@ class EndToEndConfig(Section):
     )
     optimizer: Literal["adamw", "adamw_8bit", "sign_sgd"] = Field("adamw", description="adamw_8bit is bitsandbytes'")
     learning_rate: Number = Field(0.003, gt=0, description="peak for the ends of each grid, in steps of its scale")
-    norm_learning_rate: Number = Field(1e-3, ge=0, description="peak for the norms' gains; 0 leaves them alone")
+    norm_learning_rate: Number = Field(
+        1e-3, ge=0, description="peak for the norms' gains, in parts of a norm's mean gain; 0 leaves them alone"
+    )
     zero_points: bool = Field(True, description="train zero points besides scales")
     next_token: Number = Field(0.0, ge=0, description="weight of the cross-entropy of the text's next token")
     distillation: Number = Field(1.0, ge=0, description="weight of the KL to the full-precision model's predictions")

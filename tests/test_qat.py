@@ -7,13 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from slimplus.models.architectures import is_norm
 from slimplus.nn import FakeQuantizedLinear, LearnedRoundingLinear, PackedLinear, TrainedWeightLinear
 from slimplus.nn.fake_quantized import ScaledLinear, nearest_level
 from slimplus.quantization.affine import SCALE_BITS
 from slimplus.quantization.calibration import calibrate_group
 from slimplus.quantization.gptq import RoundedWeight, quantize_weight
 from slimplus.quantization.salience import invert_hessian
+from slimplus.training.end_to_end import EndToEnd, EndToEndConfig
 from slimplus.training.losses import LossConfig, normalized_error, reconstruction_loss
 from slimplus.training.optimizers import ParameterKind, RateConfig, SignSGD, build_optimizer
 
@@ -156,7 +159,7 @@ def test_each_kind_has_a_rate_and_a_schedule_of_its_own(name: str) -> None:
         pytest.importorskip("bitsandbytes")
     kinds = [
         ParameterKind([torch.nn.Parameter(torch.ones(8))], RateConfig(0.5, "linear"), 2.0),
-        ParameterKind([torch.nn.Parameter(torch.ones(8))], RateConfig(None, "constant")),
+        ParameterKind([torch.nn.Parameter(torch.ones(8))], RateConfig(None, "constant"), unit=0.25),
         ParameterKind([], RateConfig()),
     ]
     built = build_optimizer(name, kinds, 10, 0.0)  # type: ignore[arg-type]
@@ -170,8 +173,30 @@ def test_each_kind_has_a_rate_and_a_schedule_of_its_own(name: str) -> None:
         optimizer.step()
         schedule.step()
     assert [first for first, _ in rates] == pytest.approx([0.5 * (1 - step / 10) for step in range(10)])
-    assert {second for _, second in rates} == {0.2}
+    assert {second for _, second in rates} == {0.05}
     assert all((kind.parameters[0] < 1).all() for kind in kinds[:2])
+
+
+def test_a_norm_learns_in_parts_of_its_mean_gain() -> None:
+    """Or a step of Adam is 5% of the gains in the first block of SmolLM2, and 0.05% in its last norm."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_attention_heads=2, num_hidden_layers=3
+    )
+    model = LlamaForCausalLM(config).eval()
+    norms = {name: norm for name, norm in model.named_modules() if is_norm(norm)}
+    for norm, gain in zip(norms.values(), (0.02, 0.3, 0.02, 0.3, 1.0, 1.0, 2.0), strict=True):
+        torch.nn.init.constant_(norm.weight, gain)
+    training = EndToEndConfig(1, 1, norms=RateConfig(0.01, "constant"), next_token=1, distillation=0)
+    module = EndToEnd(model, None, training, "32-true")
+    optimizer = build_optimizer("adamw", module.kinds(), 10, 0.0)["optimizer"]
+    before = {name: norm.weight.detach().clone() for name, norm in norms.items()}
+    module.loss((torch.randint(64, (1, 16)),)).backward()
+    optimizer.step()
+    assert len(optimizer.param_groups) == 4  # of about the same gains
+    for name, norm in norms.items():
+        moved = (norm.weight.detach() - before[name]).abs() / before[name].mean()
+        assert 0.007 < float(moved.median()) < 0.0145
 
 
 OUTPUTS = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(1))

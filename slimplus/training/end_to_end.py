@@ -6,6 +6,8 @@ Block by block, errors add up that no block can see; here the integers stay, and
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -31,7 +33,7 @@ class EndToEndConfig(TrainingConfig):
     """How the whole model is trained.
 
     Attributes:
-        norms: rate of the norms' gains.
+        norms: rate of the norms' gains, in parts of a norm's mean gain.
         next_token: weight of the cross-entropy of the text's next token.
         distillation: weight of the KL from the full-precision model's predictions to the quantized model's.
         hidden_states: weight of the error of the last hidden states, token by token over the token's energy.
@@ -72,18 +74,19 @@ class EndToEnd(QuantizerTraining):
                         parameter.requires_grad_()
             if config.activation_checkpointing:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        for parameter in self._norms():
-            parameter.requires_grad_(config.norms.learning_rate != 0)
-
-    def _norms(self) -> list[nn.Parameter]:
-        norms = [module for module in self.model.modules() if is_norm(module)]
-        return [parameter for module in norms for parameter in module.parameters(recurse=False)]
+        self._norms: dict[float, list[nn.Parameter]] = defaultdict(list)  # by unit; here, while they are in one piece
+        if config.norms.learning_rate != 0:
+            for module in filter(is_norm, model.modules()):
+                parameters = list(module.parameters(recurse=False))
+                for parameter in parameters:
+                    parameter.requires_grad_()
+                self._norms[_unit(parameters)] += parameters
 
     def kinds(self) -> list[ParameterKind]:
         layers = [module for module in self.model.modules() if isinstance(module, FakeQuantizedLinear)]
         grid: list[Any] = [parameter for layer in layers for parameter in layer.grid]
-        norms = [parameter for parameter in self._norms() if parameter.requires_grad]
-        return [ParameterKind(grid, self.config.grid), ParameterKind(norms, self.config.norms)]
+        norms = [ParameterKind(parameters, self.config.norms, unit=unit) for unit, parameters in self._norms.items()]
+        return [ParameterKind(grid, self.config.grid), *norms]
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """`[windows, sequence_length]` → what the head reads, `[…, hidden]`, and its log-probabilities."""
@@ -123,3 +126,12 @@ class EndToEnd(QuantizerTraining):
         if config.hidden_states:
             total = total + config.hidden_states * normalized_error(states, taught)
         return total
+
+
+def _unit(norm: list[nn.Parameter]) -> float:
+    """Mean gain of a norm, to the nearest power of two: those of about the same size share a group of the optimizer.
+
+    Adam's steps are as large as the rate, whatever a gain's size: 0.02 in one norm of a model, 2 in another.
+    """
+    mean = float(torch.cat([parameter.detach().flatten() for parameter in norm]).abs().mean()) if norm else 0
+    return float(2.0 ** round(math.log2(mean))) if mean else 1.0

@@ -51,11 +51,13 @@ class ParameterKind:
         parameters: of a module.
         rate: of their learning.
         bound: largest magnitude, if they have one; kept by `sign_sgd`.
+        unit: of the rate, where parameters are of another size than one.
     """
 
     parameters: list[nn.Parameter]
     rate: RateConfig
     bound: float = math.inf
+    unit: float = 1.0
 
 
 class SignSGD(Optimizer):
@@ -96,7 +98,7 @@ def build_optimizer(
     """
     kinds = [kind for kind in kinds if kind.parameters]
     groups: list[dict[str, Any]] = [
-        {"params": kind.parameters, "lr": slowdown * kind.rate.peak(steps)} for kind in kinds
+        {"params": kind.parameters, "lr": slowdown * kind.rate.peak(steps) * kind.unit} for kind in kinds
     ]
     optimizer: Optimizer
     if name == "sign_sgd":
