@@ -62,10 +62,11 @@ class Job:
     """One start of a run; see `prepare`.
 
     Attributes:
-        metrics: the content of metrics.json, written after every stage.
+        metrics: the content of metrics.json, written after every stage and block.
         allocation: widths by layer, imported or found for the whole model, or None.
         channels: `[blocks, hidden]`, salience of each block's output channels, if it was measured.
         outer_bits: name → bits of the layers outside the blocks that get packed.
+        counted: the stage at work, and the time up to which its seconds are in the metrics.
     """
 
     recipe: Recipe
@@ -83,6 +84,7 @@ class Job:
     metrics: dict[str, Any]
     channels: Tensor | None = None
     tuned: dict[str, Tensor] | None = None
+    counted: tuple[str, float] = ("", 0.0)
 
     @cached_property
     def model(self) -> StreamedModel:
@@ -145,6 +147,7 @@ class Job:
         link = chain(made_from, tensors)
         if self.fabric.is_global_zero:
             self.run.save_block(index, tensors, record | {"made_from": made_from, "chain": link})
+        self._keep_figures()  # a job that is killed cannot do so at its end
         self.fabric.barrier()
         return link
 
@@ -207,14 +210,16 @@ class Job:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time a stage, and keep the figures at its end, be that an interruption."""
-        start = time.perf_counter()
+        self.counted = name, time.perf_counter()
         try:
             yield
         finally:
-            self._keep_figures(name, time.perf_counter() - start)
+            self._keep_figures()
 
-    def _keep_figures(self, name: str, seconds: float) -> None:
-        self.metrics["seconds"][name] = self.metrics["seconds"].get(name, 0) + seconds
+    def _keep_figures(self) -> None:
+        (name, since), now = self.counted, time.perf_counter()
+        self.counted = name, now
+        self.metrics["seconds"][name] = self.metrics["seconds"].get(name, 0) + now - since
         self.metrics["peak_memory_bytes"] = max(self.metrics.get("peak_memory_bytes", 0), peak_resident_bytes())
         if self.runner.device.type == "cuda":
             held = torch.cuda.max_memory_allocated(self.runner.device)

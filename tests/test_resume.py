@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,6 +22,7 @@ from slimplus.files import clean, replace_folder, staging_folder
 from slimplus.manifest import Manifest
 from slimplus.reading import load_recipe
 from slimplus.run import SENSITIVITY, RunDirectory
+from slimplus.training import block
 
 PACKED = "packed/model.safetensors"
 
@@ -243,17 +243,29 @@ def test_a_deleted_allocation_is_written_again(copy: Path, arguments: Arguments)
 def test_an_interrupted_stage_counts_its_seconds(
     copy: Path, monkeypatch: pytest.MonkeyPatch, arguments: Arguments
 ) -> None:
-    before = metrics(copy)["seconds"]["blocks"]
-    (copy / "blocks/block_001.safetensors").unlink()
-    interrupt = Mock(side_effect=KeyboardInterrupt)
+    """One that is killed gets to write nothing at its end: those of finished blocks are on disk by then."""
+
+    def seconds() -> float:
+        return float(metrics(copy)["seconds"]["blocks"])
+
+    def packed_block(*given: Any) -> Any:
+        on_disk.append(seconds())
+        if len(on_disk) == 2:
+            raise KeyboardInterrupt
+        return block.packed_block(*given)
+
+    on_disk, before = list[float](), seconds()
+    for index in range(2):
+        (copy / f"blocks/block_{index:03d}.safetensors").unlink()
     with monkeypatch.context() as patched:
-        patched.setattr("slimplus.pipeline.packed_block", interrupt)
+        patched.setattr("slimplus.pipeline.packed_block", packed_block)
         with pytest.raises(KeyboardInterrupt):
             run(arguments(copy))
-    interrupted = metrics(copy)["seconds"]["blocks"]
-    assert interrupted > before
+    first, second = on_disk
+    interrupted = seconds()
+    assert before == first < second < interrupted
     run(arguments(copy))
-    assert metrics(copy)["seconds"]["blocks"] > interrupted
+    assert seconds() > interrupted
 
 
 @pytest.mark.parametrize(("key", "stays"), [("quantization.widths", False), ("training.epochs", True), (None, True)])
