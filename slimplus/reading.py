@@ -11,6 +11,7 @@ import importlib.util
 import re
 import reprlib
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from types import NoneType, UnionType
@@ -31,23 +32,39 @@ _SHORTHANDS = {
 
 
 def describe_type(field: FieldInfo) -> str:
-    """What a key takes, in words: `integer >= 1`, `auto | never`, `text | null`."""
-    names: dict[Any, str] = {str: "text", int: "integer", float: "number", bool: "true | false"}
-    names |= {dict: "mapping", list: "list", NoneType: "null"}
+    """What a key takes, in words: `integer >= 1`, `auto | never`, `text | null`, `[integer, ...]`."""
     unions = (Union, UnionType)
     kinds = get_args(field.annotation) if get_origin(field.annotation) in unions else (field.annotation,)
     options: list[str] = []
     for kind in kinds:
-        if get_origin(kind) is Annotated:
-            kind, *_ = get_args(kind)
         literals = get_args(kind) if get_origin(kind) is Literal else ()
-        options += map(str, literals) if literals else [names[get_origin(kind) or kind]]
+        options += map(str, literals) if literals else [_kind(kind)]
     signs = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
     limits = [(limit, name, sign) for limit in field.metadata for name, sign in signs if hasattr(limit, name)]
     bounds = [f"{sign} {getattr(limit, name)}" for limit, name, sign in limits]
     if bounds:
         options[0] += f" {' and '.join(bounds)}"  # what has bounds comes before null
     return " | ".join(options)
+
+
+def _kind(kind: Any) -> str:
+    """Of values without bounds; lists and mappings as YAML writes them."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _kind(inner[0])
+    if origin is list:
+        return f"[{_kind(inner[0])}, ...]"
+    if origin is dict:
+        return f"{{{_kind(inner[0])}: {_kind(inner[1])}, ...}}"
+    names: dict[Any, str] = {
+        str: "text",
+        int: "integer",
+        float: "number",
+        bool: "true | false",
+        NoneType: "null",
+        Any: "any",
+    }
+    return names[kind]
 
 
 def _suggestion(path: str) -> str:
@@ -74,11 +91,11 @@ def _leaves(path: str, value: object) -> Iterator[str]:
         yield path
 
 
-def _sentences(error: ErrorDetails) -> Iterator[str]:
-    """Says one pydantic error in the user's words."""
+def _sentences(error: ErrorDetails, document: dict[str, Any]) -> Iterator[str]:
+    """Says one pydantic error in the user's words; `document` is what was not valid."""
     path, got = ".".join(map(str, error["loc"])), reprlib.repr(error["input"])
     known = keys()
-    field = next((field for key, field in known.items() if f"{path}.".startswith(f"{key}.")), None)
+    key, field = next((item for item in known.items() if f"{path}.".startswith(f"{item[0]}.")), ("", None))
     inside = next((key for key in known if key.startswith(f"{path}.")), None)
     if error["type"] == "value_error" and field is None:
         yield str(error["ctx"]["error"])  # of a section, or the recipe, as a whole; it names the key
@@ -91,6 +108,9 @@ def _sentences(error: ErrorDetails) -> Iterator[str]:
         yield f"{path}: missing; give {path}=VALUE, {describe_type(field)} ({field.description})"
     elif error["type"] == "value_error":
         yield f"{path}: {error['ctx']['error']}"
+    elif path != key:  # in a list or mapping; YAML reads {1:0.5} as minutes and seconds, a key without a value
+        whole = reprlib.repr(reduce(dict.__getitem__, key.split("."), document))
+        yield f"{key}: expected {describe_type(field)}, got {whole} ({field.description})"
     else:
         hint = f"; quote it to keep it text: {path}='\"VALUE\"'" if error["type"] == "string_type" else ""
         yield f"{path}: expected {describe_type(field)}, got {got}{hint} ({field.description})"
@@ -185,7 +205,7 @@ def load_recipe(arguments: Sequence[str]) -> Recipe:
     try:
         recipe = Recipe.model_validate(document)
     except ValidationError as error:
-        problems += [sentence for details in error.errors() for sentence in _sentences(details)]
+        problems += [sentence for details in error.errors() for sentence in _sentences(details, document)]
     if problems:
         raise RecipeError("\n".join(dict.fromkeys(problems)))
     return recipe

@@ -138,16 +138,16 @@ def values_of(key: str) -> st.SearchStrategy[Any]:
     said = describe_type(keys()[key])
     if said.startswith("text"):
         return st.text(min_size=1).filter(lambda text: text.isprintable())
-    if said == "mapping | null":
+    if said == "{text: any, ...} | null":
         return st.none() | st.dictionaries(st.sampled_from(["hidden_size", "rope_theta"]), st.integers())
-    if said == "mapping":
+    if said == "{integer: number, ...}":
         return st.dictionaries(st.integers(1, 8), st.floats(0.1, 10), max_size=3)
-    if said == "list":
+    if said == "[integer, ...]":
         return st.just([1, 2, 3, 4])
     if said.startswith("integer"):
         return st.integers(2, 7)
     if said.startswith("number"):
-        return st.floats(1e-12, 1.0)
+        return st.floats(1e-12, 1.0, exclude_max="< 1" in said)
     if said == "true | false":
         return st.booleans()
     return st.sampled_from([int(option) if option.isdigit() else option for option in said.split(" | ")])
@@ -214,6 +214,8 @@ def test_whatever_is_typed_gives_a_recipe_or_a_recipe_error(key: str, text: str)
         ("quantization.percdamp=0", "quantization.percdamp: expected number > 0 and <= 1, got 0"),
         ("quantization.widths=[2]", "quantization.widths: expected two or more, rising, from 1 to 8, got [2]"),
         ("quantization.widths=[2,3]", "quantization.widths: only quantization.allocation=block and model choose from"),
+        ("training.width_rates={1:0.5}", "training.width_rates: expected {integer: number, ...}, got {60.5: None}"),
+        ("quantization.widths=[1,a]", "quantization.widths: expected [integer, ...], got [1, 'a']"),
         ("training.width_rates={9: 1}", "training.width_rates: expected factors of at least 0 for widths from 1 to 8"),
         ("end_to_end={epochs: 1, distillation: 0}", "end_to_end.distillation: nothing is left to learn from"),
         ("training.learning_rate=fast", "training.learning_rate: expected number > 0 | null, got 'fast'"),
