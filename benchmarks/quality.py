@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from quality_methods import FULL, METHODS, PEER, Budget, identity
+from quality_methods import FULL, METHODS, PEER, PEER_KEYS, Budget, identity
 from quality_report import plot, table
 
 from slimplus.data.text import load_text
@@ -62,6 +62,8 @@ def main() -> None:
     parser.add_argument("--keys", nargs="+", default=[], metavar="KEY=VALUE", help="of the recipe, for every method")
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))  # as Ctrl-C, it ends the process at work too
+    if unnamed := [text for text in given.evaluation if "=" not in text]:
+        parser.error(f"--evaluation: {unnamed[0]!r} is not of the form NAME=TEXT, such as wikitext2={unnamed[0]}")
     texts = dict(text.split("=", 1) for text in given.evaluation)
     steps = (given.samples, given.sequence_length, given.epochs, given.end_to_end_epochs)
     budgets = [Budget(given.bits, *steps, seed, tuple(given.keys)) for seed in given.seeds]
@@ -86,6 +88,8 @@ def check_keys(methods: Sequence[str], budget: Budget) -> None:
     for method in methods:
         try:
             load_recipe([f"recipe={RECIPE}", *budget.keys(method)])
+            if method == PEER and (unread := [key for key in budget.overrides if not key.startswith(PEER_KEYS)]):
+                raise InputError(f"{unread[0]} means nothing to it")
         except InputError as error:
             raise InputError(f"{method}: {error}; give --methods without it, or other --keys") from error
 

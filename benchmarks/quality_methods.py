@@ -27,6 +27,8 @@ def _method(method: str, allocation: str, *keys: str) -> Method:
     return Method((f"quantization.method={method}", f"quantization.allocation={allocation}", *keys))
 
 
+# What of `--keys` the peer heeds, or its measuring does.
+PEER_KEYS = ("model.", "data.", "trainer.", "quantization.group_size=", "training.batch_size=")
 WEIGHTS = "training.parametrization=weights"
 METHODS = {
     FULL: Method(),

@@ -64,12 +64,16 @@ def _recipe_lines() -> Iterator[str]:
 def _key_lines() -> Iterator[str]:
     known = keys()
     for key, field in known.items():
-        default = "set by the recipe" if field.is_required() else yaml.safe_dump(field.default).splitlines()[0]
+        default = "set by the recipe" if field.is_required() else _default(field.default)
         start = f"  {key:{max(map(len, known))}}  "
         indent = " " * len(start)
         yield textwrap.fill(field.description or "", WIDTH, initial_indent=start, subsequent_indent=indent)
         meaning = f"[{describe_type(field)}; default: {default}]"
         yield textwrap.fill(meaning, WIDTH, initial_indent=indent, subsequent_indent=f"{indent} ")
+
+
+def _default(value: object) -> str:
+    return yaml.safe_dump(value, default_flow_style=True).splitlines()[0]
 
 
 def train(arguments: list[str]) -> int:

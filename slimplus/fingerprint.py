@@ -26,6 +26,7 @@ FREE_KEYS = (
     "training.accumulate_grad_batches",  # in how many parts a device takes its share of a step
 )
 LIBRARIES = ("torch", "transformers", "lightning", "deepspeed", "safetensors", "tokenizers")
+WRITTEN_BY = "transformers_version"
 WEIGHTS = ("*.safetensors", "*.gguf", "*.bin")
 WHOLE = 2**26  # files up to this size are hashed whole, larger ones by samples
 SAMPLE, SAMPLES = 2**16, 256
@@ -53,7 +54,8 @@ def fingerprint(
     keys["trainer.precision"] = precision
     if recipe.quantization.allocation is not None and recipe.quantization.allocates_by == "file":
         keys["quantization.allocation"] = digest(Path(recipe.quantization.allocation).expanduser().read_bytes())
-    values = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
+    # Neither where it lies nor what reads it: an upgrade of a library is a warning, see `library_versions`.
+    values = {key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", WRITTEN_BY)}
     architecture = json.dumps(values, sort_keys=True, default=str)
     return keys | {"tokenizer": digest(tokenizer_identity(tokenizer)), "model configuration": digest(architecture)}
 

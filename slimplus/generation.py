@@ -12,7 +12,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from slimplus.errors import InputError, first_line
 from slimplus.hub.checkpoint import load
-from slimplus.models.loading import UNREADABLE
+from slimplus.models.loading import UNREADABLE, check_tokenizer_file
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ def load_for_generation(folder: Path, device: str, dtype: str) -> LoadedModel:
     """
     where = str(find_device(device))
     try:
+        check_tokenizer_file(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except UNREADABLE as error:
         raise InputError(

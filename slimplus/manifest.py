@@ -41,6 +41,11 @@ class Manifest:
                     "restore it, or give another run_dir"
                 ) from error
 
+    def create(self) -> None:
+        """Write manifest.json if it is not there: what stands beside it from now on is a run's."""
+        if not self.file.is_file():
+            self._save()
+
     def write(self, path: Path, content: bytes | str) -> None:
         """Write a file and name it."""
         data = content.encode() if isinstance(content, str) else content

@@ -9,6 +9,7 @@ from dataclasses import replace
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from slimplus.errors import InputError
 from slimplus.job import Job
 from slimplus.models.architectures import find_outer_layers
 from slimplus.quantization.linear import quantize_vocabulary
@@ -24,6 +25,9 @@ def quantize_outer_layers(job: Job) -> dict[str, dict[str, Tensor]]:
 
     The head is quantized with the Hessian of what the quantized blocks feed it, by the recipe's method: on SmolLM2 that
     leaves a quarter of the output error that rounding to nearest gives at 4 bits.
+
+    Raises:
+        InputError: if the Hessian of the head's inputs cannot be inverted.
     """
     packed: dict[str, dict[str, Tensor]] = {}
     model, quantization = job.model.model, job.quantizer.quantization
@@ -35,7 +39,10 @@ def quantize_outer_layers(job: Job) -> dict[str, dict[str, Tensor]]:
         if job.fabric.is_global_zero:
             logger.info("%s: %d bits", name, bits)
             weight = model.get_parameter(f"{name}.weight")
-            packed[name] = pack(quantize_vocabulary(weight, hessian, replace(quantization, bits=bits)))
+            try:
+                packed[name] = pack(quantize_vocabulary(weight, hessian, replace(quantization, bits=bits)))
+            except ValueError as error:
+                raise InputError(f"{name}: {error}; finished blocks are kept") from error
     return packed
 
 

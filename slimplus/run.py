@@ -108,6 +108,7 @@ class RunDirectory:
         for path, problem in dropped.items():
             logger.warning("%s; it is made again", problem)
             self.manifest.forget(path)
+        self.manifest.create()
         return list(dropped.values())
 
     def _unnamed(self) -> Iterator[tuple[Path, str]]:
@@ -137,10 +138,12 @@ class RunDirectory:
             raise InputError(
                 f"run_dir: {self.root} is not empty; give another run_dir, or resume=auto to go on from what it holds"
             )
-        if any(self.blocks.glob("*")) and not self.manifest.file.is_file():
+        folders = (self.blocks, self.checkpoints, self.packed, self.tokens)
+        filled = [folder.name for folder in folders if any(folder.glob("*"))]
+        if filled and not self.manifest.file.is_file():  # somebody else's, perhaps, who is not to lose them
             raise InputError(
-                f"run_dir: {self.root} holds blocks but no {self.manifest.file.name} to check them by; restore it, or "
-                "give another run_dir"
+                f"run_dir: {self.root} holds {', '.join(filled)} but no {self.manifest.file.name} to check them by; "
+                "restore it, or give another run_dir"
             )
         if resume in ("auto", "never"):
             return
@@ -157,16 +160,17 @@ class RunDirectory:
             raise InputError(f"resume: {problem}; give that of this run_dir, or resume=auto")
 
     def check_fingerprint(self, now: Mapping[str, Any], force: bool) -> list[str]:
-        """Refuse to go on from blocks that were made from something else; drop a sensitivity that was.
+        """Refuse to go on from what was made from something else; drop a sensitivity that was.
 
         Returns:
-            What differs, with `force`.
+            What differs, with `force`; what was in training then, whose optimizer and best state are of the old
+            values, begins anew.
 
         Raises:
             InputError: naming every key that differs, with its old and new value; if they cannot be known.
         """
         blocks = any(self.blocks.glob("*"))
-        used = blocks or any(self.checkpoints.glob("*"))
+        used = blocks or any(self.checkpoints.glob("*")) or self.packed.exists()
         if (problem := self.manifest.problem(self.root / "fingerprint.json")) and used:
             raise InputError(
                 f"run_dir: {problem}, and tells what the blocks were made from; restore it, or give another run_dir"
@@ -189,6 +193,7 @@ class RunDirectory:
         if not different or not used:
             return []
         logger.warning("resume.force: going on although values differ: %s", changes)
+        self.manifest.forget(self.checkpoints)
         return different
 
     def read(self, name: str) -> dict[str, Any]:

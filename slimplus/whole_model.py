@@ -35,7 +35,17 @@ def measure(job: Job) -> dict[str, Tensor]:
     """Sensitivity `[widths, groups]` of every linear layer by its name in the model, and `channels` `[blocks, hidden]`.
 
     The full-precision model is run forwards and then backwards, one block at a time on the device.
+
+    Raises:
+        InputError: if its predictions or a Hessian hold NaN or infinity, or a Hessian cannot be inverted.
     """
+    try:
+        return _measure(job)
+    except ValueError as error:
+        raise InputError(f"sensitivity: {error}") from error
+
+
+def _measure(job: Job) -> dict[str, Tensor]:
     tokens = job.shard(job.calibration.tokens)
     ranks, runner, settings = job.quantizer.ranks, job.runner, job.quantizer.quantization
     windows = search_windows(ranks, tokens)

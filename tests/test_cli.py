@@ -72,6 +72,7 @@ def test_help_names_every_recipe_and_key_with_type_and_default(entry: list[str])
         assert sum(line.startswith(f"  {name} ") for line in lines) == 1
     assert "[rtn | gptq | slimllm | slimllm_plus | qat; default: set by the recipe]" in process.stdout
     assert "[integer >= 1; default: 128]" in process.stdout
+    assert "[[integer, ...]; default: [1, 2, 3, 4]]" in process.stdout
     assert all(field.description for field in keys().values())
 
 

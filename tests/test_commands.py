@@ -108,11 +108,26 @@ def change_counts(folder: Path) -> None:
     edit_config(folder, lambda c: c["quantization_config"]["modules"]["model.layers.0.mlp.up_proj"].update({"2": 9}))
 
 
+def leave_the_head_alone(folder: Path) -> None:
+    name = "model.layers.0.mlp.up_proj"
+    tensors = load_file(folder / "model.safetensors")
+    kept = {key.replace(name, "lm_head"): tensor for key, tensor in tensors.items() if key.startswith(name)}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def change(config: dict[str, Any]) -> None:
+        quantization = config["quantization_config"]
+        quantization |= {key: {"lm_head": quantization[key][name]} for key in ("modules", "shapes")}
+
+    edit_config(folder, change)
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut": (cut, r"model\.safetensors is damaged \(.*\); export or download the checkpoint again"),
     "header": (spoil_header, r"model\.safetensors is damaged"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), r"model\.safetensors is missing"),
     "config": (lambda folder: (folder / "config.json").write_text("{"), r"config\.json cannot be read"),
+    "nested config": (lambda folder: (folder / "config.json").write_text("[" * 10**5), r"config\.json cannot be read"),
+    "head alone": (leave_the_head_alone, "do not fit together .*no packed layer lies in a transformer block"),
     "no config": (lambda folder: (folder / "config.json").unlink(), r"config\.json is missing"),
     "index": (
         lambda folder: (folder / "model.safetensors.index.json").write_text("[]"),
@@ -198,6 +213,11 @@ def test_a_checkpoint_without_a_tokenizer(packed: Path, tmp_path: Path, capsys: 
     copy = shutil.copytree(packed, tmp_path / "packed", ignore=shutil.ignore_patterns("tokenizer*"))
     assert main(["generate", str(copy), "x"]) == 2
     assert "has no tokenizer that can be read" in capsys.readouterr().err
+    whole = (packed / "tokenizer.json").read_bytes()
+    shutil.copy(packed / "tokenizer_config.json", copy)
+    (copy / "tokenizer.json").write_bytes(whole[: len(whole) // 2])
+    assert main(["generate", str(copy), "x"]) == 2
+    assert "tokenizer.json is damaged" in capsys.readouterr().err
     (copy / "tokenizer_config.json").write_text("{")
     assert main(["generate", str(copy), "x", "--chat"]) == 2
     assert "tokenizer_config.json cannot be read" in capsys.readouterr().err

@@ -288,11 +288,15 @@ def test_a_singular_hessian(arguments: Arguments, server: faulty.Server, tmp_pat
     assert event in (folder / "summary.txt").read_text()
 
 
-def test_a_hessian_beyond_repair(arguments: Arguments, server: faulty.Server, tmp_path: Path) -> None:
-    status, said = server(arguments(tmp_path / "run"), singular=160, overflow=True)
+@pytest.mark.parametrize(("allocation", "where"), [("slimllm", "block_000"), ("model", "sensitivity")])
+def test_a_hessian_beyond_repair(
+    arguments: Arguments, server: faulty.Server, tmp_path: Path, allocation: str, where: str
+) -> None:
+    key = f"quantization.allocation={allocation}"
+    status, said = server(arguments(tmp_path / "run", key), singular=160, overflow=True)
     assert status == 2
     assert said.splitlines()[-1].startswith(
-        "block_000: the Hessian holds NaN or infinity: the block's inputs overflowed"
+        f"{where}: the Hessian holds NaN or infinity: the block's inputs overflowed"
     )
     assert "Traceback" not in said
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
 from pathlib import Path
 
@@ -116,6 +117,16 @@ def test_a_full_disk_is_no_wrong_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AutoConfig, "from_pretrained", fail)
     with pytest.raises(TemporaryFailure, match="no space is left to download org/name; free some, or set HF_HOME"):
         ModelSource("org/name").config()
+
+
+@pytest.mark.parametrize("method", ["fp8", "awq", "bitsandbytes", "slimplus"])
+def test_a_quantized_model_is_refused(make_model: ModelMaker, tmp_path: Path, method: str) -> None:
+    """Its codes would be taken for weights."""
+    folder = shutil.copytree(make_model("llama"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
+    with pytest.raises(InputError, match=rf"model' is quantized already \({method}\); give the full-precision model"):
+        ModelSource(str(folder)).config()
 
 
 def test_a_model_that_cannot_be_had_is_named() -> None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from slimplus.models.architectures import is_norm
 from slimplus.nn import FakeQuantizedLinear, LearnedRoundingLinear, PackedLinear, TrainedWeightLinear
@@ -19,6 +19,7 @@ from slimplus.quantization.salience import invert_hessian
 from slimplus.training.end_to_end import EndToEnd, EndToEndConfig
 from slimplus.training.losses import LossConfig, normalized_error, reconstruction_loss
 from slimplus.training.optimizers import ParameterKind, RateConfig, SignSGD, build_optimizer
+from slimplus.training.zero import _replace_parameters
 
 GROUP_SIZE = 32
 KINDS = (FakeQuantizedLinear, ScaledLinear, LearnedRoundingLinear, TrainedWeightLinear)
@@ -197,6 +198,18 @@ def test_a_norm_learns_in_parts_of_its_mean_gain() -> None:
     for name, norm in norms.items():
         moved = (norm.weight.detach() - before[name]).abs() / before[name].mean()
         assert 0.007 < float(moved.median()) < 0.0145
+
+
+def test_the_gains_alone_tell_the_rate_of_a_norm_with_biases() -> None:
+    """And what is trained are the norms' parameters of the moment: ZeRO replaces them after every attempt."""
+    config = OPTConfig(vocab_size=64, hidden_size=32, ffn_dim=64, num_attention_heads=2, num_hidden_layers=2)
+    module = EndToEnd(OPTForCausalLM(config).eval(), None, EndToEndConfig(1, 1, next_token=1), "32-true")
+    _, norms = module.kinds()
+    assert norms.unit == 1
+    _replace_parameters(module)
+    _, norms = module.kinds()
+    assert len(norms.parameters) == 2 * (2 * 2 + 1)
+    assert {id(parameter) for parameter in norms.parameters} <= {id(parameter) for parameter in module.parameters()}
 
 
 OUTPUTS = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(1))

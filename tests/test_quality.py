@@ -106,6 +106,9 @@ def test_a_method_that_does_not_take_the_keys_is_named(quality: ModuleType) -> N
     quality.check_keys(["ours", "ours, end to end"], budget)
     with pytest.raises(InputError, match=r"RTN: quantization\.size_bytes: needs .*; give --methods without it"):
         quality.check_keys(["ours", "RTN"], budget)
+    quality.check_keys(["AutoRound"], replace(BUDGET, overrides=("quantization.group_size=32",)))
+    with pytest.raises(InputError, match=r"AutoRound: quantization\.scale_bits=8 means nothing to it; give --methods"):
+        quality.check_keys(["ours", "AutoRound"], replace(BUDGET, overrides=("quantization.scale_bits=8",)))
 
 
 @given(st.lists(st.tuples(st.floats(1, 8), st.floats(1, 1e6)), min_size=1))

@@ -23,6 +23,7 @@ from slimplus.manifest import Manifest
 from slimplus.reading import load_recipe
 from slimplus.run import SENSITIVITY, RunDirectory
 from slimplus.training import block
+from slimplus.training.supervisor import Supervisor
 
 PACKED = "packed/model.safetensors"
 
@@ -116,9 +117,29 @@ def test_a_damaged_manifest_is_refused(copy: Path, arguments: Arguments) -> None
 
 def test_blocks_without_a_manifest_are_left_alone(copy: Path, arguments: Arguments) -> None:
     (copy / "manifest.json").unlink()
-    with pytest.raises(InputError, match=r"holds blocks but no manifest\.json to check them by; restore it"):
+    with pytest.raises(
+        InputError, match=r"holds blocks, packed, tokens but no manifest\.json to check them by; restore"
+    ):
         run(arguments(copy))
     assert (copy / "blocks/block_000.safetensors").is_file()
+
+
+@pytest.mark.parametrize("folder", ["tokens", "checkpoints", "packed"])
+def test_files_of_somebody_else_are_left_alone(tmp_path: Path, arguments: Arguments, folder: str) -> None:
+    theirs = tmp_path / folder / "theirs.safetensors"
+    theirs.parent.mkdir()
+    theirs.write_text("of another program")
+    with pytest.raises(InputError, match=rf"holds {folder} but no manifest\.json"):
+        run(arguments(tmp_path))
+    assert theirs.is_file()
+
+
+def test_a_checkpoint_to_ship_is_not_lost_to_another_recipe(copy: Path, arguments: Arguments) -> None:
+    """Though its blocks, as large as itself, have been removed."""
+    shutil.rmtree(copy / "blocks")
+    with pytest.raises(InputError, match=r"made with other values: training\.epochs 2 -> 1"):
+        run(arguments(copy, "training.epochs=1"))
+    assert (copy / PACKED).is_file()
 
 
 def test_bytes_are_on_the_disk_before_a_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,6 +236,34 @@ def test_a_changed_recipe_goes_on_with_force(
     assert len(metrics(copy)["events"]) == before
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("quantization.bits=2", "training.epochs=1"),  # fewer than have been trained
+        ("quantization.bits=2", "training.optimizer=sign_sgd"),  # which has another state
+        ("quantization.bits=3", "quantization.bits=2"),  # at which no loss is as small as the one that was reached
+    ],
+)
+def test_what_is_in_training_begins_anew_with_force(
+    tmp_path: Path, arguments: Arguments, monkeypatch: pytest.MonkeyPatch, before: str, after: str
+) -> None:
+    begin = Supervisor.on_train_epoch_start
+
+    def interrupted(self: Supervisor, trainer: Any, module: Any) -> None:
+        if trainer.current_epoch == 2:
+            raise KeyboardInterrupt
+        begin(self, trainer, module)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Supervisor, "on_train_epoch_start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(arguments(tmp_path / "forced", "training.epochs=3", before))
+    assert (tmp_path / "forced/checkpoints/block_000/last.ckpt").is_file()
+    run(arguments(tmp_path / "forced", "training.epochs=3", after, "resume.force=true"))
+    run(arguments(tmp_path / "fresh", "training.epochs=3", after))
+    assert (tmp_path / "forced" / PACKED).read_bytes() == (tmp_path / "fresh" / PACKED).read_bytes()
+
+
 @pytest.mark.parametrize("key", ["quantization.group_size=32", "quantization.scale_bits=8"])
 def test_blocks_of_two_formats_are_not_joined(copy: Path, arguments: Arguments, key: str) -> None:
     (copy / "blocks/block_001.safetensors").unlink()
@@ -296,6 +345,7 @@ def test_an_upgraded_library_is_a_warning(
     copy: Path, arguments: Arguments, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(fingerprint, "version", lambda name: "99" if name == "torch" else "1")
+    monkeypatch.setattr("transformers.configuration_utils.__version__", "99")  # which it writes into configurations
     run(arguments(copy))
     assert "torch 2" in caplog.text
     assert any("libraries changed" in event and "-> 99" in event for event in metrics(copy)["events"])

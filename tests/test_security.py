@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 import slimplus
 from slimplus import pipeline
 from slimplus.errors import InputError
-from slimplus.hub.checks import check_architecture, check_files, check_quantization
+from slimplus.hub.checks import check_architecture, check_packed_tensors, check_quantization, read_headers
 from slimplus.hub.contents import read_contents
 from slimplus.hub.quantizer import SlimplusConfig
 from slimplus.quantization.affine import QuantizedWeight, choose_qparams, quantize, storable_scale, storable_zero_point
@@ -102,6 +102,12 @@ def test_a_damaged_config_is_refused_or_describes_layers_of_bounded_size(checkpo
         ("num_hidden_layers", 10**9, r"config\.json: num_hidden_layers: 1000000000 does not fit the 14 packed layers"),
         ("vocab_size", 2**31 - 1, "cannot be loaded"),
         ("hidden_size", 2**31 - 1, "cannot be loaded"),
+        (
+            "vocab_size",
+            10**8,
+            r"embed_tokens\.weight is \[\d+, 64\] in the files, and \[100000000, 64\] by config.json",
+        ),
+        ("tie_word_embeddings", False, r"the checkpoint lacks the tensor lm_head\.weight"),
         ("head_dim", 2**31 - 1, "cannot be loaded"),
         ("max_position_embeddings", -1, "max_position_embeddings: -1 is no size"),
         ("num_attention_heads", 0, "num_attention_heads: 0 is no size"),
@@ -257,7 +263,7 @@ def test_damaged_bytes_are_refused_or_leave_all_tensors_as_they_should_be(
     file.write_bytes(content)
     quantization = SlimplusConfig.from_dict(json.loads((checkpoint / "config.json").read_text())["quantization_config"])
     layers = (quantization.group_size, quantization.modules, quantization.shapes)
-    if (said := refusal(lambda: check_files([str(file)], *layers))) is not None:
+    if (said := refusal(lambda: check_packed_tensors(read_headers([str(file)]), *layers))) is not None:
         assert str(file) in said or "model." in said
 
 

@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from slimplus.errors import InputError
 from slimplus.training.optimizers import SignSGD
 from slimplus.training.strategies import build_strategy, launch
 from slimplus.training.zero import gathered
@@ -296,6 +297,11 @@ def test_processes_of_torchrun_are_used(tmp_path: Path) -> None:
     status, output = run(tmp_path, "ddp", launcher=("-m", "torch.distributed.run", "--nproc_per_node=2"))
     assert status == 0, output
     assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["ddp-0.pt", "ddp-1.pt"]
+
+
+def test_devices_that_the_machine_lacks_are_named() -> None:
+    with pytest.raises(InputError, match=r"accelerator=cuda, trainer\.devices=99: .+ or trainer\.accelerator=cpu"):
+        launch("cuda", devices=99, num_nodes=1, strategy="auto")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, cast
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -336,6 +337,15 @@ def test_a_training_is_judged_by_its_end(tmp_path: Path, noise: float, target: f
         assert result.loss == pytest.approx(measured)
 
 
+@pytest.mark.parametrize(("patience", "epochs"), [(None, 6), (2, 3)])
+def test_patience_ends_a_training_that_gets_no_better(tmp_path: Path, patience: int | None, epochs: int) -> None:
+    module = _Noisy(TrainingConfig(6, 1, optimizer="sign_sgd", patience=patience), noise=0.0)
+    steps = Mock(wraps=module.training_step)
+    module.training_step = steps  # type: ignore[method-assign]
+    _fit_toy(module, torch.ones(4, 4), tmp_path)  # where its value is
+    assert steps.call_count == 4 * epochs
+
+
 def test_a_loss_is_the_same_however_many_windows_are_judged_at_once() -> None:
     module, data = _Noisy(TrainingConfig(1, 1), noise=0.0), torch.tensor([[1.0], [2.0], [4.0]])
     at_once, alone = (float(module.evaluate(zip(data.split(windows)))) for windows in (2, 1))
@@ -374,3 +384,20 @@ def test_an_overflow_of_float16_lowers_the_factor_on_the_loss(tmp_path: Path) ->
     assert result.skipped == 5
     assert result.events == ()
     torch.testing.assert_close(module.value.detach(), torch.full((4,), 1 - 0.1 * (steps - 5)))
+
+
+class _Diverging(_Overflowing):
+    """At the full rate, once the factor on the loss is low enough."""
+
+    def loss(self, batch: tuple[Tensor, ...]) -> Tensor:
+        bad = self.slowdown == 1 and self.loss_scale <= 2**11 and torch.is_grad_enabled()
+        return super().loss(batch) * (torch.nan if bad else 1)
+
+
+def test_a_second_attempt_begins_as_it_would_in_a_new_process(tmp_path: Path) -> None:
+    """Or a job that is killed between the two would end with other bytes."""
+    module = _Diverging(TrainingConfig(1, 1, optimizer="sign_sgd", grid=RateConfig(0.1, "constant")), 0.0)
+    module.loss_scale = LOSS_SCALES["16-mixed"]
+    result = _fit_toy(module, torch.zeros(40, 4), tmp_path)
+    assert len(result.events) == 1
+    assert (result.skipped, module.loss_scale) == (5, 2**11)

@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _check_length(config: Mapping[str, Any], tokens: int) -> None:
     longest = config.get("max_position_embeddings")
-    if longest is not None and tokens > longest:
+    if isinstance(longest, int) and tokens > longest:
         raise InputError(
             f"--prompt-tokens and --new-tokens: {tokens} tokens are more than the {longest} that the model takes"
         )

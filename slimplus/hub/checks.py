@@ -6,7 +6,7 @@ bounded by each other, from the architecture down to the tensors that the files 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -100,19 +100,31 @@ def check_architecture(values: Mapping[str, Any], modules: Iterable[str]) -> Non
         raise ValueError(f"config.json: {LAYERS}: {_shown(layers)} does not fit the {packed} packed layers")
 
 
-def check_files(
-    files: Iterable[str],
+Headers = Mapping[str, tuple[str, list[int]]]
+"""Name of every stored tensor → dtype, as safetensors calls it, and shape."""
+
+
+def read_headers(files: Iterable[str]) -> Headers:
+    """What the files hold.
+
+    Raises:
+        ValueError: naming the file; one that is not safetensors is never opened.
+    """
+    return {name: header for file in files for name, header in _headers(file)}
+
+
+def check_packed_tensors(
+    stored: Headers,
     group_size: int,
     modules: Mapping[str, Mapping[int, int]],
     shapes: Mapping[str, list[int]],
     scale_bits: int = 16,
 ) -> None:
-    """Check from the headers of the files that every packed tensor is there and has the shape that config.json says.
+    """Check that every packed tensor is stored with the shape and dtype that config.json says.
 
     Raises:
-        ValueError: naming the file or the tensor; a file that is not safetensors is never opened.
+        ValueError: naming the tensor.
     """
-    stored = {name: header for file in files for name, header in _headers(file)}
     for layer, counts in modules.items():
         for name, (shape, dtype) in packed_shapes(shapes[layer][0], counts, group_size, scale_bits).items():
             expected = (DTYPES[dtype], list(shape))
@@ -124,6 +136,26 @@ def check_files(
                     f"{layer}.{name} is {found[0]} {found[1]} in the files, and {expected[0]} {expected[1]} "
                     "by config.json"
                 )
+
+
+def check_other_tensors(stored: Headers, shapes: Mapping[str, Sequence[int]], tied: Mapping[str, str]) -> None:
+    """Check that what the model needs is stored in its shape; transformers makes room for it before it looks.
+
+    Args:
+        stored: what the files hold.
+        shapes: of every tensor of the model, by its name.
+        tied: name of a tensor → that of the one which it is, so that one of them is enough.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    held = {tied.get(name, name): shape for name, (_, shape) in stored.items()}
+    for name, shape in shapes.items():
+        found = held.get(tied.get(name, name))
+        if found is None:
+            raise ValueError(f"the checkpoint lacks the tensor {name}")
+        if found != list(shape):
+            raise ValueError(f"{name} is {found} in the files, and {list(shape)} by config.json")
 
 
 def _headers(file: str) -> Iterator[tuple[str, tuple[str, list[int]]]]:

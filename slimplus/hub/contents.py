@@ -188,6 +188,8 @@ def read_contents(path: str) -> CheckpointContents:
         stored = {key: _header(file, key) for key, file in places.items()}
         try:
             layers = tuple(_read_layers(config["quantization_config"], stored, places))
+            if not any(layer.in_block for layer in layers):
+                raise ValueError("no packed layer lies in a transformer block")
         except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise InputError(
                 f"{folder}: config.json and the tensors do not fit together ({error}); the checkpoint is damaged: "
@@ -208,7 +210,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} holds no checkpoint: config.json is missing; {hint}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} cannot be read ({error}); export or download the checkpoint again") from error
     quantization = config.get("quantization_config") if isinstance(config, dict) else None
     if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
@@ -223,7 +225,7 @@ def _file_names(folder: Path) -> list[str]:
         return ["model.safetensors"]
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{index} cannot be read ({error}); export or download the checkpoint again") from error
     if wrong := [
         name for name in names if not (isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*\.safetensors", name))

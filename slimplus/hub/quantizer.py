@@ -20,7 +20,13 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from slimplus.hub.checks import check_architecture, check_files, check_quantization
+from slimplus.hub.checks import (
+    check_architecture,
+    check_other_tensors,
+    check_packed_tensors,
+    check_quantization,
+    read_headers,
+)
 from slimplus.hub.contents import METHOD
 from slimplus.nn import PackedEmbedding, PackedLinear, TiedHead, prepare_inference
 from slimplus.quantization.packing_checks import check_packed
@@ -91,7 +97,10 @@ class SlimplusQuantizer(HfQuantizer):
     ) -> None:
         config = self.quantization_config
         swap_packed_layers(model, config)
-        check_files(checkpoint_files or [], config.group_size, config.modules, config.shapes, config.scale_bits)
+        stored = read_headers(checkpoint_files or [])
+        check_packed_tensors(stored, config.group_size, config.modules, config.shapes, config.scale_bits)
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        check_other_tensors(stored, shapes, model.all_tied_weights_keys)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         check_packed_layers(model)

@@ -65,12 +65,19 @@ class ModelSource:
         """The model's configuration.
 
         Raises:
-            ModelLoadError: if it cannot be had.
+            ModelLoadError: if it cannot be had, or is that of a quantized model.
         """
         try:
-            return AutoConfig.from_pretrained(self.path, **self._arguments())
+            config: PretrainedConfig = AutoConfig.from_pretrained(self.path, **self._arguments())
         except UNREADABLE as error:
             raise self._explain(error) from error
+        if (quantized := getattr(config, "quantization_config", None)) is not None:
+            values = quantized if isinstance(quantized, Mapping) else quantized.to_dict()
+            raise ModelLoadError(
+                f"model.path: '{self.path}' is quantized already ({values.get('quant_method')}); give the "
+                "full-precision model that it was made from"
+            )
+        return config
 
     @staticmethod
     def config_of(values: Mapping[str, Any]) -> PretrainedConfig:
@@ -95,19 +102,10 @@ class ModelSource:
             ModelLoadError: if it cannot be had.
         """
         try:
-            self._check_tokenizer_file()
+            check_tokenizer_file(self.path)
             return AutoTokenizer.from_pretrained(self.path, **self._arguments())
         except UNREADABLE as error:
             raise self._explain(error) from error
-
-    def _check_tokenizer_file(self) -> None:
-        """Raises ValueError for one that is no JSON, such as half a copy: tokenizers raises a bare Exception."""
-        file = Path(self.path, "tokenizer.json")
-        if file.is_file():
-            try:
-                json.loads(file.read_bytes())
-            except ValueError as error:
-                raise ValueError(f"tokenizer.json is damaged: {error}") from error
 
     def model(self) -> PreTrainedModel:
         """The model on the CPU, in its stored dtype (or `dtype`), in evaluation mode, frozen.
@@ -125,6 +123,20 @@ class ModelSource:
         except UNREADABLE as error:
             raise self._explain(error) from error
         return model.eval().requires_grad_(False)
+
+
+def check_tokenizer_file(folder: str | Path) -> None:
+    """Look into tokenizer.json, where a local folder holds one: of half a copy, tokenizers says so in a bare Exception.
+
+    Raises:
+        ValueError: if it is no JSON.
+    """
+    file = Path(folder, "tokenizer.json")
+    if file.is_file():
+        try:
+            json.loads(file.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"tokenizer.json is damaged: {error}") from error
 
 
 def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:

@@ -181,10 +181,17 @@ class StreamedModel:
         """Gradient of `-log p(y)`, summed over the tokens, for the last block's output `hidden`.
 
         Each `y` is drawn from the model's own prediction: the mean of the gradient's square is the Fisher information.
+
+        Raises:
+            ValueError: if the prediction holds NaN or infinity.
         """
         hidden = hidden.to(runner.device, torch.float32).requires_grad_()
         with torch.enable_grad():
             predicted = self._logits(tokens, hidden, runner).float().log_softmax(-1)
+            if not torch.isfinite(predicted).all():
+                raise ValueError(
+                    "the model predicts NaN or infinity: its activations overflowed; try trainer.precision=32-true"
+                )
             generator = torch.Generator(predicted.device).manual_seed(seed)
             drawn = torch.multinomial(predicted.detach().exp().flatten(0, -2), 1, generator=generator)
             (gradient,) = torch.autograd.grad(-predicted.flatten(0, -2).gather(1, drawn).sum(), hidden)

@@ -229,9 +229,9 @@ class _RoundingLinear(FakeQuantizedLinear):
 class LearnedRoundingLinear(_RoundingLinear):
     """Learns which of its two nearest levels each weight takes, beside the grid (AutoRound, arXiv 2309.05516).
 
-    A weight's place on the grid is frozen where error compensation left it, and an offset of at most half a step is
-    trained. So the integers start as calibrated, and moving the grid moves no weight to another level, as it does in
-    AutoRound.
+    A weight's place on the grid is frozen where error compensation left it, and an offset is trained, of at most half a
+    step where the optimizer keeps `bound`. So the integers start as calibrated, and moving the grid moves no weight to
+    another level, as it does in AutoRound.
 
     Args:
         weight: the calibrated weight.

@@ -74,18 +74,21 @@ class EndToEnd(QuantizerTraining):
                         parameter.requires_grad_()
             if config.activation_checkpointing:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        self._norms: dict[float, list[nn.Parameter]] = defaultdict(list)  # by unit; here, while they are in one piece
+        self._norms: list[tuple[float, nn.Module]] = []  # with their units, taken while the gains are in one piece
         if config.norms.learning_rate != 0:
             for module in filter(is_norm, model.modules()):
-                parameters = list(module.parameters(recurse=False))
-                for parameter in parameters:
-                    parameter.requires_grad_()
-                self._norms[_unit(parameters)] += parameters
+                if parameters := list(module.parameters(recurse=False)):
+                    self._norms.append((_unit(parameters[0]), module))
+                    for parameter in parameters:
+                        parameter.requires_grad_()
 
     def kinds(self) -> list[ParameterKind]:
         layers = [module for module in self.model.modules() if isinstance(module, FakeQuantizedLinear)]
         grid: list[Any] = [parameter for layer in layers for parameter in layer.grid]
-        norms = [ParameterKind(parameters, self.config.norms, unit=unit) for unit, parameters in self._norms.items()]
+        by_unit: dict[float, list[nn.Parameter]] = defaultdict(list)
+        for unit, norm in self._norms:  # whose parameters a strategy may have replaced since the last attempt
+            by_unit[unit] += norm.parameters(recurse=False)
+        norms = [ParameterKind(parameters, self.config.norms, unit=unit) for unit, parameters in by_unit.items()]
         return [ParameterKind(grid, self.config.grid), *norms]
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,10 +131,10 @@ class EndToEnd(QuantizerTraining):
         return total
 
 
-def _unit(norm: list[nn.Parameter]) -> float:
-    """Mean gain of a norm, to the nearest power of two: those of about the same size share a group of the optimizer.
+def _unit(gain: Tensor) -> float:
+    """Mean of a norm's gains, to the nearest power of two: those of about the same size share an optimizer's group.
 
     Adam's steps are as large as the rate, whatever a gain's size: 0.02 in one norm of a model, 2 in another.
     """
-    mean = float(torch.cat([parameter.detach().flatten() for parameter in norm]).abs().mean()) if norm else 0
+    mean = float(gain.detach().abs().mean())
     return float(2.0 ** round(math.log2(mean))) if mean else 1.0

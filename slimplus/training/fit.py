@@ -130,7 +130,7 @@ class Fit:
         """
         module, recipe = self.module, self.module.config
         initial = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
-        calibrated_loss = self._evaluate()
+        calibrated_loss, loss_scale = self._evaluate(), module.loss_scale
         first = Attempt(self.checkpoints.made_from, recipe.accumulate_grad_batches)
         share = recipe.batch_size // self.fabric.world_size
         attempt, found = self.checkpoints.begin(first, self.fabric, share)
@@ -138,7 +138,7 @@ class Fit:
             for name, parameter in module.named_parameters():
                 if name in initial:
                     parameter.data = initial[name].to(parameter.device, copy=True)
-            module.slowdown = RATES[attempt.restarts]
+            module.slowdown, module.loss_scale = RATES[attempt.restarts], loss_scale
             supervisor = self._attempt(attempt, found)
             # The Trainer and what it made refer to each other, and to the windows and the block: gigabytes, of which
             # Python would let those of dozens of blocks pile up before it looks for such cycles by itself.

@@ -9,6 +9,7 @@ from typing import Literal
 
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import nn
@@ -34,7 +35,7 @@ def launch(accelerator: str, devices: int, num_nodes: int, strategy: str) -> Fab
     `broadcast`, `barrier`.
 
     Raises:
-        InputError: if torchrun has started another number of processes.
+        InputError: if torchrun has started another number of processes, or the machine lacks the devices.
     """
     started = TorchElasticEnvironment().world_size() if TorchElasticEnvironment.detect() else devices * num_nodes
     if started != devices * num_nodes:
@@ -43,7 +44,14 @@ def launch(accelerator: str, devices: int, num_nodes: int, strategy: str) -> Fab
             f"started {started} processes; give its --nproc-per-node as trainer.devices"
         )
     alone = strategy == "auto" and devices * num_nodes == 1
-    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy="auto" if alone else "ddp")
+    try:
+        strategy = "auto" if alone else "ddp"
+        fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy)
+    except (RuntimeError, MisconfigurationException) as error:
+        raise InputError(
+            f"trainer.accelerator={accelerator}, trainer.devices={devices}: {' '.join(str(error).split())} "
+            "Give what this machine has, or trainer.accelerator=cpu"
+        ) from error
     fabric.launch()
     return fabric
 
