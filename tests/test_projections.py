@@ -171,6 +171,46 @@ def test_gradients_are_refused_in_words() -> None:
             output.sum().backward()
 
 
+def test_a_forward_with_gradients_keeps_no_dequantized_weight() -> None:
+    """They are as much memory as the model took before it was quantized."""
+    module, saved = Attention(), list[torch.Size]()
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        module.o_proj(inputs_of(2).requires_grad_())
+    assert module.o_proj.shape not in saved
+    prepare_inference(module, keep_dense=True)
+    with torch.inference_mode():
+        module.o_proj(inputs_of(40))
+    module.o_proj(inputs_of(40).requires_grad_())  # with a weight that was kept where gradients cannot be recorded
+
+
+def test_a_second_preparation_frees_kept_weights() -> None:
+    module = Attention()
+    prepare_inference(module, keep_dense=True)
+    module.o_proj(inputs_of(40))
+    assert module.o_proj._dense is not None
+    prepare_inference(module)
+    assert module.o_proj._dense is None
+
+
+@pytest.mark.parametrize("columns", [150, 300])
+def test_inputs_of_another_width_are_refused(columns: int) -> None:
+    module = Attention()
+    prepare_inference(module)
+    with pytest.raises(ValueError, match=f"the inputs have {columns} columns, and this layer takes 200"):
+        module.o_proj(torch.zeros(3, columns, dtype=torch.bfloat16))
+
+
+def test_float64_is_exact() -> None:
+    module, inputs = Attention(), inputs_of(2, dtype=torch.float64)
+    prepare_inference(module)
+    torch.testing.assert_close(module.o_proj(inputs), inputs @ module.o_proj.dequantize(torch.float64).T)
+
+
 def test_the_state_dict_and_copies_know_nothing_of_it() -> None:
     module, inputs = Attention(), inputs_of(2)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}

@@ -29,6 +29,7 @@ from slimplus.hub.checks import (
 )
 from slimplus.hub.contents import METHOD
 from slimplus.nn import PackedEmbedding, PackedLinear, TiedHead, prepare_inference
+from slimplus.nn.packed import offloading_hook
 from slimplus.quantization.packing_checks import check_packed
 
 if TYPE_CHECKING:
@@ -145,15 +146,20 @@ def swap_packed_layers(model: PreTrainedModel, config: SlimplusConfig) -> None:
 
 
 def check_packed_layers(model: nn.Module) -> None:
-    """Check the tensors of all packed layers that lie on a device.
+    """Check the tensors of all packed layers, those that accelerate keeps elsewhere included.
 
     Raises:
         ValueError: naming the layer and the tensor.
     """
     for name, layer in model.named_modules():
-        if isinstance(layer, PackedLinear | PackedEmbedding) and not layer.scales.is_meta:
+        if isinstance(layer, PackedLinear | PackedEmbedding):
+            tensors = layer.packed_tensors()
+            if layer.scales.is_meta:
+                if (hook := offloading_hook(layer)) is None:  # nothing has been loaded, or it is that of another layer
+                    continue
+                tensors = {key: hook.weights_map[key] for key in tensors}
             try:
-                check_packed(layer.packed_tensors(), layer.shape, layer.group_size, layer.bit_counts)
+                check_packed(tensors, layer.shape, layer.group_size, layer.bit_counts)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
 

@@ -27,14 +27,14 @@ KEPT_DENSE_ROWS = 32  # from here on a dequantized weight that was kept beats in
 
 
 class _InferenceOnly(torch.autograd.Function):
-    """Identity whose gradient is refused in words that help."""
+    """Gives `outputs`, computed from `inputs` elsewhere; its gradient is refused in words that help."""
 
     @staticmethod
-    def forward(context: Any, outputs: Tensor) -> Tensor:
+    def forward(context: Any, inputs: Tensor, outputs: Tensor) -> Tensor:
         return outputs.view_as(outputs)
 
     @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> Tensor:
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         raise RuntimeError(
             "packed layers are for inference only and give no gradients; call the model under torch.inference_mode(), "
             "or replace them by ordinary ones with to_linear()"
@@ -209,18 +209,23 @@ class PackedLinear(PackedModule):
         """`inputs` `[..., in]` → `[..., out]`, in the dtype of the input (of autocast where it is on).
 
         Raises:
+            ValueError: for inputs of another width.
             RuntimeError: in the backward pass.
         """
+        if inputs.shape[-1] != self.in_features:
+            raise ValueError(f"the inputs have {inputs.shape[-1]} columns, and this layer takes {self.in_features}")
         device = inputs.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs.dtype
         rows = inputs.numel() // self.in_features
         kept = self.keep_dense and rows >= KEPT_DENSE_ROWS
-        if self.projections is not None and not kept and self.projections.takes(dtype, rows):
-            outputs = self.projections(inputs, self, dtype)
-        else:
-            bias = None if self.bias is None else self.bias.to(dtype)
-            outputs = nn.functional.linear(inputs.to(dtype), self._dense_weight(dtype), bias)
-        return _InferenceOnly.apply(outputs) if torch.is_grad_enabled() and outputs.requires_grad else outputs
+        refused = torch.is_grad_enabled() and inputs.requires_grad
+        with torch.no_grad():  # or every dequantized weight would be kept for a backward pass that is refused
+            if self.projections is not None and not kept and self.projections.takes(dtype, rows):
+                outputs = self.projections(inputs, self, dtype)
+            else:
+                bias = None if self.bias is None else self.bias.to(dtype)
+                outputs = nn.functional.linear(inputs.to(dtype), self._dense_weight(dtype), bias)
+        return _InferenceOnly.apply(inputs, outputs) if refused else outputs
 
     def _dense_weight(self, dtype: torch.dtype) -> Tensor:
         if self._dense is not None and self._dense.dtype == dtype:
@@ -231,14 +236,14 @@ class PackedLinear(PackedModule):
         return weight
 
     def _apply(self, function: Any, recurse: bool = True) -> Self:
-        self._forget()
+        self.forget()
         return super()._apply(function, recurse)
 
     def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
-        self._forget()
+        self.forget()
         super()._load_from_state_dict(*arguments, **options)
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """Drop what was made of the packed tensors."""
         self._dense = None
         if self.projections is not None:
@@ -250,6 +255,12 @@ class PackedLinear(PackedModule):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"group_size={self.group_size}, groups=({widths}), bias={self.bias is not None}"
         )
+
+
+def offloading_hook(layer: nn.Module) -> Any:
+    """accelerate's hook that brings in the layer's parameters, and buffers if asked to, for each forward; or None."""
+    hook = getattr(layer, "_hf_hook", None)
+    return next((one for one in getattr(hook, "hooks", (hook,)) if getattr(one, "offload", False)), None)
 
 
 def stacked_bias(layers: Sequence[PackedLinear]) -> Tensor | None:

@@ -117,6 +117,10 @@ class TiedHead(PackedLinear):
         self.group_size, self.bit_counts = embedding.group_size, embedding.bit_counts
         self.bias = bias
 
+    def forward(self, inputs: Tensor) -> Tensor:
+        """As of any packed layer, on the embedding's device, which a `device_map` may have made another one."""
+        return super().forward(inputs.to(self.scales.device)).to(inputs.device)
+
     @property
     def scales(self) -> Tensor:  # type: ignore[override]
         """The embedding's."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from slimplus.nn.int4 import Int4Weight
 from slimplus.nn.int8 import Int8Weight
-from slimplus.nn.packed import PackedLinear
+from slimplus.nn.packed import PackedLinear, offloading_hook
 from slimplus.nn.shards import OLDEST, FusedShards
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -112,13 +112,24 @@ def prepare_inference(model: nn.Module, fuse: bool = True, keep_dense: bool = Fa
     """
     made = []
     for parent in model.modules():
-        layers = {name: child for name, child in parent.named_children() if isinstance(child, PackedLinear)}
+        layers = {
+            name: child
+            for name, child in parent.named_children()
+            if isinstance(child, PackedLinear) and not _is_offloaded(child)
+        }
         for names in _together(layers) if fuse else [(name,) for name in layers]:
             members = [layers[name] for name in names]
             made.append(Projections(members))
             for member in members:
+                member.forget()
                 member.projections, member.keep_dense = made[-1], keep_dense
     return made
+
+
+def _is_offloaded(layer: PackedLinear) -> bool:
+    """Whether accelerate brings in something of the layer for each of its forwards, and only for these."""
+    hook = offloading_hook(layer)
+    return hook is not None and (hook.offload_buffers or layer.bias is not None)
 
 
 def _together(layers: Mapping[str, PackedLinear]) -> list[tuple[str, ...]]:
