@@ -105,8 +105,8 @@ def _run(recipe: Recipe) -> int:
         write(f"Interrupted; {go_on}", sys.stderr)
         return INTERRUPTED
     except Preempted as preempted:
-        job = requeue() if preempted.signal == signal.SIGUSR1 else None
-        write(f"Ended by {preempted}; {f'SLURM job {job} is queued again, and ' if job else ''}{go_on}", sys.stderr)
+        queued = requeue() if preempted.signal == signal.SIGUSR1 else None
+        write(f"Ended by {preempted}; {f'{queued}, and ' if queued else ''}{go_on}", sys.stderr)
         return PREEMPTED
     except TemporaryFailure as failure:
         write(f"{failure}; {go_on}", sys.stderr)

@@ -60,6 +60,9 @@ class ModelConfig(Section):
 
     path: str = Field(min_length=1, description="hub id org/name, local folder, or package:NAME for a package's folder")
     gguf_file: str | None = Field(None, min_length=1, description="GGUF file inside that folder or hub repository")
+    revision: str | None = Field(
+        None, min_length=1, description="branch, tag or commit of a hub repository; its main branch if not given"
+    )
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
         "auto", description="dtype of the loaded weights; auto is the stored one"
     )

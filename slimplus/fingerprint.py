@@ -21,6 +21,7 @@ from slimplus.models.loading import ModelSource
 FREE_KEYS = (
     *("run_dir", "resume", "dry_run", "data.evaluation", "trainer.checkpoint_seconds"),
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.offload"),
+    "model.revision",  # a name for the commit that `weights_digest` gives
     *("quantization.embedding_bits", "quantization.head_bits"),  # quantized after the blocks
     "end_to_end",  # comes after the blocks, and knows what it was made from
     "training.accumulate_grad_batches",  # in how many parts a device takes its share of a step
@@ -50,7 +51,7 @@ def fingerprint(
     keys = {key: value for key, value in flatten(recipe).items() if not key.startswith(free)}
     # What is in a file says more than its path, and the resolved precision more than `auto`.
     keys["data.calibration.path"] = digest(text)
-    keys["model.path"] = weights_digest(source, config)
+    keys["model.path"] = weights_digest(source)
     keys["trainer.precision"] = precision
     if recipe.quantization.allocation is not None and recipe.quantization.allocates_by == "file":
         keys["quantization.allocation"] = digest(Path(recipe.quantization.allocation).expanduser().read_bytes())
@@ -60,15 +61,15 @@ def fingerprint(
     return keys | {"tokenizer": digest(tokenizer_identity(tokenizer)), "model configuration": digest(architecture)}
 
 
-def weights_digest(source: ModelSource, config: PretrainedConfig) -> str:
-    """Hash of the model's weights: of the hub's commit, or of the local files.
+def weights_digest(source: ModelSource) -> str:
+    """What tells the model's weights: the commit on the hub, if `source` is pinned, or a hash of the local files.
 
     Of a file above 64 MiB, the size and 256 evenly spaced samples of 64 KiB, the first of which holds its header: any
     other training changes every tensor, and 140 GB are sampled in a second.
     """
     folder = Path(source.path)
     if not folder.is_dir():
-        return f"{source.path}@{getattr(config, '_commit_hash', None)}"
+        return f"{source.path}@{source.revision}"
     files = (
         [folder / source.gguf_file] if source.gguf_file else sorted(p for kind in WEIGHTS for p in folder.glob(kind))
     )

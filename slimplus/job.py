@@ -24,6 +24,7 @@ from slimplus.assembly import block_quantizer
 from slimplus.config import Recipe, to_yaml
 from slimplus.data.text import load_text
 from slimplus.data.windows import Windows, calibration_windows, evaluation_windows
+from slimplus.errors import InputError, first_line
 from slimplus.fingerprint import differences, fingerprint, library_versions
 from slimplus.layout import PackedLayout
 from slimplus.machine import peak_resident_bytes
@@ -54,7 +55,8 @@ logger = logging.getLogger(__name__)
 def model_source(recipe: Recipe) -> ModelSource:
     """Where the recipe's model comes from."""
     model = recipe.model
-    return ModelSource(resolve_model_folder(model.path), model.gguf_file, model.dtype, model.trust_remote_code)
+    path = resolve_model_folder(model.path)
+    return ModelSource(path, model.gguf_file, model.dtype, model.trust_remote_code, model.revision)
 
 
 @dataclass
@@ -209,10 +211,20 @@ class Job:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage, and keep the figures at its end, be that an interruption."""
+        """Time a stage, and keep the figures at its end, be that an interruption.
+
+        Raises:
+            InputError: where the device's memory does not suffice.
+        """
         self.counted = name, time.perf_counter()
         try:
             yield
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"{name}: out of device memory ({first_line(error)}); give a larger device, a lower "
+                "data.sequence_length or data.evaluation.sequence_length, or trainer.accelerator=cpu; what is finished "
+                "is kept"
+            ) from error
         finally:
             self._keep_figures()
 
@@ -243,7 +255,8 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption) -> Job:
     L.seed_everything(recipe.seed, verbose=False)
     check_shares(recipe, fabric.world_size)
     runner = BlockRunner(fabric.device, resolve_precision(recipe.trainer.precision, fabric.device))
-    source = model_source(recipe)
+    named = model_source(recipe)
+    source = fabric.broadcast(named.pinned() if fabric.is_global_zero else named)
     config = source.config()
     skeleton = build_on_meta(config)
     block_names, allocation = _check_model(skeleton, recipe)

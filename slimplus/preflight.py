@@ -20,7 +20,7 @@ def _model_problem(model: ModelConfig) -> str | None:
         return str(error)
     if not folder.exists():
         if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model.path):
-            return _hub_problem(model.path)
+            return _hub_problem(model.path, model.revision)
         return f"model.path: {model.path} does not exist; give a folder, a hub id org/name or package:NAME"
     if folder.is_file():
         return f"model.path: {folder} is a file; give its folder, and a GGUF file's name as model.gguf_file"
@@ -36,15 +36,15 @@ def _model_problem(model: ModelConfig) -> str | None:
     return None
 
 
-def _hub_problem(repository: str) -> str | None:
+def _hub_problem(repository: str, revision: str | None) -> str | None:
     """Asks the hub, or its cache, whether a model is to be had: a request of a second, before PyTorch is loaded."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError, HTTPError
 
     try:
-        if isinstance(try_to_load_from_cache(repository, "config.json"), str):
+        if isinstance(try_to_load_from_cache(repository, "config.json", revision=revision), str):
             return None
-        HfApi().model_info(repository, timeout=10)
+        HfApi().model_info(repository, revision=revision, timeout=10)
     except (OSError, HTTPError, HFValidationError) as error:
         reason = named_first_line(error)
         return (

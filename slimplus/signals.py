@@ -51,9 +51,9 @@ class Preemption:
             if not self._deferred:
                 raise Preempted(self.received)
 
-    def share(self) -> None:
+    def share(self, received: signal.Signals) -> None:
         """Note that another process of the job was asked to end: this one must as well."""
-        self.received = self.received or signal.SIGTERM
+        self.received = self.received or received
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -68,10 +68,13 @@ class Preemption:
 
 
 def requeue() -> str | None:
-    """Ask SLURM, from the first of the job's processes, to queue this job again; the job's id if there is one."""
+    """Ask SLURM, from the first of the job's processes, to queue this job again; what came of it, if there is one."""
     array, job = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_JOB_ID")
     if job is None or os.environ.get("SLURM_PROCID", "0") != "0":
         return None
     job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else job
-    subprocess.run(["scontrol", "requeue", job], check=False)
-    return job
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"SLURM job {job} could not be queued again ({error}): queue it yourself"
+    return f"SLURM job {job} is queued again"

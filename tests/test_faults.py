@@ -125,12 +125,16 @@ def test_slurm_queues_the_job_again(
 ) -> None:
     scontrol = tmp_path / "bin/scontrol"
     scontrol.parent.mkdir()
-    scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
-    scontrol.chmod(0o755)
+    scontrol.touch(0o755)
     slurm = {"JOB_ID": "7", "JOB_NAME": "quantize", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
     environment = {f"SLURM_{key}": value for key, value in slurm.items()}
     environment["PATH"] = f"{scontrol.parent}:{os.environ['PATH']}"
     folder = tmp_path / "run"
+    scontrol.write_text("#!/bin/sh\nexit 1\n")  # as where the job was submitted with --no-requeue
+    status, said = server(arguments(folder), signal_batch=[2, signal.SIGUSR1], environment=environment)
+    assert status == 143, said
+    assert "SLURM job 7 could not be queued again" in said
+    scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
     status, said = server(arguments(folder), signal_batch=[3, signal.SIGUSR1], environment=environment)
     assert status == 143, said
     assert "Ended by SIGUSR1; SLURM job 7 is queued again, and the same command goes on" in said

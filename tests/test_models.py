@@ -6,6 +6,7 @@ import errno
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import AutoConfig
 
 from slimplus.errors import InputError, TemporaryFailure
 from slimplus.evaluation import perplexity
+from slimplus.fingerprint import weights_digest
 from slimplus.models.architectures import BLOCKS, find_blocks, find_linears
 from slimplus.models.loading import ModelSource, build_on_meta
 from slimplus.models.precision import resolve_precision
@@ -129,9 +131,30 @@ def test_a_quantized_model_is_refused(make_model: ModelMaker, tmp_path: Path, me
         ModelSource(str(folder)).config()
 
 
+def test_a_hub_id_is_pinned_to_its_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Or a job that goes on after a push would join blocks of two models."""
+    asked = Mock(side_effect=[f"/cache/models--org--name/snapshots/{commit}/sub/model.gguf" for commit in ("a1", "b2")])
+    monkeypatch.setattr("slimplus.models.loading.hf_hub_download", asked)
+    source = ModelSource("org/name", gguf_file="sub/model.gguf", revision="v2")
+    before, after = source.pinned(), source.pinned()
+    assert (before.revision, after.revision) == ("a1", "b2")
+    assert weights_digest(before) != weights_digest(after)
+    assert asked.call_args.args == ("org/name", "sub/model.gguf")
+    assert asked.call_args.kwargs == {"revision": "v2"}
+    read = Mock(side_effect=OSError("no network"))
+    for kind in ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"):
+        monkeypatch.setattr(f"slimplus.models.loading.{kind}.from_pretrained", read)
+    for load in (before.config, before.tokenizer, before.model):
+        with pytest.raises(InputError):
+            load()
+    assert [call.kwargs["revision"] for call in read.call_args_list] == ["a1"] * 3
+    local = ModelSource(str(tmp_path))
+    assert local.pinned() is local
+
+
 def test_a_model_that_cannot_be_had_is_named() -> None:
     source = ModelSource("nobody/no-such-model")
-    for load in (source.config, source.tokenizer, source.model):
+    for load in (source.pinned, source.config, source.tokenizer, source.model):
         with pytest.raises(InputError, match=r"model\.path: cannot load 'nobody/no-such-model'"):
             load()
 

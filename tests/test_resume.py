@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -317,6 +318,15 @@ def test_an_interrupted_stage_counts_its_seconds(
     assert seconds() > interrupted
 
 
+def test_a_device_that_is_too_small_is_said_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: Arguments
+) -> None:
+    full = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."))
+    monkeypatch.setattr("slimplus.pipeline.perplexity", full)
+    with pytest.raises(InputError, match=r"^full_precision: out of device memory \(CUDA out of memory.*is kept$"):
+        run(arguments(tmp_path))
+
+
 @pytest.mark.parametrize(("key", "stays"), [("quantization.widths", False), ("training.epochs", True), (None, True)])
 def test_a_sensitivity_of_other_values_is_measured_again(tmp_path: Path, key: str | None, stays: bool) -> None:
     """Before the first block there is nothing else to go on from, and a changed recipe is not refused."""
@@ -359,12 +369,12 @@ def test_large_weights_are_sampled_from_end_to_end(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(fingerprint, "SAMPLES", 5)
     file = tmp_path / "model.safetensors"
     file.write_bytes(bytes(5000))
-    digests = {fingerprint.weights_digest(ModelSource(str(tmp_path)), None)}  # type: ignore[arg-type]
+    digests = {fingerprint.weights_digest(ModelSource(str(tmp_path)))}
     for position in (0, 1250, 4999):
         content = bytearray(5000)
         content[position] = 1
         file.write_bytes(content)
-        digests.add(fingerprint.weights_digest(ModelSource(str(tmp_path)), None))  # type: ignore[arg-type]
+        digests.add(fingerprint.weights_digest(ModelSource(str(tmp_path))))
     assert len(digests) == 4
 
 

@@ -299,6 +299,17 @@ def test_processes_of_torchrun_are_used(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["ddp-0.pt", "ddp-1.pt"]
 
 
+@pytest.mark.parametrize(("tasks", "devices"), [(4, 1), (1, 4)])
+def test_tasks_of_slurm_are_counted(monkeypatch: pytest.MonkeyPatch, tasks: int, devices: int) -> None:
+    """Or four jobs would write into one run_dir, or one process leave three devices idle."""
+    for key, value in {"NTASKS": tasks, "JOB_NAME": "quantize", "PROCID": 0, "LOCALID": 0, "NODEID": 0}.items():
+        monkeypatch.setenv(f"SLURM_{key}", str(value))
+    with pytest.raises(
+        InputError, match=rf"{devices} devices .* SLURM has started {tasks} processes; give its --ntasks"
+    ):
+        launch("cpu", devices=devices, num_nodes=1, strategy="auto")
+
+
 def test_devices_that_the_machine_lacks_are_named() -> None:
     with pytest.raises(InputError, match=r"accelerator=cuda, trainer\.devices=99: .+ or trainer\.accelerator=cpu"):
         launch("cuda", devices=99, num_nodes=1, strategy="auto")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
@@ -40,15 +41,32 @@ class ModelSource:
         gguf_file: name of a GGUF file in it, if that is what holds the weights.
         dtype: `auto` (as stored; bfloat16 for a GGUF file), or the name of a torch dtype.
         trust_remote_code: run code that ships with the model.
+        revision: of a hub id: branch, tag or commit.
     """
 
     path: str
     gguf_file: str | None = None
     dtype: str = "auto"
     trust_remote_code: bool = False
+    revision: str | None = None
+
+    def pinned(self) -> ModelSource:
+        """The same source at the commit that its hub id names now: its files are read more than once, for days.
+
+        Raises:
+            ModelLoadError: if it cannot be had.
+        """
+        if Path(self.path).is_dir():
+            return self
+        try:
+            file = hf_hub_download(self.path, self.gguf_file or "config.json", revision=self.revision)
+        except (*UNREADABLE, HfHubHTTPError) as error:
+            raise self._explain(error) from error
+        parts = Path(file).parts  # …/snapshots/COMMIT/FILE in the hub's cache
+        return replace(self, revision=parts[parts.index("snapshots") + 1])
 
     def _arguments(self) -> dict[str, Any]:
-        arguments: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        arguments: dict[str, Any] = {"trust_remote_code": self.trust_remote_code, "revision": self.revision or "main"}
         return arguments | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
 
     def _explain(self, error: Exception) -> ModelLoadError | TemporaryFailure:

@@ -5,10 +5,12 @@ Trainer takes a new strategy (`build_strategy`), which reuses the process group.
 holds the module as an ordinary one with its full parameters, whatever the strategy made of it meanwhile.
 """
 
+import os
 from typing import Literal
 
+import torch
 from lightning.fabric import Fabric
-from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, Strategy
@@ -35,14 +37,11 @@ def launch(accelerator: str, devices: int, num_nodes: int, strategy: str) -> Fab
     `broadcast`, `barrier`.
 
     Raises:
-        InputError: if torchrun has started another number of processes, or the machine lacks the devices.
+        InputError: if torchrun or SLURM has started another number of processes, or the machine lacks the devices.
     """
-    started = TorchElasticEnvironment().world_size() if TorchElasticEnvironment.detect() else devices * num_nodes
-    if started != devices * num_nodes:
-        raise InputError(
-            f"trainer.devices: {devices} devices on each of {num_nodes} machines (trainer.num_nodes), but torchrun has "
-            f"started {started} processes; give its --nproc-per-node as trainer.devices"
-        )
+    _check_started(devices, num_nodes)
+    # Lightning would take Apple's GPUs, which have no float64.
+    accelerator = {"gpu": "cuda", "auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(accelerator, accelerator)
     alone = strategy == "auto" and devices * num_nodes == 1
     try:
         strategy = "auto" if alone else "ddp"
@@ -54,6 +53,21 @@ def launch(accelerator: str, devices: int, num_nodes: int, strategy: str) -> Fab
         ) from error
     fabric.launch()
     return fabric
+
+
+def _check_started(devices: int, num_nodes: int) -> None:
+    """Whether what has started this process, if anything has, started as many as the recipe asks for."""
+    if TorchElasticEnvironment.detect():
+        starter, option, started = "torchrun", "--nproc-per-node", TorchElasticEnvironment().world_size()
+    elif SLURMEnvironment.detect():
+        starter, option, started = "SLURM", "--ntasks-per-node", int(os.environ["SLURM_NTASKS"])
+    else:
+        return
+    if started != devices * num_nodes:
+        raise InputError(
+            f"trainer.devices: {devices} devices on each of {num_nodes} machines (trainer.num_nodes), but {starter} "
+            f"has started {started} processes; give its {option} as trainer.devices"
+        )
 
 
 def build_strategy(name: str, fabric: Fabric, offload: Offload = "none") -> str | Strategy:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 from typing import Any
 
@@ -93,7 +94,7 @@ class Supervisor(Callback):
         if not takes_step(trainer):
             return
         waited = trainer.is_global_zero and time.monotonic() - self._saved_at >= self.seconds
-        norm, loss, asked, due = self._sum(trainer, pl_module.take_loss(), waited)
+        norm, loss, asked, warned, due = self._sum(trainer, pl_module.take_loss(), waited)
         norm /= pl_module.loss_scale
         pl_module.log("grad_norm", norm)
         if not math.isfinite(norm) and pl_module.loss_scale > 1:
@@ -107,12 +108,13 @@ class Supervisor(Callback):
             discard_gradient(trainer)
         self._stepped, self._asked, self._due = True, bool(asked), bool(due)
         if asked:
-            self.preemption.share()
+            self.preemption.share(signal.SIGUSR1 if warned else signal.SIGTERM)
 
     def _sum(self, trainer: L.Trainer, loss: Tensor, due: bool) -> list[float]:
-        """Over all ranks: the norm of the gradient, the mean loss, and two votes."""
+        """Over all ranks: the norm of the gradient, the mean loss, and three votes."""
         share = torch.tensor([gradient_norm(trainer), float(loss)], dtype=torch.float64) / trainer.world_size
-        votes = torch.tensor([self.preemption.received is not None, due], dtype=torch.float64)
+        received = self.preemption.received
+        votes = torch.tensor([received is not None, received == signal.SIGUSR1, due], dtype=torch.float64)
         local = torch.cat([share, votes]).to(loss.device)
         summed: list[float] = trainer.strategy.reduce(local, reduce_op="sum").tolist()
         return summed
