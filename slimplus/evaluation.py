@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torchmetrics.text import Perplexity
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -11,7 +12,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from slimplus.models.streaming import BlockRunner, StreamedModel
 from slimplus.progress import track
 
-TOKENS_AT_A_TIME = 512  # the metric holds several copies of `tokens × vocabulary` probabilities
+TOKENS_AT_A_TIME = 256  # the metric holds several copies of `tokens × vocabulary` probabilities
 
 
 def perplexity(model: StreamedModel, tokens: Tensor, runner: BlockRunner, description: str) -> float:
@@ -20,12 +21,13 @@ def perplexity(model: StreamedModel, tokens: Tensor, runner: BlockRunner, descri
     hidden = inputs.hidden
     for block, arguments in track(list(zip(model.blocks, inputs.arguments, strict=True)), description):
         hidden = runner.run(runner.load(block), hidden, arguments)
-    metric = Perplexity().to(runner.device)
+    # In float32 its softmax is 0 for a token 104 nats below the likeliest one, and the perplexity infinite.
+    metric = Perplexity().to(runner.device).set_dtype(torch.float64)
     for window, output in zip(tokens.split(1), hidden.split(1), strict=True):
         logits, expected = model.logits(window, output, runner)[:, :-1], window[:, 1:].to(runner.device)
         for start in range(0, expected.shape[1], TOKENS_AT_A_TIME):
             span = slice(start, start + TOKENS_AT_A_TIME)
-            metric.update(logits[:, span].float(), expected[:, span])
+            metric.update(logits[:, span].double(), expected[:, span])
     return float(metric.compute())
 
 

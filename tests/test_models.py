@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import shutil
 from pathlib import Path
 from unittest.mock import Mock
@@ -12,6 +13,7 @@ import pytest
 import torch
 from conftest import TINY, ModelMaker
 from torch import nn
+from torchmetrics.text import Perplexity
 from transformers import AutoConfig
 
 from slimplus.errors import InputError, TemporaryFailure
@@ -72,6 +74,18 @@ def test_the_model_is_whole_again_after_streaming(make_model: ModelMaker, tokens
         before = model(input_ids=tokens).logits
         StreamedModel(model, CPU).block_inputs(tokens, RUNNER)
         assert torch.equal(model(input_ids=tokens).logits, before)
+
+
+def test_the_perplexity_of_a_broken_model_is_a_number(make_model: ModelMaker, tokens: torch.Tensor) -> None:
+    """A token may be so unlikely that float32 gives it no probability at all."""
+    model = ModelSource(str(make_model("llama")), dtype="float32").model()
+    with torch.no_grad():
+        model.model.norm.weight *= 40 / model(input_ids=tokens).logits.std()
+        logits = model(input_ids=tokens).logits
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].double().flatten(0, 1), tokens[:, 1:].flatten())
+    assert torch.isinf(Perplexity()(logits[:, :-1], tokens[:, 1:]))
+    measured = perplexity(StreamedModel(model, CPU), tokens, RUNNER, "test")
+    assert math.log(measured) == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_perplexity_is_that_of_the_whole_model(make_model: ModelMaker, tokens: torch.Tensor) -> None:
