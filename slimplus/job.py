@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -255,8 +255,10 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption) -> Job:
     L.seed_everything(recipe.seed, verbose=False)
     check_shares(recipe, fabric.world_size)
     runner = BlockRunner(fabric.device, resolve_precision(recipe.trainer.precision, fabric.device))
-    named = model_source(recipe)
-    source = fabric.broadcast(named.pinned() if fabric.is_global_zero else named)
+    run = RunDirectory(recipe.run_dir)
+    run.open()
+    source = _pinned_source(recipe, run)
+    source = replace(source, revision=fabric.broadcast(source.revision))  # the hub may have moved on between two asks
     config = source.config()
     skeleton = build_on_meta(config)
     block_names, allocation = _check_model(skeleton, recipe)
@@ -264,7 +266,6 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption) -> Job:
     tokenizer = source.tokenizer()
     text = load_text(recipe.data.calibration.path, "calibration")
     made_from = fingerprint(recipe, text, tokenizer, source, config, runner.precision)
-    run = RunDirectory(recipe.run_dir)
     events = _look_into(run, recipe, made_from, len(block_names)) if fabric.is_global_zero else []
     fabric.barrier()
     run.open()
@@ -301,6 +302,15 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption) -> Job:
                 f"quantization.allocation gives {average:.3f} bits on average, not quantization.bits={settings.bits}"
             )
     return job
+
+
+def _pinned_source(recipe: Recipe, run: RunDirectory) -> ModelSource:
+    """Where the model comes from; of a hub's repository, at the commit that this run began with."""
+    source = model_source(recipe)
+    path, _, commit = run.read("fingerprint.json").get("model.path", "").rpartition("@")
+    if source.revision is None and path == source.path:
+        source = replace(source, revision=commit)
+    return source.pinned()
 
 
 def _look_into(run: RunDirectory, recipe: Recipe, made_from: dict[str, Any], blocks: int) -> list[str]:

@@ -73,6 +73,9 @@ def requeue() -> str | None:
     if job is None or os.environ.get("SLURM_PROCID", "0") != "0":
         return None
     job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else job
+    signal.signal(
+        signal.SIGTERM, signal.SIG_IGN
+    )  # which `srun --kill-on-bad-exit` sends once another process has ended
     try:
         subprocess.run(["scontrol", "requeue", job], check=True)
     except (OSError, subprocess.CalledProcessError) as error:

@@ -147,13 +147,15 @@ def test_a_quantized_model_is_refused(make_model: ModelMaker, tmp_path: Path, me
 
 def test_a_hub_id_is_pinned_to_its_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Or a job that goes on after a push would join blocks of two models."""
-    asked = Mock(side_effect=[f"/cache/models--org--name/snapshots/{commit}/sub/model.gguf" for commit in ("a1", "b2")])
+    asked = Mock(
+        side_effect=[f"/cache/models--org--name/snapshots/{commit}/snapshots/model.gguf" for commit in ("a1", "b2")]
+    )
     monkeypatch.setattr("slimplus.models.loading.hf_hub_download", asked)
-    source = ModelSource("org/name", gguf_file="sub/model.gguf", revision="v2")
+    source = ModelSource("org/name", gguf_file="snapshots/model.gguf", revision="v2")
     before, after = source.pinned(), source.pinned()
     assert (before.revision, after.revision) == ("a1", "b2")
     assert weights_digest(before) != weights_digest(after)
-    assert asked.call_args.args == ("org/name", "sub/model.gguf")
+    assert asked.call_args.args == ("org/name", "snapshots/model.gguf")
     assert asked.call_args.kwargs == {"revision": "v2"}
     read = Mock(side_effect=OSError("no network"))
     for kind in ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"):

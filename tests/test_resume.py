@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from slimplus import files, fingerprint, pipeline
 from slimplus.errors import InputError
 from slimplus.files import clean, replace_folder, staging_folder
+from slimplus.job import _pinned_source
 from slimplus.manifest import Manifest
 from slimplus.reading import load_recipe
 from slimplus.run import SENSITIVITY, RunDirectory
@@ -359,6 +360,18 @@ def test_an_upgraded_library_is_a_warning(
     run(arguments(copy))
     assert "torch 2" in caplog.text
     assert any("libraries changed" in event and "-> 99" in event for event in metrics(copy)["events"])
+
+
+def test_a_run_stays_at_the_commit_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slimplus.models.loading.ModelSource.pinned", lambda source: source)
+    folder = RunDirectory(tmp_path)
+    folder.open()
+    recipe = ("recipe=llama7b_2bit", "model.path=org/name")
+    assert _pinned_source(load_recipe(recipe), folder).revision is None
+    folder.write("fingerprint.json", {"model.path": "org/name@a1"})
+    assert _pinned_source(load_recipe(recipe), folder).revision == "a1"
+    assert _pinned_source(load_recipe([*recipe, "model.revision=v2"]), folder).revision == "v2"
+    assert _pinned_source(load_recipe([recipe[0], "model.path=org/other"]), folder).revision is None
 
 
 def test_large_weights_are_sampled_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+from huggingface_hub.errors import HTTPError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
@@ -58,12 +58,12 @@ class ModelSource:
         """
         if Path(self.path).is_dir():
             return self
+        name = self.gguf_file or "config.json"
         try:
-            file = hf_hub_download(self.path, self.gguf_file or "config.json", revision=self.revision)
-        except (*UNREADABLE, HfHubHTTPError) as error:
+            file = hf_hub_download(self.path, name, revision=self.revision)
+        except (*UNREADABLE, HTTPError, RuntimeError) as error:
             raise self._explain(error) from error
-        parts = Path(file).parts  # …/snapshots/COMMIT/FILE in the hub's cache
-        return replace(self, revision=parts[parts.index("snapshots") + 1])
+        return replace(self, revision=Path(file).parents[len(Path(name).parts) - 1].name)  # …/snapshots/COMMIT/NAME
 
     def _arguments(self) -> dict[str, Any]:
         arguments: dict[str, Any] = {"trust_remote_code": self.trust_remote_code, "revision": self.revision or "main"}
