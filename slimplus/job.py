@@ -307,7 +307,9 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption) -> Job:
 def _pinned_source(recipe: Recipe, run: RunDirectory) -> ModelSource:
     """Where the model comes from; of a hub's repository, at the commit that this run began with."""
     source = model_source(recipe)
-    path, _, commit = run.read("fingerprint.json").get("model.path", "").rpartition("@")
+    damaged = run.manifest.problem(run.root / "fingerprint.json")  # which `check_fingerprint` is going to say
+    before = {} if damaged else run.read("fingerprint.json")
+    path, _, commit = before.get("model.path", "").rpartition("@")
     if source.revision is None and path == source.path:
         source = replace(source, revision=commit)
     return source.pinned()
@@ -315,7 +317,6 @@ def _pinned_source(recipe: Recipe, run: RunDirectory) -> ModelSource:
 
 def _look_into(run: RunDirectory, recipe: Recipe, made_from: dict[str, Any], blocks: int) -> list[str]:
     """Check and repair what an earlier start left in `run`; returns what it had to do, for metrics.json."""
-    run.open()
     run.check_start(recipe.resume.start, blocks)
     changes = run.check_fingerprint(made_from, recipe.resume.force)
     events = [f"resume.force: {change}" for change in changes] + run.repair()
