@@ -27,7 +27,6 @@ FREE_KEYS = (
     "training.accumulate_grad_batches",  # in how many parts a device takes its share of a step
 )
 LIBRARIES = ("torch", "transformers", "lightning", "deepspeed", "safetensors", "tokenizers")
-WRITTEN_BY = "transformers_version"
 WEIGHTS = ("*.safetensors", "*.gguf", "*.bin")
 WHOLE = 2**26  # files up to this size are hashed whole, larger ones by samples
 SAMPLE, SAMPLES = 2**16, 256
@@ -56,7 +55,8 @@ def fingerprint(
     if recipe.quantization.allocation is not None and recipe.quantization.allocates_by == "file":
         keys["quantization.allocation"] = digest(Path(recipe.quantization.allocation).expanduser().read_bytes())
     # Neither where it lies nor what reads it: an upgrade of a library is a warning, see `library_versions`.
-    values = {key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", WRITTEN_BY)}
+    left_out = ("_name_or_path", "transformers_version")
+    values = {key: value for key, value in config.to_dict().items() if key not in left_out}
     architecture = json.dumps(values, sort_keys=True, default=str)
     return keys | {"tokenizer": digest(tokenizer_identity(tokenizer)), "model configuration": digest(architecture)}
 

@@ -73,9 +73,8 @@ def requeue() -> str | None:
     if job is None or os.environ.get("SLURM_PROCID", "0") != "0":
         return None
     job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else job
-    signal.signal(
-        signal.SIGTERM, signal.SIG_IGN
-    )  # which `srun --kill-on-bad-exit` sends once another process has ended
+    # `srun --kill-on-bad-exit` sends it once another process has ended.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         subprocess.run(["scontrol", "requeue", job], check=True)
     except (OSError, subprocess.CalledProcessError) as error:

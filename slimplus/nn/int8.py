@@ -36,10 +36,10 @@ class Int8Weight:
     bias: Tensor | None = None
 
     @staticmethod
-    def takes(dtype: torch.dtype, rows: int, widths: Collection[int], group_size: int) -> bool:
-        """Whether this is the fast way for inputs of so many rows; wider dtypes are left to the exact one."""
+    def takes(rows: int, widths: Collection[int], group_size: int) -> bool:
+        """Whether this is the fast way for inputs of so many rows."""
         fits = max(widths) > INT4_WIDEST and group_size % COLUMNS == 0
-        return fits and dtype in (torch.float16, torch.bfloat16) and 0 < rows < MAX_ROWS
+        return fits and 0 < rows < MAX_ROWS
 
     @classmethod
     def from_layers(cls, layers: Sequence[PackedLinear]) -> Self:

@@ -41,12 +41,14 @@ class Projections:
         return self._kind(dtype, rows) is not None
 
     def _kind(self, dtype: torch.dtype, rows: int) -> type[Form] | None:
+        if dtype not in (torch.float16, torch.bfloat16):  # wider ones are left to the exact product
+            return None
         first = self.layers[0]
         device = first.scales.device
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST:
             return None
         forms = FORMS.get(device.type, ())
-        return next((form for form in forms if form.takes(dtype, rows, self._widths, first.group_size)), None)
+        return next((form for form in forms if form.takes(rows, self._widths, first.group_size)), None)
 
     def __call__(self, inputs: Tensor, layer: PackedLinear, dtype: torch.dtype) -> Tensor:
         """Output of one of the layers, computed in `dtype`; see `takes`."""

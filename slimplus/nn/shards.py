@@ -38,12 +38,11 @@ class FusedShards:
     bias: Tensor | None
 
     @staticmethod
-    def takes(dtype: torch.dtype, rows: int, widths: Collection[int], group_size: int) -> bool:
+    def takes(rows: int, widths: Collection[int], group_size: int) -> bool:
         """Whether the kernels take inputs of so many rows."""
         from slimplus.kernels.packed_matmul import MAX_TOKENS  # Triton, which a machine without a GPU may lack
 
-        half = dtype in (torch.float16, torch.bfloat16)
-        return half and 0 < rows <= MAX_TOKENS and can_multiply(dict.fromkeys(widths, 1), group_size)
+        return 0 < rows <= MAX_TOKENS and can_multiply(dict.fromkeys(widths, 1), group_size)
 
     @classmethod
     def from_layers(cls, layers: Sequence[PackedLinear]) -> Self:

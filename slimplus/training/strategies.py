@@ -43,8 +43,8 @@ def launch(accelerator: str, devices: int, num_nodes: int, strategy: str) -> Fab
     # Lightning would take Apple's GPUs, which have no float64.
     accelerator = {"gpu": "cuda", "auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(accelerator, accelerator)
     alone = strategy == "auto" and devices * num_nodes == 1
+    strategy = "auto" if alone else "ddp"
     try:
-        strategy = "auto" if alone else "ddp"
         fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy)
     except (RuntimeError, MisconfigurationException) as error:
         raise InputError(
