@@ -2,7 +2,7 @@
 
 import sys
 
-from slimplus.cli import train
+from slimplus.cli.train import train
 
 if __name__ == "__main__":
     sys.exit(train(sys.argv[1:]))

@@ -22,20 +22,22 @@ import torch
 from distributed import WARM_UP, TimedReconstruction
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from slimplus.files import write_atomic
-from slimplus.machine import describe_machine, peak_resident_bytes
-from slimplus.manifest import Manifest
+from slimplus.blockwise.calibrate import quantize_block
+from slimplus.blockwise.data import BlockData
+from slimplus.blockwise.quantizer import QuantizerConfig
+from slimplus.blockwise.swap import fake_quantized_block
+from slimplus.distributed.preemption import Preemption
+from slimplus.distributed.strategies import launch
 from slimplus.models.precision import resolve_precision
 from slimplus.models.streaming import BlockRunner, StreamedModel
 from slimplus.quantization.linear import QuantizationConfig
-from slimplus.signals import Preemption
-from slimplus.training.block import BlockData, fake_quantized_block, quantize_block
-from slimplus.training.blockwise import QuantizerConfig
-from slimplus.training.checkpoints import BlockCheckpoints
+from slimplus.training.checkpoints import TrainingCheckpoints
 from slimplus.training.fit import Fit, FitConfig
 from slimplus.training.optimizers import RateConfig
 from slimplus.training.reconstruction import ReconstructionConfig
-from slimplus.training.strategies import launch
+from slimplus.utils.files import write_atomic
+from slimplus.utils.machine import describe_machine, peak_resident_bytes
+from slimplus.utils.manifest import Manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -77,8 +79,8 @@ def measure(shape: str, given: argparse.Namespace) -> dict[str, Any]:
     runner = BlockRunner(fabric.device, resolve_precision("auto", fabric.device))
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, vocab_size=1024, **sizes)).bfloat16()
-    streamed = StreamedModel(model, fabric.device)
-    inputs = streamed.block_inputs(torch.randint(1024, (given.samples, given.sequence_length)), runner)
+    streamed = StreamedModel(model, runner)
+    inputs = streamed.block_inputs(torch.randint(1024, (given.samples, given.sequence_length)))
     original, arguments = runner.load(streamed.blocks[0]), inputs.arguments[0]
     start = time.perf_counter()
     targets = runner.run(original, inputs.hidden, arguments)
@@ -89,13 +91,13 @@ def measure(shape: str, given: argparse.Namespace) -> dict[str, Any]:
     module = TimedReconstruction(
         fake_quantized_block(original, result, QuantizerConfig("rounding", {})),
         arguments,
-        ReconstructionConfig(1, 1, optimizer="sign_sgd", grid=RateConfig(), elements=RateConfig()),
+        ReconstructionConfig(1, 1, optimizer="sign_sgd", grid=RateConfig(), per_weight=RateConfig()),
         runner.precision,
     )
     count = given.steps + WARM_UP
     with tempfile.TemporaryDirectory() as folder, torch.enable_grad():
         where = FitConfig(1, 1, "auto", "none", Path(folder, "logs"), seed=0, checkpoint_seconds=3600)
-        checkpoints = BlockCheckpoints(Path(folder, "checkpoints"), Manifest(Path(folder)), made_from="")
+        checkpoints = TrainingCheckpoints(Path(folder, "checkpoints"), Manifest(Path(folder)), made_from="")
         data = (inputs.hidden[:count], targets[:count])
         Fit(module, data, shape, checkpoints, fabric, where, Preemption())()
     step = module.seconds_step

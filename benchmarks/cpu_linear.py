@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from slimplus.files import write_atomic
-from slimplus.machine import describe_machine
+from slimplus.format.affine import QuantizedWeight, storable_scale, storable_zero_point
 from slimplus.nn import PackedLinear, prepare_inference
-from slimplus.quantization.affine import QuantizedWeight, storable_scale, storable_zero_point
+from slimplus.utils.files import write_atomic
+from slimplus.utils.machine import describe_machine
 
 RESULT = Path(__file__).resolve().parent / "results" / "cpu_linear.json"
 GROUP_SIZE = 128

@@ -20,15 +20,17 @@ from typing import Any
 
 import torch
 
-from slimplus.files import write_atomic
-from slimplus.job import prepare, start
-from slimplus.machine import describe_machine, resident_bytes
-from slimplus.reading import load_recipe
-from slimplus.signals import Preemption
-from slimplus.training.block import BlockData, fake_quantized_block, quantize_block
-from slimplus.training.checkpoints import BlockCheckpoints
+from slimplus.blockwise.calibrate import quantize_block
+from slimplus.blockwise.data import BlockData
+from slimplus.blockwise.swap import fake_quantized_block
+from slimplus.distributed.preemption import Preemption
+from slimplus.pipeline.prepare import prepare, start
+from slimplus.recipe.parsing import load_recipe
+from slimplus.training.checkpoints import TrainingCheckpoints
 from slimplus.training.fit import Fit
 from slimplus.training.reconstruction import BlockReconstruction
+from slimplus.utils.files import write_atomic
+from slimplus.utils.machine import describe_machine, resident_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = "recipe=smollm2_135m_2bit"
@@ -108,18 +110,18 @@ def measure(keys: list[str], file: Path) -> None:
     recipe, preemption = load_recipe(keys), Preemption()
     job = prepare(recipe, start(recipe), preemption)
     model, runner = job.model, job.runner
-    inputs = model.block_inputs(job.shard(job.calibration.tokens), runner)
+    inputs = model.block_inputs(job.shard(job.calibration.tokens))
     original, arguments = runner.load(model.blocks[0]), inputs.arguments[0]
     targets = runner.run(original, inputs.hidden, arguments)
-    data = BlockData(original, inputs.hidden, arguments, runner, job.quantizer.ranks)
+    data = BlockData(original, inputs.hidden, arguments, runner, job.ranks)
     job.fabric.barrier()
     begin = time.perf_counter()
-    result = quantize_block(data, job.quantizer.quantization)
+    result = quantize_block(data, job.settings)
     job.fabric.barrier()
     calibration = time.perf_counter() - begin
     block = fake_quantized_block(original, result, job.quantizer.quantizer)
     module = TimedReconstruction(block, arguments, job.quantizer.reconstruction, runner.precision)
-    checkpoints = BlockCheckpoints(job.run.root / "checkpoints", job.run.manifest, made_from="")
+    checkpoints = TrainingCheckpoints(job.run.root / "checkpoints", job.run.manifest, made_from="")
     if runner.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(runner.device)
     fit = (checkpoints, job.fabric, job.quantizer.fit, preemption)

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from slimplus.files import write_atomic
 from slimplus.kernels.launch import choose_launch, table_file
 from slimplus.kernels.measure import (
     TOLERANCE,
@@ -35,7 +34,8 @@ from slimplus.kernels.measure import (
     relative_error,
 )
 from slimplus.kernels.packed_matmul import MAX_TOKENS
-from slimplus.machine import describe_machine, package_version
+from slimplus.utils.files import write_atomic
+from slimplus.utils.machine import describe_machine, package_version
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUP_SIZE = 128

@@ -25,14 +25,14 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from slimplus.files import write_atomic
+from slimplus.format.affine import QuantizedWeight, group_count, per_column
+from slimplus.format.planes import count_bits, pack, unpack
 from slimplus.hub.checkpoint import write_checkpoint
-from slimplus.hub.quantizer import SlimplusConfig
-from slimplus.machine import describe_machine
+from slimplus.hub.transformers_quantizer import SlimplusConfig
 from slimplus.models.loading import build_on_meta
 from slimplus.nn import prepare_inference
-from slimplus.quantization.affine import QuantizedWeight, group_count, per_column
-from slimplus.quantization.packing import count_bits, pack, unpack
+from slimplus.utils.files import write_atomic
+from slimplus.utils.machine import describe_machine
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "packing.json"

@@ -1,6 +1,6 @@
 """Packed planes → the weight of a whole layer, in 16 bit or float32.
 
-The layout is that of `slimplus.quantization.packing`. One launch a bit width, so that the width is a constant of the
+The layout is that of `slimplus.format.planes`. One launch a bit width, so that the width is a constant of the
 kernel; a program handles one group of columns and a block of rows.
 """
 
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slimplus.kernels.shards import ONES
+from slimplus.kernels.fused import ONES
 from slimplus.kernels.unpack import as_tile, load_exponents, load_scale, unpack_group
 
 PLANES = (1, 2, 4, 8)

@@ -1,6 +1,6 @@
 """Which launch of `packed_matmul` suits a GPU and a shape.
 
-A GPU that was tuned (`python -m slimplus.tune`) has a table in `configs/`, by its name; a shape that is in it gets the
+A GPU that was tuned (`python -m slimplus.kernels.tune`) has a table in `configs/`, by its name; a shape in it gets the
 fastest launch measured there. Every other gets a default. The defaults were chosen by what the compiler makes of them
 (no spilled registers, the least instructions per weight) and never measured; no table is shipped yet.
 """

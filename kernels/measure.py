@@ -10,12 +10,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from slimplus.format.affine import group_count
+from slimplus.format.planes import BitCounts, packed_shapes
 from slimplus.kernels.dequantize import dequantize
+from slimplus.kernels.fused import FusedShape, fuse_shards, split_shards
 from slimplus.kernels.launch import LaunchConfig
 from slimplus.kernels.packed_matmul import packed_matmul
-from slimplus.kernels.shards import FusedShape, fuse_shards, split_shards
-from slimplus.quantization.affine import group_count
-from slimplus.quantization.packing import BitCounts, packed_shapes
 
 Timer = Callable[[Sequence[Callable[[], Tensor]]], float]
 """Calls, each on weights of its own → seconds a call."""

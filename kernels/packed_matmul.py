@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slimplus.format.planes import padded_rows
+from slimplus.kernels.fused import FUSED, ONES, FusedShape
 from slimplus.kernels.launch import LaunchConfig, choose_launch
-from slimplus.kernels.shards import FUSED, ONES, FusedShape
-from slimplus.kernels.unpack import as_tile, load_exponents, load_scale, turned, unpack_group
-from slimplus.quantization.packing import padded_rows
+from slimplus.kernels.unpack import as_tile, load_exponents, load_scale, permute_for_mma, unpack_group
 
 MAX_TOKENS = 256
 """Tokens from which on it is faster to dequantize the whole weight and multiply."""
@@ -149,7 +149,7 @@ def _accumulate_width(
             sixteenths = first_column + tl.arange(0, CONTAINERS)[None, :, None] * 16
             column = sixteenths + tl.arange(0, 16)[None, None, :]
             values = _load_inputs(inputs, token[:, None, None], column, tokens, in_features, RAGGED)
-            values = turned(tl.reshape(tl.permute(values, (1, 2, 0)), (GROUP_SIZE, token.shape[0])))
+            values = permute_for_mma(tl.reshape(tl.permute(values, (1, 2, 0)), (GROUP_SIZE, token.shape[0])))
         pairs = unpack_group(
             plane1,
             plane2,
@@ -172,7 +172,7 @@ def _accumulate_width(
         if token.shape[0] > MAX_DECODE_TOKENS:
             product = _dot(_centred(pairs, zero, ones, dtype), values)
         else:
-            product = _dot(as_tile(pairs, dtype, TURNED=True), values)
+            product = _dot(as_tile(pairs, dtype, PERMUTED=True), values)
             product -= (1 + zero)[:, None] * _column_sums(values, row.shape[0])
         sums += scale[:, None] * product
     return sums
@@ -254,7 +254,7 @@ def packed_matmul_kernel(
     BLOCK_M: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid: row blocks of all shards, split_k, token blocks. The table is that of `slimplus.kernels.shards`."""
+    """Grid: row blocks of all shards, split_k, token blocks. The table is that of `slimplus.kernels.fused`."""
     entry = shard_table
     first_block = 0
     blocks = 0

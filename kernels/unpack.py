@@ -1,7 +1,7 @@
 """Packed words → tiles of 16-bit floats `1 + q / 2**bits`, shared by all the kernels over the packed format.
 
 A word of a plane holds in either half the bits of weights that are neighbours in memory order (see
-`slimplus.quantization.packing`), so one shift and one AND-OR put two weights at once at the top of the mantissas of two
+`slimplus.format.planes`), so one shift and one AND-OR put two weights at once at the top of the mantissas of two
 16-bit ones: no integer is ever converted to a float. Scale and zero point are left to the caller, in the same units:
 `weight = (1 + q / 2**bits - (1 + zeros / 256)) * (scale * 2**bits)`.
 """
@@ -102,14 +102,14 @@ def load_scale(scales, exponents, group, stride, row, inside):
 
 
 @triton.jit
-def as_tile(pairs, dtype: tl.constexpr, TURNED: tl.constexpr = False):
+def as_tile(pairs, dtype: tl.constexpr, PERMUTED: tl.constexpr = False):
     """Pairs of weights `[rows, 8, containers]` → the weights `[rows, columns]` in dtype, without an instruction.
 
-    TURNED puts the columns in the order of `turned`.
+    PERMUTED puts the columns in the order of `permute_for_mma`.
     """
     ROWS: tl.constexpr = pairs.shape[0]
     CONTAINERS: tl.constexpr = pairs.shape[2]
-    if TURNED and CONTAINERS > 1:
+    if PERMUTED and CONTAINERS > 1:
         pairs = tl.permute(tl.reshape(pairs, (ROWS, 4, 2, CONTAINERS // 2, 2)), (0, 1, 4, 3, 2))
     first = (pairs & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
     second = (pairs >> 16).to(tl.int16).to(dtype, bitcast=True)
@@ -117,7 +117,7 @@ def as_tile(pairs, dtype: tl.constexpr, TURNED: tl.constexpr = False):
 
 
 @triton.jit
-def turned(values):
+def permute_for_mma(values):
     """`[columns, tokens]` of a group's inputs in the order of columns that costs the tensor cores' operands the least.
 
     A thread takes four neighbours of this order at once, and four more 16 further on. Of the weights these come from

@@ -17,7 +17,7 @@ if (_CHECKOUT / "pyproject.toml").is_file():
 
 
 def _register(_: object) -> None:
-    from slimplus.hub.quantizer import register
+    from slimplus.hub.transformers_quantizer import register
 
     register()
 

@@ -140,8 +140,8 @@ def arguments(make_model: ModelMaker, text_file: Path) -> Arguments:
 @pytest.fixture(scope="session")
 def finished(arguments: Arguments, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a finished `slimllm_plus` run; tests copy it before they change anything."""
-    from slimplus import pipeline
-    from slimplus.reading import load_recipe
+    from slimplus.pipeline import run as pipeline
+    from slimplus.recipe.parsing import load_recipe
 
     folder = tmp_path_factory.mktemp("run") / "plus"
     pipeline.run(load_recipe(arguments(folder)))

@@ -46,7 +46,7 @@ class Faults:
         from slimplus.models.streaming import BlockRunner
         from slimplus.quantization.salience import HessianAccumulator
         from slimplus.training import reconstruction
-        from slimplus.training.guard import StepGuard
+        from slimplus.training.step_guard import StepGuard
 
         if self.faults.get("rank", None) not in (None, int(os.environ.get("LOCAL_RANK", "0"))):
             return
@@ -99,7 +99,7 @@ class Faults:
 
 
 def run(faults: dict[str, Any], arguments: list[str]) -> int:
-    from slimplus.cli import train
+    from slimplus.cli.train import train
 
     os.environ.update(faults.get("environment", {}))
     faulty = Faults(faults)
@@ -111,7 +111,7 @@ def run(faults: dict[str, Any], arguments: list[str]) -> int:
 
 
 def serve() -> None:
-    import slimplus.pipeline  # noqa: F401
+    import slimplus.pipeline.run  # noqa: F401
 
     for line in sys.stdin:
         job = json.loads(line)

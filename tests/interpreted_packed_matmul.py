@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks import kernels as benchmark
+from slimplus.format.affine import SCALE_BITS, QuantizedWeight, per_column, storable_scale, storable_zero_point
+from slimplus.format.planes import count_bits, pack
+from slimplus.kernels.fused import FusedShape, fuse_shards
 from slimplus.kernels.launch import LaunchConfig
 from slimplus.kernels.measure import random_weights
 from slimplus.kernels.packed_matmul import packed_matmul
-from slimplus.kernels.shards import FusedShape, fuse_shards
-from slimplus.quantization.affine import SCALE_BITS, QuantizedWeight, per_column, storable_scale, storable_zero_point
-from slimplus.quantization.packing import count_bits, pack
-from slimplus.tune import tune, tune_shape
+from slimplus.kernels.tune import tune, tune_shape
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
 SMALL = LaunchConfig(block_n=32, block_m=8, split_k=1, num_warps=4, num_stages=2)

@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
 import slimplus
-from slimplus import pipeline, whole_model
-from slimplus.errors import InputError
-from slimplus.job import prepare, start
+from slimplus.distributed.preemption import Preemption
 from slimplus.nn import PackedLinear
-from slimplus.reading import load_recipe
-from slimplus.signals import Preemption
+from slimplus.pipeline import run as pipeline
+from slimplus.pipeline.prepare import prepare, start
+from slimplus.pipeline.stages import end_to_end, sensitivity
+from slimplus.recipe.parsing import load_recipe
+from slimplus.utils.errors import InputError
 
 QAT = ("quantization.method=qat", "training.epochs=12")
 SLOW = ("training.learning_rate=1e-3", "training.element_learning_rate=1e-5")  # random weights leave little to learn
@@ -86,7 +87,7 @@ def test_sensitivity_falls_with_the_width_in_every_layer(arguments: Arguments, t
     )
     preemption = Preemption()
     job = prepare(recipe, start(recipe), preemption)
-    tables = whole_model.measure(job)
+    tables = sensitivity._measure(job)
     assert tables["channels"].shape == (2, 64)
     layers = {name: table for name, table in tables.items() if name != "channels"}
     assert len(layers) == 14
@@ -142,8 +143,8 @@ def test_finished_stages_are_skipped(
     tuned: Path, arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(tuned, tmp_path, dirs_exist_ok=True)
-    for stage in ("measure", "train"):
-        monkeypatch.setattr(whole_model, stage, Mock(side_effect=AssertionError(f"{stage} again")))
+    for module, stage in ((sensitivity, "_measure"), (end_to_end, "_train")):
+        monkeypatch.setattr(module, stage, Mock(side_effect=AssertionError(f"{stage} again")))
     _run(arguments(tmp_path, *TUNED, "quantization.allocation=model"))
 
 

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimplus.quantization.affine import SCALE_BITS
-from slimplus.quantization.budget import allocate, bit_costs, byte_costs
-from slimplus.quantization.packing import packed_size
+from slimplus.format.affine import SCALE_BITS
+from slimplus.format.planes import packed_size
+from slimplus.quantization.knapsack import allocate, bit_costs, byte_costs
 
 WIDTHS = (1, 2, 3)
 SHAPES = {"a": (16, 96), "b": (48, 64), "c": (16, 40)}  # the last group of c is a short one

@@ -10,15 +10,15 @@ from types import SimpleNamespace
 
 import pytest
 
-import slimplus
-from slimplus.cli import main, train
-from slimplus.config import Recipe, keys
-from slimplus.errors import InputError
-from slimplus.reading import recipe_names
+from slimplus.cli.main import main
+from slimplus.cli.train import train
+from slimplus.recipe.parsing import recipe_names
+from slimplus.recipe.schema import Recipe, keys
+from slimplus.utils.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = [str(ROOT / "train.py")]
-CONSOLE = ["-c", "import sys; from slimplus.cli import main; sys.exit(main())"]
+CONSOLE = ["-c", "import sys; from slimplus.cli.main import main; sys.exit(main())"]
 ENTRIES = pytest.mark.parametrize("entry", [SCRIPT, [*CONSOLE, "train"]], ids=["train.py", "slimplus train"])
 INPUT = ["recipe=llama7b_2bit", "dry_run=true"]  # passes every check with no model and no text
 
@@ -54,7 +54,7 @@ def test_bad_input_is_one_sentence_and_status_2(entry: list[str], arguments: lis
 def test_nothing_heavy_is_imported_before_every_check_has_passed(arguments: list[str]) -> None:
     heavy = {"torch", "transformers", "lightning", "datasets", "numpy", "deepspeed", "triton"}
     code = (
-        "import sys; from slimplus.cli import main; "
+        "import sys; from slimplus.cli.main import main; "
         f"status = main({['train', 'recipe=smollm2_135m_2bit', *arguments]!r}); "
         f"sys.stdout.write(str([status, *sorted({heavy!r} & set(sys.modules))]))"
     )
@@ -90,9 +90,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Puts stand-ins in the place of the pipeline's functions."""
 
     def put(**functions: Callable[[Recipe], None]) -> None:
-        pipeline = SimpleNamespace(**functions)
-        monkeypatch.setitem(sys.modules, "slimplus.pipeline", pipeline)
-        monkeypatch.setattr(slimplus, "pipeline", pipeline, raising=False)
+        for name, function in functions.items():
+            module = {"run": "run", "dry_run": "plan"}[name]
+            monkeypatch.setitem(sys.modules, f"slimplus.pipeline.{module}", SimpleNamespace(**{name: function}))
 
     return put
 

@@ -18,11 +18,11 @@ from conftest import ModelMaker, expected_text
 from safetensors.torch import load_file, save_file
 
 import slimplus
-from slimplus.benchmarking import table
-from slimplus.cli import main
+from slimplus.cli.main import main
+from slimplus.evaluation.speed import table
 from slimplus.hub.contents import read_contents
 
-CONSOLE = ["-c", "import sys; from slimplus.cli import main; sys.exit(main())"]
+CONSOLE = ["-c", "import sys; from slimplus.cli.main import main; sys.exit(main())"]
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "Functions are"
 
@@ -255,7 +255,7 @@ def test_nothing_heavy_is_imported_before_every_check_has_passed(packed: Path) -
         ["benchmark", str(packed), "--dense", "./nowhere", "--prompt-tokens", "9"],
     ]
     code = (
-        f"import sys; from slimplus.cli import main; statuses = [main(command) for command in {commands!r}]; "
+        f"import sys; from slimplus.cli.main import main; statuses = [main(command) for command in {commands!r}]; "
         f"sys.stdout.write(str([*statuses, *sorted({heavy!r} & set(sys.modules))]))"
     )
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from slimplus.config import Recipe, RecipeError, keys, to_yaml
-from slimplus.reading import describe_type, load_recipe, recipe_file, recipe_names
+from slimplus.recipe.parsing import describe_type, load_recipe, recipe_file, recipe_names
+from slimplus.recipe.schema import Recipe, RecipeError, keys, to_yaml
 
 RECIPE = "recipe=llama7b_2bit"
 PAPER = {"llama7b_2bit": 2, "llama7b_3bit": 3, "llama2_7b_2bit": 2, "llama3_8b_2bit": 2, "opt_1.3b_2bit": 2}

@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerFast
 
 from slimplus.data.text import HUB_SOURCES, HubSource, Split, TextError, check_source, load_text
 from slimplus.data.windows import calibration_windows, evaluation_windows
-from slimplus.job import model_source
-from slimplus.reading import load_recipe, recipe_names
+from slimplus.pipeline.prepare import model_source
+from slimplus.recipe.parsing import load_recipe, recipe_names
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 TEXT = " ".join(f"{i:03d}" for i in range(250))[:-1]  # 998 characters, which are its tokens

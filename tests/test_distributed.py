@@ -28,20 +28,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks import distributed as scaling
-from slimplus import pipeline
-from slimplus.errors import InputError
+from slimplus.blockwise import data
+from slimplus.blockwise.calibrate import BlockResult, quantize_block
+from slimplus.blockwise.data import BlockData
+from slimplus.distributed.ranks import Ranks
+from slimplus.distributed.strategies import launch
 from slimplus.models.loading import ModelSource
 from slimplus.models.streaming import BlockRunner, StreamedModel
-from slimplus.preflight import check_inputs, check_shares
+from slimplus.pipeline import run as pipeline
 from slimplus.quantization.linear import Method, QuantizationConfig
 from slimplus.quantization.salience import HessianAccumulator
-from slimplus.reading import load_recipe
-from slimplus.training import block as block_module
-from slimplus.training.block import BlockData, BlockResult, quantize_block
-from slimplus.training.ranks import Ranks
+from slimplus.recipe.parsing import load_recipe
+from slimplus.recipe.preflight import check_inputs, check_shares
 from slimplus.training.reconstruction import BlockReconstruction
-from slimplus.training.sampling import StepSampler
-from slimplus.training.strategies import launch
+from slimplus.training.sampler import StepSampler
+from slimplus.utils.errors import InputError
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
@@ -168,8 +169,9 @@ def test_a_hessian_does_not_show_how_its_windows_were_shared(seed: int, count: i
 
 
 def test_layers_are_shared_out_and_those_of_one_hessian_stay_together(make_model: ModelMaker) -> None:
-    streamed, runner = StreamedModel(ModelSource(str(make_model("llama"))).model(), CPU), BlockRunner(CPU, "32-true")
-    inputs = streamed.block_inputs(torch.ones(1, 8, dtype=torch.int64), runner)
+    runner = BlockRunner(CPU, "32-true")
+    streamed = StreamedModel(ModelSource(str(make_model("llama"))).model(), runner)
+    inputs = streamed.block_inputs(torch.ones(1, 8, dtype=torch.int64))
     block = runner.load(streamed.blocks[0])
     shares = [
         BlockData(block, inputs.hidden, inputs.arguments[0], runner, Ranks(rank, 2)).own_layers.keys()
@@ -220,10 +222,11 @@ def test_a_block_is_quantized_alike_by_any_number_of_ranks(
     make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch, method: Method, count: int
 ) -> None:
     """The search looks at 5 of 12 windows: an uneven share, and with 6 ranks none for the last."""
-    monkeypatch.setattr(block_module, "SEARCH_TOKENS", 5 * 32)
-    streamed, runner = StreamedModel(ModelSource(str(make_model("llama"))).model(), CPU), BlockRunner(CPU, "32-true")
+    monkeypatch.setattr(data, "SEARCH_TOKENS", 5 * 32)
+    runner = BlockRunner(CPU, "32-true")
+    streamed = StreamedModel(ModelSource(str(make_model("llama"))).model(), runner)
     tokens = torch.randint(1, 250, (12, 32), generator=torch.Generator().manual_seed(0))
-    inputs = streamed.block_inputs(tokens, runner)
+    inputs = streamed.block_inputs(tokens)
     config = QuantizationConfig(method, 2, 16, allocation="slimllm" if method == "slimllm" else "uniform")
     meeting = Meeting(count)
 

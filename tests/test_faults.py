@@ -18,7 +18,7 @@ import faulty
 import pytest
 from conftest import Arguments
 
-from slimplus.training.guard import StepGuard
+from slimplus.training.step_guard import StepGuard
 
 SHIPPED = ("packed/model.safetensors", "packed/config.json", "allocation.json")
 # Each epoch has 8 steps, and each step a checkpoint.

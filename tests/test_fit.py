@@ -14,14 +14,14 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from slimplus.manifest import Manifest
+from slimplus.distributed.preemption import Preemption
+from slimplus.distributed.strategies import launch
 from slimplus.models.precision import LOSS_SCALES
-from slimplus.signals import Preemption
-from slimplus.training.checkpoints import BlockCheckpoints
+from slimplus.training.checkpoints import TrainingCheckpoints
 from slimplus.training.fit import Fit, FitConfig, FitResult
 from slimplus.training.module import QuantizerTraining, TrainingConfig
 from slimplus.training.optimizers import ParameterKind, RateConfig
-from slimplus.training.strategies import launch
+from slimplus.utils.manifest import Manifest
 
 
 class _Noisy(QuantizerTraining):
@@ -40,7 +40,7 @@ class _Noisy(QuantizerTraining):
 
 def _fit_toy(module: QuantizerTraining, data: Tensor, folder: Path) -> FitResult:
     where = FitConfig(1, 1, "auto", "none", folder / "logs", seed=0, checkpoint_seconds=3600)
-    checkpoints = BlockCheckpoints(folder / "checkpoints", Manifest(folder), "")
+    checkpoints = TrainingCheckpoints(folder / "checkpoints", Manifest(folder), "")
     return Fit(module, (data,), "toy", checkpoints, launch("cpu", 1, 1, "auto"), where, Preemption())()
 
 
@@ -53,7 +53,7 @@ def test_any_number_of_ranks_judges_by_the_same_windows(tmp_path: Path, monkeypa
     def judged(ranks: int) -> float:
         means = []
         for rank in range(ranks):
-            checkpoints = BlockCheckpoints(tmp_path, Manifest(tmp_path), "")
+            checkpoints = TrainingCheckpoints(tmp_path, Manifest(tmp_path), "")
             fabric = cast(Fabric, SimpleNamespace(global_rank=rank, world_size=ranks, device=torch.device("cpu")))
             means.append(
                 Fit(module, (windows[rank::ranks],), "toy", checkpoints, fabric, where, Preemption())._evaluate()

@@ -10,10 +10,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from slimplus.quantization.allocation import AllocationSearch, paired_bits
-from slimplus.quantization.calibration import calibrate_group
 from slimplus.quantization.linear import QuantizationConfig, quantize_linear
 from slimplus.quantization.salience import HessianAccumulator, element_salience, group_salience, invert_hessian
+from slimplus.quantization.salience_allocation import AllocationSearch, paired_bits
+from slimplus.quantization.salience_calibration import calibrate_group
 
 FILES = sorted((Path(__file__).parent / "golden").glob("*.safetensors"))
 

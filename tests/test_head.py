@@ -18,17 +18,18 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import slimplus
-from slimplus import pipeline
-from slimplus.errors import InputError
-from slimplus.models.architectures import UnsupportedModelError, find_outer_layers
+from slimplus.format.planes import packed_size
+from slimplus.models.architectures import UnsupportedModelError, find_embedding_and_head
 from slimplus.models.loading import build_on_meta
-from slimplus.models.streaming import StreamedModel
+from slimplus.models.streaming import BlockRunner, StreamedModel
 from slimplus.nn import PackedEmbedding, PackedLinear, TiedHead
-from slimplus.quantization.linear import QuantizationConfig, quantize_vocabulary
-from slimplus.quantization.packing import packed_size
-from slimplus.quantization.refit import output_error
+from slimplus.pipeline import run as pipeline
+from slimplus.pipeline.plan import dry_run
+from slimplus.quantization.least_squares import output_error
+from slimplus.quantization.linear import QuantizationConfig, quantize_embedding_or_head
 from slimplus.quantization.salience import HessianAccumulator
-from slimplus.reading import RecipeError, load_recipe
+from slimplus.recipe.parsing import RecipeError, load_recipe
+from slimplus.utils.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 GPTQ = (*SMALL, "quantization.method=gptq", "quantization.bits=4")
@@ -62,7 +63,7 @@ def _metrics(folder: Path) -> dict[str, Any]:
 def _embedding(rows: int, columns: int, bits: int, group_size: int = 16) -> PackedEmbedding:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
     weight[1] = 0  # as a padding row often is
-    return PackedEmbedding.from_quantized(quantize_vocabulary(weight, None, _config(bits, group_size)))
+    return PackedEmbedding.from_quantized(quantize_embedding_or_head(weight, None, _config(bits, group_size)))
 
 
 def _config(bits: int, group_size: int = 16) -> QuantizationConfig:
@@ -157,7 +158,7 @@ def test_the_head_minds_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(96, 64, generator=generator)
     inputs = torch.randn(500, 64, generator=generator) @ torch.randn(64, 64, generator=generator)
     hessian = 2 * inputs.T @ inputs / 500
-    calibrated, plain = (quantize_vocabulary(weight, h, _config(4)) for h in (hessian, None))
+    calibrated, plain = (quantize_embedding_or_head(weight, h, _config(4)) for h in (hessian, None))
 
     def errors(quantized: Any) -> tuple[float, float]:
         difference = quantized.dequantize() - weight
@@ -167,7 +168,7 @@ def test_the_head_minds_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert errors(plain)[1] < errors(calibrated)[1]
     # The rows are independent: how many are taken at a time changes nothing but the memory that is needed.
     monkeypatch.setattr(linear, "VOCABULARY_ROWS", 40)
-    split = quantize_vocabulary(weight, hessian, _config(4))
+    split = quantize_embedding_or_head(weight, hessian, _config(4))
     torch.testing.assert_close(split.dequantize(), calibrated.dequantize(), rtol=0, atol=1e-5)
     assert split.integers.shape == weight.shape
 
@@ -175,7 +176,7 @@ def test_the_head_minds_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_packed_tensors_keep_their_dtypes_in_a_streamed_model(packed_tied: Path) -> None:
     model = slimplus.load(packed_tied / "packed", dtype=torch.float32)
     before = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    StreamedModel(model, torch.device("cpu"))
+    StreamedModel(model, BlockRunner(torch.device("cpu"), "32-true"))
     assert {name: tensor.dtype for name, tensor in model.state_dict().items()} == before
 
 
@@ -268,8 +269,8 @@ def test_the_head_of_a_run_minds_what_the_packed_blocks_feed_it(
         model(windows)
     weight = AutoModelForCausalLM.from_pretrained(make_model("llama"), dtype=torch.float32).lm_head.weight.detach()
     config = QuantizationConfig("gptq", 4, 16)
-    deaf = quantize_vocabulary(weight, None, config).dequantize()
-    same = quantize_vocabulary(weight, accumulator.hessian, config).dequantize()
+    deaf = quantize_embedding_or_head(weight, None, config).dequantize()
+    same = quantize_embedding_or_head(weight, accumulator.hessian, config).dequantize()
     ours, others, again = (
         float(output_error(found - weight, accumulator.hessian).sum()) for found in (head.dequantize(), deaf, same)
     )
@@ -301,7 +302,7 @@ def test_head_bits_alone_on_a_tied_model(arguments: Arguments, tmp_path: Path) -
     for extra in ((), ("dry_run=true",)):
         recipe = load_recipe(arguments("llama", tmp_path / "run", BOTH[1], *extra))
         with pytest.raises(InputError, match=r"quantization\.head_bits: .* set quantization\.embedding_bits"):
-            (pipeline.dry_run if extra else pipeline.run)(recipe)
+            (dry_run if extra else pipeline.run)(recipe)
     assert not (tmp_path / "run" / "blocks").exists()
 
 
@@ -317,21 +318,21 @@ def test_an_embedding_that_is_not_plain() -> None:
         pass
 
     model = build_on_meta(AutoConfig.for_model("qwen2", hidden_size=64, num_attention_heads=4, num_hidden_layers=1))
-    assert not find_outer_layers(model).tied
+    assert not find_embedding_and_head(model).tied
     model.set_input_embeddings(Scaled(16, 64))
     with pytest.raises(UnsupportedModelError, match="Scaled and Linear cannot be packed"):
-        find_outer_layers(model)
+        find_embedding_and_head(model)
 
 
 def test_llama7b_gets_past_six_times() -> None:
-    plan = pipeline.dry_run(load_recipe(["recipe=llama7b_2bit", "dry_run=true", *BOTH]))
+    plan = dry_run(load_recipe(["recipe=llama7b_2bit", "dry_run=true", *BOTH]))
     assert "13.48 GB at 16 bit -> 1.97 GB packed (6.8 times smaller)" in plan
     assert "model.embed_tokens 8 bits, lm_head 4 bits, 0.5 MB at 16 bit" in plan
 
 
 @pytest.mark.parametrize("keys", [BOTH, BOTH[:1]])
 def test_the_plan_knows_the_size(arguments: Arguments, tmp_path: Path, keys: tuple[str, ...]) -> None:
-    plan = pipeline.dry_run(load_recipe(arguments("llama", tmp_path, "dry_run=true", *keys)))
+    plan = dry_run(load_recipe(arguments("llama", tmp_path, "dry_run=true", *keys)))
     pipeline.run(load_recipe(arguments("llama", tmp_path, "quantization.method=rtn", *keys)))
     assert f"-> {_metrics(tmp_path)['size_bytes'] / 1e6:.1f} MB packed" in plan
 

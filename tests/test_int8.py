@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from test_projections import TOLERANCE, inputs_of, random_weight, relative_error
 from torch import nn
 
+from slimplus.format.affine import per_column
 from slimplus.nn import PackedEmbedding, PackedLinear, TiedHead, prepare_inference
-from slimplus.nn.int4 import Int4Weight
-from slimplus.nn.int8 import MAX_ROWS, Int8Weight, int8_linear
-from slimplus.quantization.affine import per_column
+from slimplus.nn.backends.cpu_int4 import Int4Weight
+from slimplus.nn.backends.cpu_int8 import MAX_ROWS, Int8Weight, int8_linear
 
 
 @given(
@@ -55,12 +55,12 @@ def test_the_widths_decide_the_form(widths: tuple[int, ...], form: type) -> None
     exact = nn.functional.linear(inputs.double(), layer.dequantize().double(), layer.bias.double())  # type: ignore[union-attr]
     (projections,) = prepare_inference(module)
     assert relative_error(module(inputs), exact) < TOLERANCE
-    assert type(projections._form) is form
+    assert type(projections._backend) is form
     many = inputs_of(MAX_ROWS + 400, 256)
     assert torch.equal(module(many), nn.functional.linear(many, layer.dequantize(many.dtype), layer.bias.bfloat16()))  # type: ignore[union-attr]
     assert layer(inputs[0, 0]).shape == (24,)
-    assert not projections.takes(torch.float32, 1)
-    assert not projections.takes(torch.bfloat16, 0)
+    assert not projections.supports(torch.float32, 1)
+    assert not projections.supports(torch.bfloat16, 0)
 
 
 def test_the_operator_is_registered_soundly() -> None:
@@ -84,7 +84,7 @@ def test_a_tied_head_multiplies_like_any_packed_layer(bits: int) -> None:
     exact = inputs.double() @ module.embedding.dequantize().double().T
     (projections,) = prepare_inference(module)
     assert relative_error(module.head(inputs), exact) < TOLERANCE
-    assert isinstance(projections._form, Int4Weight if bits == 4 else Int8Weight)
+    assert isinstance(projections._backend, Int4Weight if bits == 4 else Int8Weight)
     assert not any(name.startswith("head") for name in module.state_dict())
     other = copy.deepcopy(module)
     assert other.head._embedding[0] is other.embedding

@@ -13,9 +13,9 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks import kernels as benchmark
+from slimplus.kernels.fused import FusedShape
 from slimplus.kernels.launch import BUCKETS, read_table
-from slimplus.kernels.shards import FusedShape
-from slimplus.tune import candidates, parse_shape, write_table
+from slimplus.kernels.tune import candidates, parse_shape, write_table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,7 +45,7 @@ def test_shapes_are_read_as_they_are_written() -> None:
     assert parse_shape("4096+1024+1024x4096") == ((4096, 1024, 1024), 4096)
 
 
-@pytest.mark.parametrize("command", [["-m", "slimplus.tune", "--shapes", "16x16"], ["benchmarks/kernels.py"]])
+@pytest.mark.parametrize("command", [["-m", "slimplus.kernels.tune", "--shapes", "16x16"], ["benchmarks/kernels.py"]])
 def test_without_a_gpu_commands_say_so(command: list[str]) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(

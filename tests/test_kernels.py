@@ -15,7 +15,7 @@ CHECK = """
 import torch
 from slimplus.kernels.dequantize import dequantize
 from slimplus.nn import PackedLinear
-from slimplus.quantization.affine import QuantizedWeight, per_column, storable_scale, storable_zero_point
+from slimplus.format.affine import QuantizedWeight, per_column, storable_scale, storable_zero_point
 
 generator = torch.Generator().manual_seed(0)
 cases = [(16, 16, 16), (5, 40, 16), (48, 320, 64), (130, 300, 128), (64, 256, 32)]
@@ -78,7 +78,7 @@ def test_dequantize_spills_no_registers() -> None:
 ROUND = """
 import torch
 from slimplus.kernels.round_columns import round_columns
-from slimplus.quantization.affine import storable_scale, storable_zero_point
+from slimplus.format.affine import storable_scale, storable_zero_point
 from slimplus.quantization.gptq import _round_columns
 
 generator = torch.Generator().manual_seed(0)

@@ -15,9 +15,9 @@ import torch
 
 pytest.importorskip("triton")
 
+from slimplus.kernels.fused import WIDTHS, FusedShape
 from slimplus.kernels.launch import DEFAULTS, LaunchConfig, default_launch
 from slimplus.kernels.packed_matmul import kernel_constants, packed_matmul_kernel
-from slimplus.kernels.shards import WIDTHS, FusedShape
 from tests.sass import MachineCode, compile_kernel
 
 ARCHITECTURES = (80, 89, 90)

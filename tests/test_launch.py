@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slimplus.kernels import launch
+from slimplus.kernels.fused import FusedShape
 from slimplus.kernels.launch import LaunchConfig, choose_launch, default_launch, table_file
-from slimplus.kernels.shards import FusedShape
 
 CUDA = torch.device("cuda")
 

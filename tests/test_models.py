@@ -16,13 +16,13 @@ from torch import nn
 from torchmetrics.text import Perplexity
 from transformers import AutoConfig
 
-from slimplus.errors import InputError, TemporaryFailure
-from slimplus.evaluation import perplexity
-from slimplus.fingerprint import weights_digest
+from slimplus.evaluation.perplexity import perplexity
 from slimplus.models.architectures import BLOCKS, find_blocks, find_linears
 from slimplus.models.loading import ModelSource, build_on_meta
 from slimplus.models.precision import resolve_precision
 from slimplus.models.streaming import BlockRunner, StreamedModel, windows_at_a_time
+from slimplus.run_dir.fingerprint import weights_digest
+from slimplus.utils.errors import InputError, TemporaryFailure
 
 CPU = torch.device("cpu")
 RUNNER = BlockRunner(CPU, "32-true")
@@ -46,18 +46,18 @@ def test_streaming_gives_the_logits_of_the_model(
     source = ModelSource(str(make_model(model_type)), dtype="float32")
     with torch.no_grad():
         expected = source.model()(input_ids=tokens).logits
-    streamed = StreamedModel(source.model(), CPU)
-    inputs = streamed.block_inputs(tokens, RUNNER)
+    streamed = StreamedModel(source.model(), RUNNER)
+    inputs = streamed.block_inputs(tokens)
     hidden = inputs.hidden
     for block, arguments in zip(streamed.blocks, inputs.arguments, strict=True):
         hidden = RUNNER.run(RUNNER.load(block), hidden, arguments)
-    torch.testing.assert_close(streamed.logits(tokens, hidden, RUNNER), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(streamed.logits(tokens, hidden), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_rank_without_windows_runs_nothing(make_model: ModelMaker, tokens: torch.Tensor) -> None:
     """Of a few long windows not every rank has a share."""
-    streamed = StreamedModel(ModelSource(str(make_model("llama")), dtype="float32").model(), CPU)
-    inputs = streamed.block_inputs(tokens[:0], RUNNER)
+    streamed = StreamedModel(ModelSource(str(make_model("llama")), dtype="float32").model(), RUNNER)
+    inputs = streamed.block_inputs(tokens[:0])
     outputs = RUNNER.run(RUNNER.load(streamed.blocks[0]), inputs.hidden, inputs.arguments[0])
     assert outputs.shape == (0, 24, 64)
 
@@ -72,7 +72,7 @@ def test_the_model_is_whole_again_after_streaming(make_model: ModelMaker, tokens
     model = ModelSource(str(make_model("llama")), dtype="float32").model()
     with torch.no_grad():
         before = model(input_ids=tokens).logits
-        StreamedModel(model, CPU).block_inputs(tokens, RUNNER)
+        StreamedModel(model, RUNNER).block_inputs(tokens)
         assert torch.equal(model(input_ids=tokens).logits, before)
 
 
@@ -84,7 +84,7 @@ def test_the_perplexity_of_a_broken_model_is_a_number(make_model: ModelMaker, to
         logits = model(input_ids=tokens).logits
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].double().flatten(0, 1), tokens[:, 1:].flatten())
     assert torch.isinf(Perplexity()(logits[:, :-1], tokens[:, 1:]))
-    measured = perplexity(StreamedModel(model, CPU), tokens, RUNNER, "test")
+    measured = perplexity(StreamedModel(model, RUNNER), tokens, "test")
     assert math.log(measured) == pytest.approx(float(expected), rel=1e-4)
 
 
@@ -93,7 +93,7 @@ def test_perplexity_is_that_of_the_whole_model(make_model: ModelMaker, tokens: t
     with torch.no_grad():
         logits = source.model()(input_ids=tokens).logits
     expected = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).exp()
-    measured = perplexity(StreamedModel(source.model(), CPU), tokens, RUNNER, "test")
+    measured = perplexity(StreamedModel(source.model(), RUNNER), tokens, "test")
     assert measured == pytest.approx(float(expected), rel=1e-4)
 
 
@@ -195,9 +195,9 @@ def test_auto_precision_is_the_faster_one(monkeypatch: pytest.MonkeyPatch, nativ
 
 
 def test_autocast_runs_blocks_in_bfloat16(make_model: ModelMaker, tokens: torch.Tensor) -> None:
-    streamed = StreamedModel(ModelSource(str(make_model("llama"))).model(), CPU)
     runner = BlockRunner(CPU, "bf16-mixed")
-    inputs = streamed.block_inputs(tokens, runner)
+    streamed = StreamedModel(ModelSource(str(make_model("llama"))).model(), runner)
+    inputs = streamed.block_inputs(tokens)
     assert inputs.hidden.dtype == torch.bfloat16
     block = runner.load(streamed.blocks[0])
     seen: list[torch.dtype] = []

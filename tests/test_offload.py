@@ -12,9 +12,9 @@ from conftest import Arguments, ModelMaker
 from safetensors.torch import load_file, save_file
 
 import slimplus
-from slimplus import pipeline
-from slimplus.errors import InputError
-from slimplus.reading import load_recipe
+from slimplus.pipeline import run as pipeline
+from slimplus.recipe.parsing import load_recipe
+from slimplus.utils.errors import InputError
 
 HERE = ("model.embed_tokens", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
 MAP = dict.fromkeys(HERE, "cpu") | {"model.layers.0": "disk"}

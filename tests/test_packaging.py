@@ -37,7 +37,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ignored = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, source, ignore=ignored)
     (source / "kernels/configs").mkdir(exist_ok=True)
-    (source / "kernels/configs/gpu.json").write_text("{}")  # as `python -m slimplus.tune` leaves one behind
+    (source / "kernels/configs/gpu.json").write_text("{}")  # as `python -m slimplus.kernels.tune` leaves one behind
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", built, folder=source)
     (file,) = built.glob("slimplus-*.whl")
     return file

@@ -12,11 +12,11 @@ import torch
 
 pytest.importorskip("triton")
 
+from slimplus.format.affine import QuantizedWeight, choose_qparams
+from slimplus.format.planes import count_bits, pack
+from slimplus.kernels.fused import can_multiply, fuse_shards, split_shards
 from slimplus.kernels.launch import LaunchConfig
 from slimplus.kernels.packed_matmul import packed_matmul
-from slimplus.kernels.shards import can_multiply, fuse_shards, split_shards
-from slimplus.quantization.affine import QuantizedWeight, choose_qparams
-from slimplus.quantization.packing import count_bits, pack
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU_LAUNCH = LaunchConfig(32, 8, 1, 4, 1)

@@ -10,8 +10,8 @@ from types import FrameType
 import pytest
 import torch
 
-from slimplus.quantization.affine import QuantizedWeight
-from slimplus.quantization.packing import pack, unpack
+from slimplus.format.affine import QuantizedWeight
+from slimplus.format.planes import pack, unpack
 
 GROUP_SIZE = 32
 

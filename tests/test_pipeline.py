@@ -20,12 +20,13 @@ from conftest import Arguments, ModelMaker
 from safetensors.torch import load_file
 
 import slimplus
-from slimplus import pipeline
-from slimplus.config import to_yaml
-from slimplus.errors import InputError
 from slimplus.models.architectures import BLOCKS
 from slimplus.nn import PackedLinear
-from slimplus.reading import load_recipe
+from slimplus.pipeline import run as pipeline
+from slimplus.pipeline.plan import dry_run
+from slimplus.recipe.parsing import load_recipe
+from slimplus.recipe.schema import to_yaml
+from slimplus.utils.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -196,13 +197,11 @@ def test_the_plan_of_an_imported_allocation_is_that_of_its_widths(
     finished: Path, arguments: Arguments, tmp_path: Path
 ) -> None:
     file, metrics = finished / "allocation.json", _metrics(finished)
-    plan = pipeline.dry_run(load_recipe(arguments(tmp_path, f"quantization.allocation={file}", "quantization.bits=4")))
+    plan = dry_run(load_recipe(arguments(tmp_path, f"quantization.allocation={file}", "quantization.bits=4")))
     assert "average bits               2.000" in plan
     assert f"effective bits per weight  {metrics['bits_per_weight']:.3f}" in plan
     with pytest.raises(InputError, match=r"is for group_size 16, not 64"):
-        pipeline.dry_run(
-            load_recipe(arguments(tmp_path, f"quantization.allocation={file}", "quantization.group_size=64"))
-        )
+        dry_run(load_recipe(arguments(tmp_path, f"quantization.allocation={file}", "quantization.group_size=64")))
 
 
 def test_the_checkpoint_is_as_readable_as_the_other_files(finished: Path) -> None:

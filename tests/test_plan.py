@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from slimplus import pipeline
-from slimplus.errors import InputError
-from slimplus.reading import load_recipe
+from slimplus.pipeline.plan import dry_run
+from slimplus.recipe.parsing import load_recipe
+from slimplus.utils.errors import InputError
 
 
 def test_dry_run_of_llama7b_needs_no_network() -> None:
-    plan = pipeline.dry_run(load_recipe(["recipe=llama7b_2bit", "dry_run=true"]))
+    plan = dry_run(load_recipe(["recipe=llama7b_2bit", "dry_run=true"]))
     assert "13.48 GB at 16 bit -> 2.30 GB packed" in plan
     for expected in ("blocks                     32", "linear layers              224", "2.18"):
         assert expected in plan
@@ -18,7 +18,7 @@ def test_dry_run_of_llama7b_needs_no_network() -> None:
 
 def test_the_plan_of_a_size_has_that_size() -> None:
     keys = ("quantization.allocation=model", "quantization.size_bytes=1_900_000_000", "dry_run=true")
-    plan = pipeline.dry_run(load_recipe(["recipe=llama7b_2bit", *keys]))
+    plan = dry_run(load_recipe(["recipe=llama7b_2bit", *keys]))
     assert "average bits               as many as fit the size" in plan
     assert "-> 2.42 GB packed" in plan
     assert f"effective bits per weight  {8 * 1.9e9 / 6_476_005_376:.3f}" in plan
@@ -27,7 +27,7 @@ def test_the_plan_of_a_size_has_that_size() -> None:
 def test_the_plan_of_a_size_that_no_widths_take_is_what_they_take() -> None:
     keys = ("quantization.allocation=model", "quantization.widths=[2,4]", "quantization.size_bytes=90_000_000_000")
     four = ("quantization.allocation=uniform", "quantization.bits=4")
-    plans = [pipeline.dry_run(load_recipe(["recipe=llama7b_2bit", *each, "dry_run=true"])) for each in (keys, four)]
+    plans = [dry_run(load_recipe(["recipe=llama7b_2bit", *each, "dry_run=true"])) for each in (keys, four)]
     sizes = [next(line for line in plan.splitlines() if line.startswith("size")) for plan in plans]
     assert sizes[0] == sizes[1]
 
@@ -53,18 +53,18 @@ def test_the_plan_of_a_size_that_no_widths_take_is_what_they_take() -> None:
 def test_what_the_shapes_do_not_allow_is_said_before_any_work(keys: str, said: str) -> None:
     recipe = load_recipe(["recipe=llama7b_2bit", "dry_run=true", "quantization.allocation=model", *keys.split()])
     with pytest.raises(InputError, match=said):
-        pipeline.dry_run(recipe)
+        dry_run(recipe)
 
 
 def test_8_bit_scales_make_the_plan_smaller() -> None:
-    plan = pipeline.dry_run(load_recipe(["recipe=llama7b_2bit", "quantization.scale_bits=8", "dry_run=true"]))
+    plan = dry_run(load_recipe(["recipe=llama7b_2bit", "quantization.scale_bits=8", "dry_run=true"]))
     assert "effective bits per weight  2.127" in plan
 
 
 def test_training_the_whole_model_takes_all_of_it_on_the_device() -> None:
     chosen = ("epochs=0", "epochs=1", "activation_checkpointing=true")
     keys = [["end_to_end.epochs=1", f"end_to_end.{key}", "dry_run=true"] for key in chosen]
-    plans = [pipeline.dry_run(load_recipe(["recipe=llama7b_2bit", *each])) for each in keys]
+    plans = [dry_run(load_recipe(["recipe=llama7b_2bit", *each])) for each in keys]
     blocks, whole, recomputed = (float(plan.rpartition("there is one, ")[2].removesuffix(" GB")) for plan in plans)
     assert blocks < 6.48 < recomputed  # its 6.48 billion weights are a byte each
     assert whole == pytest.approx(recomputed + 2 * 6.48, abs=0.02)  # and 16 bits beside, for the backward pass
@@ -72,4 +72,4 @@ def test_training_the_whole_model_takes_all_of_it_on_the_device() -> None:
 
 @pytest.mark.parametrize("recipe", ["llama7b_3bit", "llama2_7b_2bit", "llama3_8b_2bit", "opt_1.3b_2bit"])
 def test_dry_run_of_the_paper_models(recipe: str) -> None:
-    assert "times smaller" in pipeline.dry_run(load_recipe([f"recipe={recipe}", "dry_run=true"]))
+    assert "times smaller" in dry_run(load_recipe([f"recipe={recipe}", "dry_run=true"]))

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from slimplus.config import ModelConfig, RecipeError
-from slimplus.preflight import check_inputs, check_model
-from slimplus.reading import load_recipe, resolve_model_folder
+from slimplus.models.location import resolve_model_folder
+from slimplus.recipe.parsing import load_recipe
+from slimplus.recipe.preflight import check_inputs, check_model
+from slimplus.recipe.schema import ModelSection, RecipeError
 
 DEMO = "recipe=smollm2_135m_2bit"
 
@@ -210,7 +211,7 @@ def test_the_offline_text_has_an_end() -> None:
 def test_a_file_without_permission_to_read_is_named(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "config.json")
     with pytest.raises(RecipeError, match=r"model\.path: .*config\.json cannot be read: its permissions"):
-        check_model(ModelConfig(path=str(model_folder)))
+        check_model(ModelSection(path=str(model_folder)))
 
 
 def test_a_missing_allocation_is_said_with_the_rest() -> None:

@@ -14,16 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from slimplus.format.affine import QuantizedWeight, group_count, per_column, storable_scale, storable_zero_point
 from slimplus.nn import PackedLinear
-from slimplus.nn.int4 import MAX_ROWS, Int4Weight, int4_linear
-from slimplus.nn.projections import Projections, prepare_inference
-from slimplus.quantization.affine import (
-    QuantizedWeight,
-    group_count,
-    per_column,
-    storable_scale,
-    storable_zero_point,
-)
+from slimplus.nn.backends.cpu_int4 import MAX_ROWS, Int4Weight, int4_linear
+from slimplus.nn.fusion import FusedLinears, prepare_inference
 
 TOLERANCE = 1e-2  # of the norm: bfloat16 has 8 bits, and rounds the weights' scales, the inputs and the outputs
 
@@ -220,8 +214,8 @@ def test_the_state_dict_and_copies_know_nothing_of_it() -> None:
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     twin = copy.deepcopy(module)
-    assert twin.q_proj.projections is not None
-    assert twin.q_proj.projections.layers[0] is twin.q_proj
+    assert isinstance(twin.q_proj.fused, FusedLinears)
+    assert twin.q_proj.fused.layers[0] is twin.q_proj
     assert all(torch.equal(one, other) for one, other in zip(twin(inputs), expected, strict=True))
 
 
@@ -281,7 +275,8 @@ def test_the_operators_are_registered_soundly() -> None:
 INTERPRETED = """
 import torch
 from slimplus.nn import PackedLinear
-from slimplus.nn.shards import FusedShards, packed_matmul
+from slimplus.nn.backends.triton import packed_matmul
+from slimplus.nn.fusion import triton_weight
 from tests.test_projections import Attention, inputs_of, relative_error
 
 for dtype, tolerance in ((torch.float16, 2e-3), (torch.bfloat16, 2e-2)):
@@ -289,7 +284,7 @@ for dtype, tolerance in ((torch.float16, 2e-3), (torch.bfloat16, 2e-2)):
     layers = [module.q_proj, module.k_proj, module.v_proj]
     exact = [layer.dequantize().double() for layer in layers]
     state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    shards = FusedShards.from_layers(layers)
+    shards = triton_weight(layers)
     for rows in (1, 20):
         inputs = inputs_of(rows, dtype=dtype)
         parts = shards.linear(inputs).split(shards.out_features, dim=-1)
@@ -324,10 +319,10 @@ def test_the_triton_form_under_the_interpreter() -> None:
 
 
 def test_projections_know_what_they_take() -> None:
-    group = Projections([PackedLinear.from_quantized(random_weight(16, 64, 16, (2,)), None)])
-    assert not group.takes(torch.bfloat16, 1)  # the operator has no groups of 16
-    group = Projections([PackedLinear.from_quantized(random_weight(16, 64, 32, (2,)), None)])
-    assert group.takes(torch.bfloat16, 1)
-    assert not group.takes(torch.float32, 1)
-    assert not group.takes(torch.bfloat16, 0)
-    assert not group.takes(torch.bfloat16, MAX_ROWS)
+    group = FusedLinears([PackedLinear.from_quantized(random_weight(16, 64, 16, (2,)), None)])
+    assert not group.supports(torch.bfloat16, 1)  # the operator has no groups of 16
+    group = FusedLinears([PackedLinear.from_quantized(random_weight(16, 64, 32, (2,)), None)])
+    assert group.supports(torch.bfloat16, 1)
+    assert not group.supports(torch.float32, 1)
+    assert not group.supports(torch.bfloat16, 0)
+    assert not group.supports(torch.bfloat16, MAX_ROWS)

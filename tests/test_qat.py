@@ -9,17 +9,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
+from slimplus.distributed.deepspeed import _replace_parameters
+from slimplus.format.affine import SCALE_BITS
 from slimplus.models.architectures import is_norm
 from slimplus.nn import FakeQuantizedLinear, LearnedRoundingLinear, PackedLinear, TrainedWeightLinear
 from slimplus.nn.fake_quantized import ScaledLinear, nearest_level
-from slimplus.quantization.affine import SCALE_BITS
-from slimplus.quantization.calibration import calibrate_group
 from slimplus.quantization.gptq import RoundedWeight, quantize_weight
 from slimplus.quantization.salience import invert_hessian
+from slimplus.quantization.salience_calibration import calibrate_group
 from slimplus.training.end_to_end import EndToEnd, EndToEndConfig
 from slimplus.training.losses import LossConfig, normalized_error, reconstruction_loss
 from slimplus.training.optimizers import ParameterKind, RateConfig, SignSGD, build_optimizer
-from slimplus.training.zero import _replace_parameters
 
 GROUP_SIZE = 32
 KINDS = (FakeQuantizedLinear, ScaledLinear, LearnedRoundingLinear, TrainedWeightLinear)
@@ -70,7 +70,7 @@ def test_whatever_was_learned_is_packed_bit_for_bit(
 ) -> None:
     layer = _layer(kind, _rounded(rows, columns, bits, seed, scale_bits), torch.ones(rows))
     generator = torch.Generator().manual_seed(seed)
-    for parameter in (*layer.grid, *layer.elements):
+    for parameter in (*layer.grid, *layer.per_weight):
         parameter.data = torch.rand(parameter.shape, generator=generator) - 0.5
     packed = PackedLinear.from_quantized(layer.quantized_weight(), layer.bias)
     assert torch.equal(packed.to_linear().weight, layer.fake_quantized_weight())
@@ -80,7 +80,7 @@ def test_an_offset_moves_a_weight_by_one_level_at_most() -> None:
     rounded = _rounded(8, 64, [2, 3])
     layer = _layer(LearnedRoundingLinear, rounded)
     for sign in (-0.5, 0.5):
-        layer.elements[0].data.fill_(sign)
+        layer.per_weight[0].data.fill_(sign)
         change = layer.quantized_weight().integers.int() - rounded.weight.integers.int()
         assert set(change.unique().tolist()) <= {0, int(2 * sign)}
         assert change.any()
@@ -90,9 +90,9 @@ def test_gradients_are_those_of_the_levels() -> None:
     """The offset's is the weight's times the scale, and none where the weight lies beyond the ends of the grid."""
     layer = _layer(LearnedRoundingLinear, _rounded(8, 64, [2, 3]))
     scale, _ = layer.qparams()
-    layer.elements[0].data[0, 0, 0] = 5.0
+    layer.per_weight[0].data[0, 0, 0] = 5.0
     layer.fake_quantized_weight().sum().backward()
-    gradient = layer.elements[0].grad
+    gradient = layer.per_weight[0].grad
     assert gradient is not None
     assert gradient[0, 0, 0] == 0
     assert torch.equal(gradient[:, 1], scale[:, 1:].expand(-1, GROUP_SIZE))
@@ -131,7 +131,7 @@ def test_gradients_of_a_grid_under_frozen_integers_are_those_of_autograd() -> No
 def test_trained_weights_follow_the_straight_through_estimator() -> None:
     layer = _layer(TrainedWeightLinear, _rounded(8, 64, [2, 3]))
     layer.fake_quantized_weight().sum().backward()
-    gradient = layer.elements[0].grad
+    gradient = layer.per_weight[0].grad
     assert gradient is not None
     assert ((gradient - 1).abs() < 1e-6).logical_or(gradient == 0).all()
     assert (gradient != 0).any()
@@ -141,7 +141,7 @@ def test_a_rate_of_zero_freezes_the_groups_of_a_width() -> None:
     rounded = _rounded(8, 64, [2, 3])
     layer = LearnedRoundingLinear(rounded.weight, None, {3: 0.0}, rounded.remainder)
     layer.fake_quantized_weight().square().sum().backward()
-    for parameter in (*layer.grid, *layer.elements):
+    for parameter in (*layer.grid, *layer.per_weight):
         assert parameter.grad is not None
         assert parameter.grad[:, 0].any()
         assert not parameter.grad[:, 1].any()
@@ -224,7 +224,7 @@ def test_losses() -> None:
     )
     torch.testing.assert_close(normalized_error(OUTPUTS, TARGETS), (errors / energies).mean())
     kept = (errors / energies).sort().values[:, :6]  # of each window, so that windows may be taken one by one
-    torch.testing.assert_close(reconstruction_loss(OUTPUTS, TARGETS, LossConfig(leave_out=0.25)), kept.mean())
+    torch.testing.assert_close(reconstruction_loss(OUTPUTS, TARGETS, LossConfig(trim_fraction=0.25)), kept.mean())
 
 
 def test_the_loss_behind_a_norm_and_with_channel_weights() -> None:

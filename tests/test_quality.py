@@ -1,4 +1,4 @@
-"""benchmarks/quality.py: methods side by side, one table, one plot."""
+"""benchmarks/quality/run.py: methods side by side, one table, one plot."""
 
 from __future__ import annotations
 
@@ -12,16 +12,28 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import matplotlib
 import pytest
 from conftest import SMALL, ModelMaker
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.quality_methods import FULL, METHODS, Budget, identity
-from benchmarks.quality_report import pareto, plot, table
-from slimplus import machine
-from slimplus.errors import PREEMPTED, InputError
-from slimplus.reading import load_recipe
+from benchmarks.quality.methods import FULL, METHODS, Budget, identity
+from benchmarks.quality.report import (
+    DARK,
+    LADDERS,
+    RESULTS,
+    TEXT,
+    Ladder,
+    Rung,
+    measured_rungs,
+    pareto,
+    plot,
+    table,
+)
+from slimplus.recipe.parsing import load_recipe
+from slimplus.utils import machine
+from slimplus.utils.errors import PREEMPTED, InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = Budget(bits=2, samples=8, sequence_length=32, epochs=2, end_to_end_epochs=3, seed=0)
@@ -83,8 +95,8 @@ def test_the_table_counts_steps_not_windows() -> None:
 @pytest.fixture
 def quality(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script, which finds its parts beside itself."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("quality")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "quality"))
+    return importlib.import_module("run")
 
 
 def test_another_text_joins_the_row_of_the_same_run(quality: ModuleType, tmp_path: Path) -> None:
@@ -96,9 +108,6 @@ def test_another_text_joins_the_row_of_the_same_run(quality: ModuleType, tmp_pat
     quality.keep(row | {"perplexity": {"python": 98.0}, "machine": {"commit": "b"}}, file)  # of a run made anew
     (new,) = json.loads(file.read_text())["rows"]
     assert new["perplexity"] == {"python": 98.0}
-    full = {"method": FULL, "overrides": [], "perplexity": {"wiki": 20.83}}
-    for rows in ([full], [full, new]):  # no point at all, and one that was measured on another text
-        plot(rows, "wiki", tmp_path / "quality.png")
 
 
 def test_a_method_that_does_not_take_the_keys_is_named(quality: ModuleType) -> None:
@@ -109,6 +118,39 @@ def test_a_method_that_does_not_take_the_keys_is_named(quality: ModuleType) -> N
     quality.check_keys(["AutoRound"], replace(BUDGET, overrides=("quantization.group_size=32",)))
     with pytest.raises(InputError, match=r"AutoRound: quantization\.scale_bits=8 means nothing to it; give --methods"):
         quality.check_keys(["ours", "AutoRound"], replace(BUDGET, overrides=("quantization.scale_bits=8",)))
+
+
+@pytest.mark.parametrize("ladder", LADDERS, ids=lambda ladder: ladder.title)
+def test_every_line_of_the_figure_was_measured_and_slimplus_loses_least(ladder: Ladder) -> None:
+    rungs = measured_rungs(json.loads(RESULTS.read_text())["rows"], ladder, TEXT)
+    assert [rung for rung, _, _ in rungs] == list(ladder.rungs)
+    losses = {rung.label: perplexity for rung, perplexity, _ in rungs if rung.bits == 2}
+    assert min(losses, key=losses.__getitem__) == "slimplus"
+    assert all(stored > rung.bits for rung, _, stored in rungs)
+
+
+def test_a_line_of_the_figure_is_the_mean_over_seeds_at_its_own_budget() -> None:
+    ladder = Ladder("title", samples=8, sequence_length=32, epochs=2, rungs=(Rung("RTN", "RTN"), Rung("4", "ours", 4)))
+    rows = [measured("RTN", 0, 50.0), measured("RTN", 1, 52.0), measured("RTN", 0, 9.0, samples=16)]
+    rows += [measured("RTN", 0, 9.0, overrides=["quantization.scale_bits=8"]), measured("ours", 0, 9.0)]
+    assert measured_rungs(rows, ladder, "wiki") == [(ladder.rungs[0], 51.0, 2.375)]
+    assert measured_rungs(rows, ladder, "python") == []
+
+
+def test_the_figure_shows_the_value_of_every_line_that_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(matplotlib.rcParams, "svg.fonttype", "none")  # text stays text
+    full = {"method": FULL, "overrides": [], "perplexity": {"wiki": 20.83}}
+    budget = {"samples": 64, "sequence_length": 256, "epochs": 8}
+    rows = [full, measured("GPTQ", 0, 4939.1, **budget), measured("AutoRound", 0, 83.42, **budget)]
+    plot(rows, "wiki", tmp_path / "figure.svg", DARK)
+    figure = (tmp_path / "figure.svg").read_text()
+    for shown in ("20.8", "GPTQ", "4,939", "AutoRound", "83.4", "2.38"):
+        assert f">{shown}<" in figure
+    assert "SliM-LLM" not in figure
+    assert DARK.text in figure
+    assert DARK.background not in figure  # transparent
 
 
 @given(st.lists(st.tuples(st.floats(1, 8), st.floats(1, 1e6)), min_size=1))
@@ -123,7 +165,7 @@ def test_no_point_beats_the_front(points: list[tuple[float, float]]) -> None:
 
 def side_by_side(text: Path, model: Path, folder: Path, *methods: str) -> list[str | Path]:
     return [
-        *(sys.executable, ROOT / "benchmarks" / "quality.py", "--methods", *methods),
+        *(sys.executable, ROOT / "benchmarks" / "quality" / "run.py", "--methods", *methods),
         *("--calibration", text, "--evaluation", f"first={text}", "second=offline"),
         *("--samples", "8", "--sequence-length", "32", "--epochs", "2", "--end-to-end-epochs", "1"),
         *("--runs", folder / "runs", "--results", folder / "quality.json"),
@@ -155,7 +197,6 @@ def test_methods_side_by_side(make_model: ModelMaker, text_file: Path, tmp_path:
         assert row["machine"]["commit"]
     assert len({row["perplexity"]["second"] for row in rows}) == len(rows)  # no model is measured twice
     assert "second" in printed
-    assert (tmp_path / "quality.png").stat().st_size > 10_000
 
 
 def test_sigterm_ends_the_run_in_progress_as_well(make_model: ModelMaker, text_file: Path, tmp_path: Path) -> None:

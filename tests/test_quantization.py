@@ -8,8 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slimplus.quantization import calibration
-from slimplus.quantization.affine import (
+from slimplus.format.affine import (
     SCALE_BITS,
     QuantizedWeight,
     binary_qparams,
@@ -20,13 +19,15 @@ from slimplus.quantization.affine import (
     quantize,
     storable_scale,
     storable_zero_point,
+    uniform_bits,
 )
-from slimplus.quantization.allocation import AllocationSearch, largest_pair_count, paired_bits, uniform_bits
-from slimplus.quantization.calibration import CalibrationConfig, calibrate_group
+from slimplus.format.planes import count_bits, pack, packed_shapes, packed_size, unpack
+from slimplus.quantization import salience_calibration as calibration
+from slimplus.quantization.least_squares import output_error, refit_qparams
 from slimplus.quantization.linear import QuantizationConfig, quantize_linear
-from slimplus.quantization.packing import count_bits, pack, packed_shapes, packed_size, unpack
-from slimplus.quantization.refit import output_error, refit_qparams
 from slimplus.quantization.salience import HessianAccumulator, group_salience, invert_hessian
+from slimplus.quantization.salience_allocation import AllocationSearch, largest_pair_count, paired_bits
+from slimplus.quantization.salience_calibration import CalibrationConfig, calibrate_group
 
 GROUP_SIZES = (16, 32, 64, 128)
 

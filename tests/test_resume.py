@@ -17,15 +17,17 @@ import torch
 from conftest import Arguments
 from safetensors.torch import load_file, save_file
 
-from slimplus import files, fingerprint, pipeline
-from slimplus.errors import InputError
-from slimplus.files import clean, replace_folder, staging_folder
-from slimplus.job import _pinned_source
-from slimplus.manifest import Manifest
-from slimplus.reading import load_recipe
-from slimplus.run import SENSITIVITY, RunDirectory
-from slimplus.training import block
+from slimplus.blockwise import swap
+from slimplus.pipeline import run as pipeline
+from slimplus.pipeline.prepare import _pinned_source
+from slimplus.recipe.parsing import load_recipe
+from slimplus.run_dir import fingerprint
+from slimplus.run_dir.directory import SENSITIVITY, RunDirectory
 from slimplus.training.supervisor import Supervisor
+from slimplus.utils import files
+from slimplus.utils.errors import InputError
+from slimplus.utils.files import clean, replace_folder, staging_folder
+from slimplus.utils.manifest import Manifest
 
 PACKED = "packed/model.safetensors"
 
@@ -303,13 +305,13 @@ def test_an_interrupted_stage_counts_its_seconds(
         on_disk.append(seconds())
         if len(on_disk) == 2:
             raise KeyboardInterrupt
-        return block.packed_block(*given)
+        return swap.packed_block(*given)
 
     on_disk, before = list[float](), seconds()
     for index in range(2):
         (copy / f"blocks/block_{index:03d}.safetensors").unlink()
     with monkeypatch.context() as patched:
-        patched.setattr("slimplus.pipeline.packed_block", packed_block)
+        patched.setattr("slimplus.pipeline.stages.blocks.packed_block", packed_block)
         with pytest.raises(KeyboardInterrupt):
             run(arguments(copy))
     first, second = on_disk
@@ -323,7 +325,7 @@ def test_a_device_that_is_too_small_is_said_in_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: Arguments
 ) -> None:
     full = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."))
-    monkeypatch.setattr("slimplus.pipeline.perplexity", full)
+    monkeypatch.setattr("slimplus.pipeline.stages.evaluate.perplexity", full)
     with pytest.raises(InputError, match=r"^full_precision: out of device memory \(CUDA out of memory.*is kept$"):
         run(arguments(tmp_path))
 

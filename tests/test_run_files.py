@@ -15,15 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.fabric import Fabric
 
-from slimplus.allocation_file import read_allocation
-from slimplus.errors import InputError
-from slimplus.manifest import Manifest
-from slimplus.training.checkpoints import Attempt, BlockCheckpoints
+from slimplus.run_dir.allocation_file import read_allocation
+from slimplus.training.checkpoints import Attempt, TrainingCheckpoints
+from slimplus.utils.errors import InputError
+from slimplus.utils.manifest import Manifest
 
 
 @pytest.mark.parametrize("damage", ["pickle", "cut", "empty"])
 def test_training_checkpoints_hold_tensors_and_plain_values_only(tmp_path: Path, damage: str) -> None:
-    checkpoints = BlockCheckpoints(tmp_path, Manifest(tmp_path), "")
+    checkpoints = TrainingCheckpoints(tmp_path, Manifest(tmp_path), "")
     torch.save({"state_dict": {"weight": torch.ones(100)}}, checkpoints.path)
     assert checkpoints.load_checkpoint(checkpoints.path)["state_dict"]["weight"].sum() == 100
     if damage == "pickle":
@@ -37,7 +37,10 @@ def test_training_checkpoints_hold_tensors_and_plain_values_only(tmp_path: Path,
 
 @pytest.mark.parametrize(("share", "kept"), [(4, True), (8, True), (2, False)])
 def test_a_split_that_more_devices_cannot_take_is_given_up(tmp_path: Path, share: int, kept: bool) -> None:
-    checkpoints, fabric = BlockCheckpoints(tmp_path, Manifest(tmp_path), "before"), Fabric(accelerator="cpu", devices=1)
+    checkpoints, fabric = (
+        TrainingCheckpoints(tmp_path, Manifest(tmp_path), "before"),
+        Fabric(accelerator="cpu", devices=1),
+    )
     first = Attempt("before", parts=1)
     checkpoints.renew(replace(first, split=4, events=("out of memory",)))
     attempt, found = checkpoints.begin(first, fabric, share)

@@ -32,15 +32,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 import slimplus
-from slimplus import pipeline
-from slimplus.errors import InputError
+from slimplus.format.affine import QuantizedWeight, choose_qparams, quantize, storable_scale, storable_zero_point
+from slimplus.format.checks import check_packed
+from slimplus.format.planes import pack, unpack
 from slimplus.hub.checks import check_architecture, check_packed_tensors, check_quantization, read_headers
 from slimplus.hub.contents import read_contents
-from slimplus.hub.quantizer import SlimplusConfig
-from slimplus.quantization.affine import QuantizedWeight, choose_qparams, quantize, storable_scale, storable_zero_point
-from slimplus.quantization.packing import pack, unpack
-from slimplus.quantization.packing_checks import check_packed
-from slimplus.reading import load_recipe
+from slimplus.hub.transformers_quantizer import SlimplusConfig
+from slimplus.pipeline import run as pipeline
+from slimplus.recipe.parsing import load_recipe
+from slimplus.utils.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUP_SIZE, SHAPE = 16, (20, 72)

@@ -7,11 +7,10 @@ from functools import partial
 import pytest
 import torch
 
-from slimplus.quantization.affine import dequantize
-from slimplus.quantization.allocation import uniform_bits
-from slimplus.quantization.calibration import calibrate_group
+from slimplus.format.affine import dequantize, uniform_bits
 from slimplus.quantization.gptq import quantize_weight
 from slimplus.quantization.salience import invert_hessian
+from slimplus.quantization.salience_calibration import calibrate_group
 from slimplus.quantization.sensitivity import SEARCH, GradientStatistics, group_sensitivity
 
 GROUP_SIZE, PERCDAMP, WIDTHS = 32, 0.01, (1, 2, 3, 4)

@@ -20,10 +20,10 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from slimplus.errors import InputError
+from slimplus.distributed.deepspeed import gathered
+from slimplus.distributed.strategies import build_strategy, launch
 from slimplus.training.optimizers import SignSGD
-from slimplus.training.strategies import build_strategy, launch
-from slimplus.training.zero import gathered
+from slimplus.utils.errors import InputError
 
 WIDTH = 320  # ZeRO stage 3 partitions only parameters of more than 1e5 elements
 GLOBAL_BATCH, SAMPLES, EPOCHS = 4, 16, 4

@@ -12,31 +12,30 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from slimplus.manifest import Manifest
-from slimplus.models.architectures import find_linears
-from slimplus.models.loading import ModelSource
-from slimplus.models.streaming import BlockInputs, BlockRunner, StreamedModel, run_block
-from slimplus.nn import FakeQuantizedLinear, PackedLinear
-from slimplus.quantization.affine import QuantizedWeight, choose_qparams, quantize, storable_scale, storable_zero_point
-from slimplus.quantization.linear import QuantizationConfig
-from slimplus.signals import Preemption
-from slimplus.training.block import (
-    BlockData,
-    BlockResult,
+from slimplus.blockwise.calibrate import BlockResult, quantize_block
+from slimplus.blockwise.data import BlockData
+from slimplus.blockwise.quantizer import QuantizerConfig
+from slimplus.blockwise.swap import (
     fake_quantized_block,
     load_packed_block,
     packed_block,
     packed_tensors,
-    quantize_block,
     trained_weights,
 )
-from slimplus.training.blockwise import QuantizerConfig
-from slimplus.training.checkpoints import BlockCheckpoints
+from slimplus.distributed.preemption import Preemption
+from slimplus.distributed.strategies import launch
+from slimplus.format.affine import QuantizedWeight, choose_qparams, quantize, storable_scale, storable_zero_point
+from slimplus.models.architectures import find_linears
+from slimplus.models.loading import ModelSource
+from slimplus.models.streaming import BlockInputs, BlockRunner, StreamedModel, run_block
+from slimplus.nn import FakeQuantizedLinear, PackedLinear
+from slimplus.quantization.linear import QuantizationConfig
+from slimplus.training.checkpoints import TrainingCheckpoints
 from slimplus.training.fit import Fit, FitConfig
 from slimplus.training.losses import normalized_error
 from slimplus.training.optimizers import RateConfig
 from slimplus.training.reconstruction import BlockReconstruction, ReconstructionConfig
-from slimplus.training.strategies import launch
+from slimplus.utils.manifest import Manifest
 
 CPU = torch.device("cpu")
 RUNNER = BlockRunner(CPU, "32-true")
@@ -105,9 +104,9 @@ def test_one_massive_token_does_not_rule_the_loss() -> None:
 
 @pytest.fixture(scope="module")
 def block_and_inputs(make_model: ModelMaker) -> tuple[nn.Module, BlockInputs]:
-    streamed = StreamedModel(ModelSource(str(make_model("llama"))).model(), CPU)
+    streamed = StreamedModel(ModelSource(str(make_model("llama"))).model(), RUNNER)
     tokens = torch.randint(1, 250, (8, 32), generator=torch.Generator().manual_seed(0))
-    return streamed.blocks[0], streamed.block_inputs(tokens, RUNNER)
+    return streamed.blocks[0], streamed.block_inputs(tokens)
 
 
 def _quantize(
@@ -175,13 +174,13 @@ def _fit(
     folder: Path,
     epochs: int = 12,
     stop_after: int | None = None,
-    elements: Literal["rounding", "weights"] | None = None,
+    per_weight: Literal["rounding", "weights"] | None = None,
     config: ReconstructionConfig | None = None,
 ) -> tuple[nn.Module, dict[str, QuantizedWeight]]:
     original, result = _quantize(block_and_inputs, "slimllm")
     inputs = block_and_inputs[1]
     module = BlockReconstruction(
-        fake_quantized_block(original, result, QuantizerConfig(elements, {})),
+        fake_quantized_block(original, result, QuantizerConfig(per_weight, {})),
         inputs.arguments[0],
         config or ReconstructionConfig(epochs, 2, grid=RateConfig(1e-2, "cosine")),
         "32-true",
@@ -190,7 +189,7 @@ def _fit(
         module.on_train_epoch_start = lambda: _stop(module, stop_after)  # type: ignore[method-assign]
     targets = RUNNER.run(original, inputs.hidden, inputs.arguments[0])
     fabric = launch("cpu", 1, 1, "auto")
-    checkpoints = BlockCheckpoints(folder / "checkpoints", Manifest(folder), "")
+    checkpoints = TrainingCheckpoints(folder / "checkpoints", Manifest(folder), "")
     where = FitConfig(1, 1, "auto", "none", folder / "logs", seed=0, checkpoint_seconds=3600)
     Fit(module, (inputs.hidden, targets), "block_000", checkpoints, fabric, where, Preemption())()
     return original, trained_weights(module.block)

@@ -20,9 +20,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from slimplus.format.affine import QuantizedWeight, group_count, per_column, storable_scale
+from slimplus.format.planes import stored_scale_bits
 from slimplus.nn import PackedLinear, prepare_inference
-from slimplus.quantization.affine import QuantizedWeight, group_count, per_column, storable_scale
-from slimplus.quantization.packing import stored_scale_bits
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS, GROUP_SIZE = 192, 64
@@ -70,7 +70,7 @@ class LinearBase(nn.Module):
 
 @pytest.fixture
 def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """`slimplus.vllm_plugin`, imported with stand-ins in the place of vLLM."""
+    """`slimplus.hub.vllm`, imported with stand-ins in the place of vLLM."""
     layers: dict[str, nn.Module] = {}
     methods: dict[str, type] = {}
     known = ["awq", "gptq"]
@@ -107,11 +107,11 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         module = ModuleType(name)
         module.__dict__.update(members)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "slimplus.vllm_plugin", raising=False)
-    module = importlib.import_module("slimplus.vllm_plugin")
+    monkeypatch.delitem(sys.modules, "slimplus.hub.vllm", raising=False)
+    module = importlib.import_module("slimplus.hub.vllm")
     names = ("register", "PackedConfig", "PackedLinearMethod")
     yield SimpleNamespace(methods=methods, **{name: getattr(module, name) for name in names})
-    sys.modules.pop("slimplus.vllm_plugin", None)
+    sys.modules.pop("slimplus.hub.vllm", None)
 
 
 def packed_layer(
@@ -282,7 +282,7 @@ import sys, torch, vllm.platforms
 from vllm.platforms.cpu import CpuPlatform
 vllm.platforms.current_platform = CpuPlatform()  # its own choice where its compiled parts or a GPU are missing
 import slimplus
-from slimplus.vllm_plugin import register
+from slimplus.hub.vllm import register
 register()
 from safetensors.torch import load_file
 from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config

@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from slimplus.errors import InputError, named_first_line
+from slimplus.utils.errors import InputError, named_first_line
 
 Split = Literal["calibration", "evaluation"]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from slimplus.data.text import TextError
-from slimplus.files import write_atomic
+from slimplus.utils.files import write_atomic
 
 
 @dataclass(frozen=True, eq=False)

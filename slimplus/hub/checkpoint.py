@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from slimplus.errors import InputError
 from slimplus.hub.checks import check_architecture, check_quantization
 from slimplus.hub.contents import METHOD
-from slimplus.hub.quantizer import SlimplusConfig, register
+from slimplus.hub.transformers_quantizer import SlimplusConfig, register
 from slimplus.nn import prepare_inference
+from slimplus.utils.errors import InputError
 
 SHARD_BYTES = 2 * 2**30  # what is held in memory while a checkpoint is written
 # Of the arguments of `from_pretrained`, those that say where the files are.
@@ -129,9 +129,9 @@ def load(path: str | Path, *, fuse: bool = True, keep_dense: bool = False, **arg
     """
     register()
     model = _read(path, arguments)
-    for projections in tqdm(prepare_inference(model, fuse, keep_dense), "Preparing layers", leave=False, disable=None):
-        if projections.takes(model.dtype, rows=1):
-            projections.warm_up(model.dtype)
+    for fused in tqdm(prepare_inference(model, fuse, keep_dense), "Preparing layers", leave=False, disable=None):
+        if fused.supports(model.dtype, rows=1):
+            fused.warm_up(model.dtype)
     return model
 
 

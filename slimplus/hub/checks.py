@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from slimplus.format.affine import MAX_BITS, SCALE_BITS
+from slimplus.format.checks import LARGEST_SIZE, check_layout
+from slimplus.format.planes import packed_shapes
 from slimplus.models.architectures import BLOCKS
-from slimplus.quantization.affine import MAX_BITS, SCALE_BITS
-from slimplus.quantization.packing import packed_shapes
-from slimplus.quantization.packing_checks import LARGEST_SIZE, check_layout
 
 KEY = "quantization_config"
 REQUIRED = ("bits", "group_size", "modules", "method", "shapes", "full_size_bytes")

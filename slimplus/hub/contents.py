@@ -16,7 +16,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from slimplus.errors import InputError, first_line, is_full
+from slimplus.utils.errors import InputError, first_line, is_full
 
 METHOD = "slimplus"
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"

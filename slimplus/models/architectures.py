@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from slimplus.errors import InputError
+from slimplus.utils.errors import InputError
 
 if TYPE_CHECKING:  # transformers imports this package while it is being imported itself
     from transformers import PretrainedConfig, PreTrainedModel
@@ -78,7 +78,7 @@ def following_norm(model: PreTrainedModel, index: int) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class OuterLayers:
+class EmbeddingAndHead:
     """The two large layers outside the blocks.
 
     Attributes:
@@ -92,7 +92,7 @@ class OuterLayers:
     tied: bool
 
 
-def find_outer_layers(model: PreTrainedModel) -> OuterLayers:
+def find_embedding_and_head(model: PreTrainedModel) -> EmbeddingAndHead:
     """Embedding and head of `model`.
 
     Raises:
@@ -107,10 +107,12 @@ def find_outer_layers(model: PreTrainedModel) -> OuterLayers:
             "cannot be packed; leave both keys null"
         )
     names = {id(module): name for name, module in model.named_modules()}
-    return OuterLayers(names[id(embedding)], names[id(head)], tied=head.weight is embedding.weight)
+    return EmbeddingAndHead(names[id(embedding)], names[id(head)], tied=head.weight is embedding.weight)
 
 
-def outer_bits(model: PreTrainedModel, embedding_bits: int | None, head_bits: int | None) -> dict[str, int]:
+def embedding_and_head_bits(
+    model: PreTrainedModel, embedding_bits: int | None, head_bits: int | None
+) -> dict[str, int]:
     """Name → bits of the layers outside the blocks that get packed.
 
     A head tied to the embedding is packed with it, once, unless it has bits of its own: then the two are stored apart.
@@ -120,7 +122,7 @@ def outer_bits(model: PreTrainedModel, embedding_bits: int | None, head_bits: in
     """
     if embedding_bits is None and head_bits is None:
         return {}
-    layers = find_outer_layers(model)
+    layers = find_embedding_and_head(model)
     if layers.tied and embedding_bits is None:
         raise InputError(
             "quantization.head_bits: the head of this model is its embedding; packed apart from a 16-bit one it would "

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from slimplus.errors import InputError, TemporaryFailure, first_line, is_full
+from slimplus.utils.errors import InputError, TemporaryFailure, first_line, is_full
 
 UNREADABLE = (OSError, ValueError, SafetensorError, StrictDataclassError)  # what transformers raises for bad files
 

@@ -15,9 +15,13 @@ from transformers import PreTrainedModel
 from slimplus.models.architectures import blocks_path, find_blocks
 from slimplus.models.precision import autocast
 from slimplus.nn import PackedLinear
-from slimplus.nn.packed import PackedModule
+from slimplus.nn.packed_linear import PackedModule
+from slimplus.utils.progress import track
 
 BlockArguments = dict[str, Any]
+
+ReplaceBlock = Callable[[int, nn.Module], nn.Module]
+"""`(index, block) -> block`"""
 
 GPU_TOKENS = 8192  # at a time: with fewer a GPU waits for its next kernel most of the time
 
@@ -100,10 +104,14 @@ class StreamedModel:
     The blocks' forward is replaced while the model's own forward runs around them, so that masks and positions are
     made by the model's own code. All but the blocks becomes float32 on `device`, where autocast makes of it what the
     precision says; packed tensors keep their dtypes. The blocks stay on the CPU in their stored dtype.
+
+    Args:
+        model: a causal language model, on the CPU.
+        runner: runs the blocks, and says where and in which precision.
     """
 
-    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
-        self.model, self.dtype = model, model.dtype
+    def __init__(self, model: PreTrainedModel, runner: BlockRunner) -> None:
+        self.model, self.dtype, self.runner, device = model, model.dtype, runner, runner.device
         self.blocks = find_blocks(model)
         inside = {id(module) for module in self.blocks.modules()}
         for module in model.modules():
@@ -152,9 +160,9 @@ class StreamedModel:
         return 2 * sum(parameter.numel() for parameter in self.model.parameters())
 
     @torch.no_grad()
-    def block_inputs(self, tokens: Tensor, runner: BlockRunner) -> BlockInputs:
+    def block_inputs(self, tokens: Tensor) -> BlockInputs:
         """Embed `tokens` `[windows, sequence_length]`; the hidden states are kept on the CPU."""
-        first: list[Tensor] = []
+        runner, first = self.runner, list[Tensor]()
         arguments: list[BlockArguments] = []
 
         def record(index: int, hidden: Tensor, **kwargs: Any) -> Tensor:
@@ -172,12 +180,35 @@ class StreamedModel:
                     self.model(input_ids=window.to(runner.device), use_cache=False)
         return BlockInputs(torch.cat(first), arguments)
 
-    @torch.no_grad()
-    def logits(self, tokens: Tensor, hidden: Tensor, runner: BlockRunner) -> Tensor:
-        """Logits `[windows, sequence_length, vocabulary]` from the output of the last block."""
-        return self._logits(tokens, hidden, runner)
+    def forward_blocks(
+        self, inputs: BlockInputs, description: str = "", replace: ReplaceBlock | None = None
+    ) -> Iterator[Tensor]:
+        """Run the blocks in order, and yield the outputs of each, `[windows, sequence_length, hidden]`, on the CPU.
 
-    def sampled_gradient(self, tokens: Tensor, hidden: Tensor, runner: BlockRunner, seed: int) -> Tensor:
+        Args:
+            inputs: what `block_inputs` gives.
+            description: of a progress bar; none is shown without it.
+            replace: gives the block to run in the place of each one.
+        """
+        hidden, steps = inputs.hidden, list(enumerate(zip(self.blocks, inputs.arguments, strict=True)))
+        for index, (block, arguments) in track(steps, description) if description else steps:
+            loaded = self.runner.load(replace(index, block) if replace else block)
+            hidden = self.runner.run(loaded, hidden, arguments)
+            yield hidden
+
+    def last_hidden(self, inputs: BlockInputs, description: str = "", replace: ReplaceBlock | None = None) -> Tensor:
+        """Return the last block's outputs, see `forward_blocks`; those of the others are not kept."""
+        hidden = inputs.hidden
+        for outputs in self.forward_blocks(inputs, description, replace):
+            hidden = outputs
+        return hidden
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """Return the logits `[windows, sequence_length, vocabulary]` that the last block's outputs lead to."""
+        return self._logits(tokens, hidden)
+
+    def sampled_gradient(self, tokens: Tensor, hidden: Tensor, seed: int) -> Tensor:
         """Gradient of `-log p(y)`, summed over the tokens, for the last block's output `hidden`.
 
         Each `y` is drawn from the model's own prediction: the mean of the gradient's square is the Fisher information.
@@ -185,9 +216,9 @@ class StreamedModel:
         Raises:
             ValueError: if the prediction holds NaN or infinity.
         """
-        hidden = hidden.to(runner.device, torch.float32).requires_grad_()
+        hidden = hidden.to(self.runner.device, torch.float32).requires_grad_()
         with torch.enable_grad():
-            predicted = self._logits(tokens, hidden, runner).float().log_softmax(-1)
+            predicted = self._logits(tokens, hidden).float().log_softmax(-1)
             if not torch.isfinite(predicted).all():
                 raise ValueError(
                     "the model predicts NaN or infinity: its activations overflowed; try trainer.precision=32-true"
@@ -197,14 +228,16 @@ class StreamedModel:
             (gradient,) = torch.autograd.grad(-predicted.flatten(0, -2).gather(1, drawn).sum(), hidden)
         return gradient
 
-    def _logits(self, tokens: Tensor, hidden: Tensor, runner: BlockRunner) -> Tensor:
+    def _logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        runner = self.runner
+
         def replay(index: int, passed: Tensor, **_: Any) -> Tensor:
             return hidden.to(passed.device, passed.dtype)
 
         with self._replaced(replay), autocast(runner.device, runner.precision):
             return self.model(input_ids=tokens.to(runner.device), use_cache=False).logits
 
-    def watch_head(self, tokens: Tensor, hidden: Tensor, runner: BlockRunner, hook: Callable[[Tensor], None]) -> None:
+    def capture_head_inputs(self, tokens: Tensor, hidden: Tensor, hook: Callable[[Tensor], None]) -> None:
         """Call `hook` with the head's input for each window of `tokens`; `hidden` are the last block's outputs."""
 
         def stop(_: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -215,6 +248,6 @@ class StreamedModel:
         try:
             for window, output in zip(tokens.split(1), hidden.split(1), strict=True):
                 with suppress(_Captured):
-                    self.logits(window, output, runner)
+                    self.logits(window, output)
         finally:
             handle.remove()

@@ -1,9 +1,9 @@
 """Layers whose weight is quantized: fake-quantized for training, packed for inference."""
 
 from slimplus.nn.fake_quantized import FakeQuantizedLinear, LearnedRoundingLinear, TrainedWeightLinear
-from slimplus.nn.packed import PackedLinear
+from slimplus.nn.fusion import prepare_inference
 from slimplus.nn.packed_embedding import PackedEmbedding, TiedHead
-from slimplus.nn.projections import prepare_inference
+from slimplus.nn.packed_linear import PackedLinear
 
 __all__ = [
     "FakeQuantizedLinear",

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from slimplus.quantization.affine import QuantizedWeight, storable_scale, storable_zero_point
+from slimplus.format.affine import QuantizedWeight, storable_scale, storable_zero_point
 
 LARGEST_OFFSET = 0.5  # in steps: enough for a weight to take the other one of its two nearest levels
 
@@ -97,7 +97,7 @@ class FakeQuantizedLinear(nn.Module):
             parameters, which is the same for a sign step and an Adam; what bounds a parameter is scaled with it.
 
     Attributes:
-        bound: of `elements`.
+        bound: of `per_weight`.
     """
 
     integers: Tensor
@@ -135,7 +135,7 @@ class FakeQuantizedLinear(nn.Module):
         return [self.low_shift, self.high_shift]
 
     @property
-    def elements(self) -> list[nn.Parameter]:
+    def per_weight(self) -> list[nn.Parameter]:
         """The parameters that each weight has of its own."""
         return []
 
@@ -207,7 +207,7 @@ class _RoundingLinear(FakeQuantizedLinear):
         self.change = nn.Parameter(torch.zeros_like(self.position))
 
     @property
-    def elements(self) -> list[nn.Parameter]:
+    def per_weight(self) -> list[nn.Parameter]:
         return [self.change]
 
     @property

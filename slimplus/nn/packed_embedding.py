@@ -8,20 +8,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from slimplus.nn.packed import PackedLinear, PackedModule, dequantize_packed
-from slimplus.quantization.affine import QuantizedWeight
-from slimplus.quantization.packing import (
-    ROW_MULTIPLE,
-    check_features,
-    count_bits,
-    pack,
-    packed_shapes,
-    stored_scale_bits,
-)
+from slimplus.format.affine import QuantizedWeight
+from slimplus.format.planes import ROW_MULTIPLE, check_features, count_bits, pack, packed_shapes, stored_scale_bits
+from slimplus.nn.packed_linear import PackedLinear, PackedModule, dequantize_packed
 
 
 class PackedEmbedding(PackedModule):
-    """`nn.Embedding` for inference over the packed format of `slimplus.quantization.packing`: a row a token.
+    """`nn.Embedding` for inference over the packed format of `slimplus.format.planes`: a row a token.
 
     A lookup gathers the packed columns of the tokens asked for and dequantizes nothing else. Rows are innermost in the
     format, so that a gather of its last dimension gives a small packed weight with those rows.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slimplus.quantization.affine import QuantizedWeight, nearest_integers, storable_scale, storable_zero_point
+from slimplus.format.affine import QuantizedWeight, nearest_integers, storable_scale, storable_zero_point
 from slimplus.quantization.salience import InverseHessian
 
 HALF = 0.499  # less than half, so that integer and remainder together round to the integer

@@ -10,12 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from slimplus.quantization.affine import QuantizedWeight, tile_qparams
-from slimplus.quantization.allocation import uniform_bits
-from slimplus.quantization.calibration import calibrate_group
+from slimplus.format.affine import QuantizedWeight, tile_qparams, uniform_bits
 from slimplus.quantization.gptq import RoundedWeight, quantize_weight
-from slimplus.quantization.refit import refit_qparams
+from slimplus.quantization.least_squares import refit_qparams
 from slimplus.quantization.salience import InverseHessian, invert_hessian
+from slimplus.quantization.salience_calibration import calibrate_group
 
 Method = Literal["rtn", "gptq", "slimllm", "slimllm_plus", "qat"]
 Search = Literal["slimllm", "uniform", "block"]
@@ -83,7 +82,7 @@ def quantize_linear(
     return replace(rounded, weight=replace(rounded.weight, scale=scale, zero_point=zero_point))
 
 
-def quantize_vocabulary(weight: Tensor, hessian: Tensor | None, config: QuantizationConfig) -> QuantizedWeight:
+def quantize_embedding_or_head(weight: Tensor, hessian: Tensor | None, config: QuantizationConfig) -> QuantizedWeight:
     """Quantize a weight with a row for each token, an embedding or an output head, all of it to `config.bits`.
 
     Args:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from slimplus.quantization.allocation import uniform_bits
-from slimplus.quantization.calibration import CalibrationConfig, calibrate_group
+from slimplus.format.affine import uniform_bits
 from slimplus.quantization.gptq import quantize_weight
 from slimplus.quantization.salience import HessianAccumulator, invert_hessian
+from slimplus.quantization.salience_calibration import CalibrationConfig, calibrate_group
 
 # Coarser and further than the search of a calibration: it need not find the best grid, but treat all widths alike.
 SEARCH = CalibrationConfig(steps=6, reach=0.4)

@@ -14,8 +14,8 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from slimplus.errors import InputError
-from slimplus.manifest import Manifest
+from slimplus.utils.errors import InputError
+from slimplus.utils.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Attempt:
     events: tuple[str, ...] = ()
 
 
-class BlockCheckpoints(TorchCheckpointIO):
+class TrainingCheckpoints(TorchCheckpointIO):
     """Where one block keeps its checkpoint and its attempt. As Lightning's CheckpointIO it writes through the manifest.
 
     Args:

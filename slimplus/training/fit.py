@@ -21,15 +21,15 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from slimplus.errors import InputError
+from slimplus.distributed.preemption import Preemption
+from slimplus.distributed.ranks import Ranks
+from slimplus.distributed.strategies import Offload, build_strategy
 from slimplus.models.streaming import windows_at_a_time
-from slimplus.signals import Preemption
-from slimplus.training.checkpoints import END_TO_END, Attempt, BlockCheckpoints
+from slimplus.training.checkpoints import END_TO_END, Attempt, TrainingCheckpoints
 from slimplus.training.module import QuantizerTraining
-from slimplus.training.ranks import Ranks
-from slimplus.training.sampling import StepSampler
-from slimplus.training.strategies import Offload, build_strategy
+from slimplus.training.sampler import StepSampler
 from slimplus.training.supervisor import Supervisor
+from slimplus.utils.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class Fit:
     module: QuantizerTraining
     data: tuple[Tensor, ...]
     name: str
-    checkpoints: BlockCheckpoints
+    checkpoints: TrainingCheckpoints
     fabric: Fabric
     config: FitConfig
     preemption: Preemption

@@ -23,14 +23,14 @@ class LossConfig:
             energy, so that the few tokens whose activations are thousands of times larger than the others' ("Massive
             Activations in Large Language Models", arXiv 2402.17762) do not rule it; `after_norm` is the same behind
             the normalization that follows, which is what the next block reads.
-        leave_out: share of each window's tokens, those with the largest errors, that do not count.
+        trim_fraction: share of each window's tokens, those with the largest errors, that do not count.
         salient_channels: weight the channels of the output by their salience for what reads them.
         auxiliary: weight of a second error, against the full-precision block fed the quantized input (`aug_loss` of
             SliM-LLM+, arXiv 2405.14917).
     """
 
     error: Literal["mse", "normalized", "after_norm"] = "normalized"
-    leave_out: float = 0.0
+    trim_fraction: float = 0.0
     salient_channels: bool = False
     auxiliary: float = 0.0
 
@@ -56,9 +56,9 @@ def reconstruction_loss(
         errors = errors / output.shape[-1]
     else:
         errors = errors / (target.square() * weights).sum(-1).clamp(min=SMALLEST_ENERGY)
-    if config.leave_out:
+    if config.trim_fraction:
         tokens = errors.shape[-1]  # of a window, so that it does not matter how many are looked at together
-        errors = errors.topk(tokens - int(config.leave_out * tokens), largest=False).values
+        errors = errors.topk(tokens - int(config.trim_fraction * tokens), largest=False).values
     return errors.mean()
 
 

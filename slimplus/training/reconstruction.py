@@ -22,16 +22,16 @@ class ReconstructionConfig(TrainingConfig):
     """How a block's quantizers are trained.
 
     Attributes:
-        elements: rate of what each weight has of its own: the offset of its rounding, or itself.
+        per_weight: rate of what each weight has of its own: the offset of its rounding, or itself.
         loss: what is minimised.
     """
 
-    elements: RateConfig = field(default_factory=RateConfig)
+    per_weight: RateConfig = field(default_factory=RateConfig)
     loss: LossConfig = field(default_factory=LossConfig)
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class LossContext:
     """What a loss asks of a block's place in the model.
 
     Attributes:
@@ -55,7 +55,7 @@ class BlockReconstruction(QuantizerTraining):
         arguments: the block's other arguments, on its device.
         config: epochs, rates, loss.
         precision: Lightning's name of the precision to autocast to.
-        surroundings: what the loss needs to know.
+        context: what the loss needs to know.
     """
 
     config: ReconstructionConfig
@@ -66,12 +66,12 @@ class BlockReconstruction(QuantizerTraining):
         arguments: BlockArguments,
         config: ReconstructionConfig,
         precision: str,
-        surroundings: Surroundings = Surroundings(),
+        context: LossContext = LossContext(),
     ) -> None:
         super().__init__(config, precision)
         self.block, self.arguments = block, arguments
         # In a tuple, so that the norm does not become a part of this module.
-        self._surroundings: tuple[Surroundings] = (surroundings,)
+        self._surroundings: tuple[LossContext] = (context,)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`[windows, sequence_length, hidden]` → the same."""
@@ -91,6 +91,6 @@ class BlockReconstruction(QuantizerTraining):
     def kinds(self) -> list[ParameterKind]:
         layers = [module for module in self.block.modules() if isinstance(module, FakeQuantizedLinear)]
         grid: list[Any] = [parameter for layer in layers for parameter in layer.grid]
-        elements: list[Any] = [parameter for layer in layers for parameter in layer.elements]
+        per_weight: list[Any] = [parameter for layer in layers for parameter in layer.per_weight]
         bound = max((layer.bound for layer in layers), default=LARGEST_OFFSET)
-        return [ParameterKind(elements, self.config.elements, bound), ParameterKind(grid, self.config.grid)]
+        return [ParameterKind(per_weight, self.config.per_weight, bound), ParameterKind(grid, self.config.grid)]

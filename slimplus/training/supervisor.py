@@ -13,11 +13,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
-from slimplus.signals import Preemption
-from slimplus.training.checkpoints import BlockCheckpoints
-from slimplus.training.guard import StepGuard
+from slimplus.distributed.preemption import Preemption
+from slimplus.distributed.strategies import discard_gradient, gradient_norm, takes_step
+from slimplus.training.checkpoints import TrainingCheckpoints
 from slimplus.training.module import QuantizerTraining
-from slimplus.training.strategies import discard_gradient, gradient_norm, takes_step
+from slimplus.training.step_guard import StepGuard
 
 
 class Supervisor(Callback):
@@ -44,7 +44,7 @@ class Supervisor(Callback):
 
     def __init__(
         self,
-        checkpoints: BlockCheckpoints,
+        checkpoints: TrainingCheckpoints,
         seconds: float,
         preemption: Preemption,
         logged: list[dict[str, Any]],

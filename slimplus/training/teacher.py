@@ -1,4 +1,4 @@
-"""The full-precision model as a teacher, its weights held by bitsandbytes in 8 or 4 bits to save memory."""
+"""The full-precision model as a teacher, its weights storage by bitsandbytes in 8 or 4 bits to save memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from slimplus.models.architectures import find_blocks, find_linears
 from slimplus.models.precision import autocast
 
-Held = Literal["int8", "nf4"]
+Storage = Literal["int8", "nf4"]
 
 
 class Teacher:
@@ -19,7 +19,7 @@ class Teacher:
 
     Args:
         model: changed: the linear layers of its blocks are replaced.
-        held: `int8` (vector-wise, arXiv 2208.07339) or `nf4` (QLoRA's, arXiv 2305.14314), of which int8 is the
+        storage: `int8` (vector-wise, arXiv 2208.07339) or `nf4` (QLoRA's, arXiv 2305.14314), of which int8 is the
             more exact.
         device: where it runs.
         precision: Lightning's name of the precision to autocast to.
@@ -28,10 +28,10 @@ class Teacher:
         ModuleNotFoundError: without bitsandbytes.
     """
 
-    def __init__(self, model: PreTrainedModel, held: Held, device: torch.device, precision: str) -> None:
+    def __init__(self, model: PreTrainedModel, storage: Storage, device: torch.device, precision: str) -> None:
         for block in find_blocks(model):
             for name, layer in find_linears(block).items():
-                block.set_submodule(name, _held(layer, held, device))
+                block.set_submodule(name, _stored(layer, storage, device))
         model.requires_grad_(False).to(device)  # type: ignore[arg-type]
         self.model, self.device, self.precision = model, device, precision
 
@@ -43,12 +43,12 @@ class Teacher:
         return states
 
 
-def _held(layer: nn.Linear, held: Held, device: torch.device) -> nn.Module:
+def _stored(layer: nn.Linear, storage: Storage, device: torch.device) -> nn.Module:
     import bitsandbytes as bnb  # takes a second, and comes with the extra `qat`
 
     sizes, weight, biased = (layer.in_features, layer.out_features), layer.weight.data, layer.bias is not None
     quantized: nn.Module
-    if held == "nf4":
+    if storage == "nf4":
         quantized = bnb.nn.Linear4bit(*sizes, bias=biased, compute_dtype=torch.bfloat16, quant_type="nf4")
         quantized.weight = bnb.nn.Params4bit(weight.to(torch.bfloat16), requires_grad=False, quant_type="nf4")
     else:

@@ -1,0 +1,133 @@
+"""Quantizing one transformer block: Hessians, bits, calibration, and the swap of its linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from slimplus.blockwise.data import BlockData, search_windows
+from slimplus.format.affine import QuantizedWeight, group_count, uniform_bits
+from slimplus.quantization.gptq import RoundedWeight
+from slimplus.quantization.linear import QuantizationConfig, quantize_linear
+from slimplus.quantization.salience import HessianAccumulator, InverseHessian, group_salience, invert_hessian
+from slimplus.quantization.salience_allocation import AllocationSearch, paired_bits
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """A quantized block.
+
+    Attributes:
+        weights: each linear layer, quantized.
+        remainders: of each layer, see `RoundedWeight`.
+        divergence: each layer's KL for 0, 1, 2, … pairs, where the bits were searched.
+        percdamp: the damping each layer's Hessian needed.
+    """
+
+    weights: dict[str, QuantizedWeight]
+    remainders: dict[str, Tensor]
+    divergence: dict[str, list[float]]
+    percdamp: dict[str, float]
+
+
+def quantize_block(
+    data: BlockData, config: QuantizationConfig, bits: Mapping[str, Tensor] | None = None
+) -> BlockResult:
+    """Quantize every linear layer of a block, without training; each rank does some, and all get the same result.
+
+    Args:
+        data: the block and its inputs.
+        config: method and constants.
+        bits: widths of each layer's groups, if they are not to be searched.
+    """
+    hessians = _hessians(data, config)
+    inverses = {name: invert_hessian(hessian, config.percdamp) for name, hessian in hessians.items()}
+    divergence: dict[str, list[float]] = {}
+    if bits is None and config.allocation == "slimllm":
+        bits, divergence = _search(data, inverses, config)
+    if bits is None:
+        bits = {
+            name: uniform_bits(layer.in_features, config.group_size, config.bits) for name, layer in data.layers.items()
+        }
+    own = {}
+    for name, layer in data.own_layers.items():
+        leader = data.leader[name]
+        own[name] = quantize_linear(layer.weight, bits[name], hessians[leader], inverses[leader], config)
+    shared = {name: _broadcast_result(data, name, bits[name], own.get(name), config) for name in data.layers}
+    weights = {name: weight for name, (weight, _) in shared.items()}
+    remainders = {name: remainder for name, (_, remainder) in shared.items()}
+    return BlockResult(weights, remainders, divergence, _percdamp(data, inverses))
+
+
+def _hessians(data: BlockData, config: QuantizationConfig) -> dict[str, Tensor]:
+    """By leader, those that this rank owns."""
+    columns = {name: data.layers[name].in_features for name in data.leader.values()}
+    if config.method == "rtn":  # rounding to nearest looks at no input
+        return {
+            name: torch.eye(columns[name], device=data.runner.device) for name in columns if name in data.own_layers
+        }
+    sums = {name: HessianAccumulator(count, data.runner.device) for name, count in columns.items()}
+    data.capture_inputs({name: accumulator.add for name, accumulator in sums.items()})
+    hessians = {}
+    for name in columns:
+        accumulator = sums.pop(name)  # freed one by one
+        data.ranks.sum_on(data.owner[name], accumulator.total)
+        accumulator.tokens *= data.ranks.count
+        if name in data.own_layers:
+            hessians[name] = accumulator.hessian
+    return hessians
+
+
+def _search(
+    data: BlockData, inverses: Mapping[str, InverseHessian], config: QuantizationConfig
+) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
+    """Every rank tries the candidates of all layers on its share of the search's windows."""
+    size = config.group_size
+    salience = {}
+    for name, layer in data.layers.items():
+        inverse = inverses.get(data.leader[name])
+        own = torch.empty(group_count(layer.in_features, size), device=data.runner.device)
+        own = own if inverse is None else group_salience(layer.weight, inverse, size)
+        salience[name] = data.ranks.send(data.owner[name], own)
+    searches = {
+        name: AllocationSearch(layer.weight, salience[name], config.bits, size) for name, layer in data.layers.items()
+    }
+    windows = search_windows(data.ranks, data.hidden)
+    data.capture_inputs({name: search.add for name, search in searches.items()}, windows)
+    bits, divergence = {}, {}
+    for name, search in searches.items():
+        total = data.ranks.sum(search.divergence)
+        divergence[name] = total.tolist()
+        pairs = int(total.argmin())
+        bits[name] = paired_bits(salience[name], pairs, config.bits, data.layers[name].in_features, size)
+    return bits, divergence
+
+
+def _broadcast_result(
+    data: BlockData, name: str, bits: Tensor, own: RoundedWeight | None, config: QuantizationConfig
+) -> tuple[QuantizedWeight, Tensor]:
+    """What the owner of a layer made of it, on every rank."""
+    weight = data.layers[name].weight
+    if own is None:
+        grid = weight.new_empty(len(weight), len(bits))
+        integers = torch.empty_like(weight, dtype=torch.uint8)
+        empty = QuantizedWeight(integers, grid, grid.clone(), bits, config.group_size, config.scale_bits)
+        own = RoundedWeight(empty, torch.empty_like(weight), grid)
+    quantized = own.weight
+    integers, scale, zero_point, remainder = (
+        data.ranks.send(data.owner[name], tensor.contiguous())
+        for tensor in (quantized.integers, quantized.scale, quantized.zero_point, own.remainder)
+    )
+    return replace(quantized, integers=integers, scale=scale, zero_point=zero_point), remainder
+
+
+def _percdamp(data: BlockData, inverses: Mapping[str, InverseHessian]) -> dict[str, float]:
+    needed = {}
+    for name, leader in data.leader.items():
+        own = inverses[leader].percdamp if leader in inverses else 0.0
+        sent = data.ranks.send(data.owner[name], torch.tensor(own, dtype=torch.float64, device=data.runner.device))
+        needed[name] = float(sent)
+    return needed

@@ -1,0 +1,87 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+from torch import Tensor, nn
+
+from slimplus.distributed.ranks import Ranks
+from slimplus.models.architectures import find_linears
+from slimplus.models.streaming import BlockArguments, BlockRunner
+
+SEARCH_TOKENS = 8192  # the allocation search ranks a handful of candidates: more tokens cost time and change nothing
+
+
+InputHook = Callable[[Tensor], None]
+
+
+@dataclass(frozen=True)
+class BlockData:
+    """A full-precision block and what it is calibrated on.
+
+    Attributes:
+        block: float32, on the device; left as it is.
+        hidden: this rank's share of the block's inputs, `[windows, sequence_length, hidden]`; all shares are equal.
+        arguments: the block's other arguments.
+        runner: runs the block.
+        ranks: those that quantize the block together.
+    """
+
+    block: nn.Module
+    hidden: Tensor
+    arguments: BlockArguments
+    runner: BlockRunner
+    ranks: Ranks = Ranks()
+
+    @cached_property
+    def layers(self) -> dict[str, nn.Linear]:
+        """The linear layers by name."""
+        return find_linears(self.block)
+
+    def capture_inputs(self, hooks: Mapping[str, InputHook], windows: int | None = None) -> None:
+        """Run the block on the first `windows` (default: all), calling `hooks[name]` with each input of that layer."""
+        handles = [
+            self.layers[name].register_forward_pre_hook(lambda _, inputs, hook=hook: hook(inputs[0]))
+            for name, hook in hooks.items()
+        ]
+        try:
+            self.runner.run(self.block, self.hidden[:windows], self.arguments)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @cached_property
+    def leader(self) -> dict[str, str]:
+        """Layer → the first layer that reads the same tensor (q, k and v; gate and up): they share one Hessian."""
+        seen: dict[str, Tensor] = {}
+        leader: dict[str, str] = {}
+
+        def note(name: str, inputs: Tensor) -> None:
+            seen[name] = inputs  # kept alive, so that no address is used twice
+            leader[name] = next(other for other, tensor in seen.items() if tensor is inputs)
+
+        self.capture_inputs({name: partial(note, name) for name in self.layers}, windows=1)
+        return leader
+
+    @cached_property
+    def owner(self) -> dict[str, int]:
+        """Layer → the rank that inverts its Hessian and quantizes it; layers that share a Hessian share a rank."""
+        costs = dict.fromkeys(self.leader.values(), 0)
+        for name, layer in self.layers.items():  # error compensation takes out · in² operations, an inversion in³
+            own = self.leader[name] == name
+            costs[self.leader[name]] += (layer.out_features + own * layer.in_features) * layer.in_features**2
+        owners = self.ranks.owners(costs)
+        return {name: owners[leader] for name, leader in self.leader.items()}
+
+    @property
+    def own_layers(self) -> dict[str, nn.Linear]:
+        """The layers that this rank quantizes."""
+        return {name: layer for name, layer in self.layers.items() if self.owner[name] == self.ranks.rank}
+
+
+def search_windows(ranks: Ranks, held: Tensor) -> int:
+    """How many of this rank's windows, `held` `[windows, sequence_length, …]`, a search for widths looks at."""
+    return min(ranks.windows(max(SEARCH_TOKENS // held.shape[1], 1)), len(held))

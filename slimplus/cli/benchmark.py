@@ -1,0 +1,86 @@
+"""Measures a packed checkpoint, beside the dense model if given: tokens/s, memory, load time."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from slimplus.cli.console import add_placement, positive_integer, write
+from slimplus.evaluation.speed import benchmark, table
+from slimplus.evaluation.workload import Candidate, Workload
+from slimplus.hub.contents import read_contents
+from slimplus.models.location import resolve_model_folder
+from slimplus.recipe.preflight import check_model
+from slimplus.recipe.schema import ModelSection
+from slimplus.utils.errors import InputError
+from slimplus.utils.files import write_atomic
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's own arguments."""
+    parser.add_argument("path", help="folder of a packed checkpoint, or a hub id")
+    parser.add_argument("--dense", metavar="MODEL", help="folder, hub id or package:NAME of the model it was made from")
+    parser.add_argument("--gguf-file", metavar="NAME", help="the file in MODEL that holds the weights, if it is a GGUF")
+    parser.add_argument("--prompt-tokens", type=positive_integer, default=512, metavar="N", help="default: 512")
+    parser.add_argument("--new-tokens", type=positive_integer, default=64, metavar="N", help="default: 64")
+    parser.add_argument("--rounds", type=positive_integer, default=5, metavar="N", help="the median counts; default: 5")
+    parser.add_argument(
+        "--static-cache",
+        action="store_true",
+        help="decode with a static cache: on a GPU transformers then compiles the step into a CUDA graph",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every round, the machine and versions as well")
+    add_placement(parser, dtype="bfloat16")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure, and write the table.
+
+    Raises:
+        InputError: if a model or the device is not there.
+    """
+    if arguments.new_tokens < 2:
+        raise InputError("--new-tokens: give at least 2, since the first one counts as prefill")
+    if arguments.gguf_file and not arguments.dense:
+        raise InputError("--gguf-file: names a file of --dense MODEL; give that as well")
+    if arguments.json and arguments.json.is_dir():
+        raise InputError(f"--json: {arguments.json} is a folder; give a file")
+    contents = read_contents(arguments.path)
+    _check_length(contents.config, arguments.prompt_tokens + arguments.new_tokens)
+
+    candidates = {"packed": Candidate(str(contents.folder), packed=True)}
+    if arguments.dense:
+        candidates["dense"] = _dense(arguments.dense, arguments.gguf_file)
+    workload = Workload(
+        arguments.prompt_tokens,
+        arguments.new_tokens,
+        arguments.rounds,
+        arguments.device,
+        arguments.dtype,
+        arguments.static_cache,
+    )
+    result = benchmark(candidates, workload)
+    if arguments.json:
+        write_atomic(arguments.json, json.dumps(result, indent=2) + "\n")
+    write(table(result))
+
+
+def _check_length(config: Mapping[str, Any], tokens: int) -> None:
+    longest = config.get("max_position_embeddings")
+    if isinstance(longest, int) and tokens > longest:
+        raise InputError(
+            f"--prompt-tokens and --new-tokens: {tokens} tokens are more than the {longest} that the model takes"
+        )
+
+
+def _dense(path: str, gguf_file: str | None) -> Candidate:
+    try:
+        check_model(ModelSection(path=path, gguf_file=gguf_file))
+    except InputError as error:  # which speaks of the keys of a recipe
+        raise InputError(
+            str(error).replace("model.path", "--dense").replace("model.gguf_file", "--gguf-file")
+        ) from None
+    return Candidate(resolve_model_folder(path), packed=False, gguf_file=gguf_file)

@@ -1,0 +1,103 @@
+"""What a packed checkpoint holds: average bits, sizes against 16 bit, a table of its layers. Reads no weights."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from slimplus.cli.console import write
+from slimplus.hub.contents import CheckpointContents, read_contents
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's own arguments."""
+    parser.add_argument("path", help="folder of a packed checkpoint, or a hub id")
+    parser.add_argument("--json", action="store_true", help="write JSON instead of tables; sizes in bytes")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write the figures.
+
+    Raises:
+        InputError: if there is no packed checkpoint.
+    """
+    contents = read_contents(arguments.path)
+    write(json.dumps(figures(contents), indent=2) if arguments.json else f"{overview(contents)}\n\n{table(contents)}")
+
+
+def figures(contents: CheckpointContents) -> dict[str, Any]:
+    """All that is known, under the names that metrics.json gives it."""
+    quantization = contents.config["quantization_config"]
+    return {
+        "model_type": contents.config.get("model_type"),
+        "method": quantization.get("method"),
+        "group_size": quantization["group_size"],
+        "average_bits": contents.average_bits,
+        "bits_per_weight": contents.bits_per_weight,
+        "quantized_weights": contents.weights,
+        "block_bytes": contents.block_bytes,
+        "outer_bytes": contents.outer_bytes,
+        "other_bytes": contents.other_bytes,
+        "size_bytes": contents.size_bytes,
+        "full_size_bytes": contents.full_size_bytes,
+        "compression": contents.compression,
+        "layers": [
+            {
+                "name": layer.name,
+                "shape": [layer.rows, layer.columns],
+                "groups": layer.groups,
+                "bits_per_weight": layer.bits_per_weight,
+                "bytes": layer.nbytes,
+            }
+            for layer in contents.layers
+        ],
+    }
+
+
+def overview(contents: CheckpointContents) -> str:
+    """The figures of the whole checkpoint, a line each."""
+    quantization = contents.config["quantization_config"]
+    rows = {
+        "checkpoint": str(contents.folder),
+        "model": f"{contents.config.get('model_type')}, {len(contents.layers)} packed layers, "
+        f"quantized by {quantization.get('method')} in groups of {quantization['group_size']}",
+        "average bits": f"{contents.average_bits:.3f}",
+        "bits per weight, all that is stored": f"{contents.bits_per_weight:.3f}",
+        "blocks": f"{_size(contents.block_bytes)} for {contents.weights:,} weights",
+        **({"embedding and head": f"{_size(contents.outer_bytes)}, packed"} if contents.outer_bytes else {}),
+        "everything else": f"{_size(contents.other_bytes)} in {len(contents.others)} tensors",
+        "size": f"{_size(contents.size_bytes)}, {contents.compression:.2f} times smaller than at 16 bit "
+        f"({_size(contents.full_size_bytes)})",
+    }
+    return "\n".join(f"{name:<{max(map(len, rows))}}  {value}" for name, value in rows.items())
+
+
+def table(contents: CheckpointContents) -> str:
+    """A line a packed layer."""
+    widths = sorted({width for layer in contents.layers for width in layer.groups})
+    head = ["layer", "rows × columns", *(f"{width}-bit groups" for width in widths), "bits per weight", "size"]
+    lines = [
+        head,
+        *(
+            [
+                layer.name,
+                f"{layer.rows} × {layer.columns}",
+                *(str(layer.groups.get(width, 0)) for width in widths),
+                f"{layer.bits_per_weight:.3f}",
+                _size(layer.nbytes),
+            ]
+            for layer in contents.layers
+        ),
+    ]
+    sizes = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        f"{name:<{sizes[0]}}  " + "  ".join(f"{cell:>{size}}" for cell, size in zip(cells, sizes[1:], strict=True))
+        for name, *cells in lines
+    )
+
+
+def _size(size: int) -> str:
+    if size >= 1e9:
+        return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"

@@ -1,0 +1,115 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+
+import yaml
+
+from slimplus.cli.console import WIDTH, write
+from slimplus.distributed.preemption import Preempted, requeue
+from slimplus.recipe.parsing import describe_type, load_recipe, recipe_file, recipe_names
+from slimplus.recipe.preflight import check_inputs
+from slimplus.recipe.schema import Recipe, keys
+from slimplus.utils.errors import BAD_INPUT, INTERRUPTED, PREEMPTED, TRY_AGAIN, InputError, TemporaryFailure, is_full
+
+HELP = ("-h", "--help")
+
+
+def help_text() -> str:
+    """Usage, the recipes, and every key with its meaning, type and default, taken from the models."""
+    return "\n".join(
+        [
+            "usage: python train.py recipe=NAME [key=value ...]",
+            "       slimplus train recipe=NAME [key=value ...]    (the same, once installed)",
+            "",
+            "Quantizes a language model as a recipe says. NAME is a recipe below or a YAML file of your own.",
+            "Each key=value overrides one key of the recipe; the value is read as YAML.",
+            "",
+            "recipes:",
+            *_recipe_lines(),
+            "",
+            "keys:",
+            *_key_lines(),
+        ]
+    )
+
+
+def _recipe_lines() -> Iterator[str]:
+    names = recipe_names()
+    for name in names:
+        lines = recipe_file(name).read_text(encoding="utf-8").splitlines()
+        _command, about = lines[:2]  # a recipe's header: the exact command, then a line about it
+        yield f"  {name:{max(map(len, names))}}  {about.lstrip('# ')}"
+
+
+def _key_lines() -> Iterator[str]:
+    known = keys()
+    for key, field in known.items():
+        default = "set by the recipe" if field.is_required() else _default(field.default)
+        start = f"  {key:{max(map(len, known))}}  "
+        indent = " " * len(start)
+        yield textwrap.fill(field.description or "", WIDTH, initial_indent=start, subsequent_indent=indent)
+        meaning = f"[{describe_type(field)}; default: {default}]"
+        yield textwrap.fill(meaning, WIDTH, initial_indent=indent, subsequent_indent=f"{indent} ")
+
+
+def _default(value: object) -> str:
+    return yaml.safe_dump(value, default_flow_style=True).splitlines()[0]
+
+
+def train(arguments: list[str]) -> int:
+    """Runs a recipe; returns the exit status: 0, 2 for bad input, 75 for a failure that passes, 130 when interrupted,
+    143 when pre-empted."""
+    if any(argument in HELP for argument in arguments):
+        write(help_text())
+        return 0
+    try:
+        recipe = load_recipe(arguments)
+        check_inputs(recipe)
+        return _run(recipe)
+    except InputError as error:
+        write(str(error), sys.stderr)
+        return BAD_INPUT
+
+
+def _pipeline(recipe: Recipe) -> Callable[[Recipe], str | None]:
+    """Return the function that runs `recipe`; importing it loads PyTorch."""
+    if recipe.dry_run:
+        from slimplus.pipeline.plan import dry_run
+
+        return dry_run
+    from slimplus.pipeline.run import run
+
+    return run
+
+
+def _run(recipe: Recipe) -> int:
+    command = "the same command" if recipe.resume.start == "auto" else "the same command with resume=auto"
+    go_on = f"{command} goes on from what {recipe.run_dir} holds."
+    try:
+        logging.basicConfig(format="%(message)s")
+        result = _pipeline(recipe)(recipe)
+        if result is not None:  # only the first process of a job has something to say
+            write(result)
+    except KeyboardInterrupt:
+        write(f"Interrupted; {go_on}", sys.stderr)
+        return INTERRUPTED
+    except Preempted as preempted:
+        queued = requeue() if preempted.signal == signal.SIGUSR1 else None
+        write(f"Ended by {preempted}; {f'{queued}, and ' if queued else ''}{go_on}", sys.stderr)
+        return PREEMPTED
+    except TemporaryFailure as failure:
+        write(f"{failure}; {go_on}", sys.stderr)
+        return TRY_AGAIN
+    except OSError as error:
+        if not is_full(error):
+            raise
+        where = f" (writing {error.filename})" if error.filename else ""
+        write(f"No space is left for {recipe.run_dir}{where}; free some, then {go_on}", sys.stderr)
+        return TRY_AGAIN
+    return 0

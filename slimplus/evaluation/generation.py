@@ -1,0 +1,117 @@
+"""Text from a model: as one string, or streamed as it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, TextStreamer
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from slimplus.hub.checkpoint import load
+from slimplus.models.loading import UNREADABLE, check_tokenizer_file
+from slimplus.utils.errors import InputError, first_line
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+        max_new_tokens: at most so many.
+        temperature: 0 takes the likeliest token.
+        top_p: probability mass to draw from.
+        seed: of the draws.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def arguments(self) -> dict[str, Any]:
+        """For `model.generate`. What the model's own generation config says about sampling does not count."""
+        if self.temperature == 0:
+            greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+            return {"max_new_tokens": self.max_new_tokens, **greedy}
+        drawn = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        return {"max_new_tokens": self.max_new_tokens, **drawn}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model on its device, and its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def find_device(name: str) -> torch.device:
+    """The device called `name`; `auto` is a GPU if there is one.
+
+    Raises:
+        InputError: if it is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"--device: {name} cannot be used ({first_line(error)}); give cpu, or leave --device out"
+        ) from error
+    return device
+
+
+def load_for_generation(folder: Path, device: str, dtype: str) -> LoadedModel:
+    """The packed checkpoint in `folder`.
+
+    Args:
+        folder: of the checkpoint.
+        device: see `find_device`.
+        dtype: of what is not packed, and of the arithmetic; `auto` is as stored.
+
+    Raises:
+        InputError: if there is no such device, or no tokenizer.
+    """
+    where = str(find_device(device))
+    try:
+        check_tokenizer_file(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except UNREADABLE as error:
+        raise InputError(
+            f"{folder} has no tokenizer that can be read ({first_line(error)}); export it again"
+        ) from error
+    return LoadedModel(load(folder, dtype=dtype, device_map=where).eval(), tokenizer)
+
+
+def stream(loaded: LoadedModel, prompt: str, sampling: Sampling, chat: bool = False) -> None:
+    """Write what the model says after `prompt` to the standard output, word by word, and a newline."""
+    model: Any = loaded.model
+    tokenizer = loaded.tokenizer
+    inputs: Any
+    if chat:
+        message = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    torch.manual_seed(sampling.seed)
+    model.generate(
+        **inputs.to(model.device),
+        **sampling.arguments(),
+        pad_token_id=padding,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+    )
+
+
+def continue_text(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int = 24) -> str:
+    """`prompt` and what `model` writes after it, greedily, on one line."""
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    written = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    return " ".join(str(tokenizer.decode(written[0], skip_special_tokens=True)).split())

@@ -1,0 +1,31 @@
+"""Perplexity, one block on the device at a time, so that a model that fits no device can be measured."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics.text import Perplexity
+
+from slimplus.models.streaming import StreamedModel
+
+TOKENS_AT_A_TIME = 256  # the metric holds several copies of `tokens × vocabulary` probabilities
+
+
+def perplexity(model: StreamedModel, tokens: Tensor, description: str) -> float:
+    """Return the perplexity of windows: of each token but a window's first, given those before it.
+
+    Args:
+        model: the model, run one block at a time.
+        tokens: this rank's windows, `[windows, sequence_length]`; the ranks' sums are joined by the metric.
+        description: of the progress bar.
+    """
+    hidden = model.last_hidden(model.block_inputs(tokens), description)
+    device = model.runner.device
+    # In float32 its softmax is 0 for a token 104 nats below the likeliest one, and the perplexity infinite.
+    metric = Perplexity().to(device).set_dtype(torch.float64)
+    for window, output in zip(tokens.split(1), hidden.split(1), strict=True):
+        logits, expected = model.logits(window, output)[:, :-1], window[:, 1:].to(device)
+        for start in range(0, expected.shape[1], TOKENS_AT_A_TIME):
+            span = slice(start, start + TOKENS_AT_A_TIME)
+            metric.update(logits[:, span].double(), expected[:, span])
+    return float(metric.compute())

@@ -1,0 +1,221 @@
+"""Binary planes: the packed format of a mixed-bit linear weight.
+
+Groups are stored sorted by width. A b-bit group is the sum of its binary planes (3 = 2 + 1, 5 = 4 + 1), the most
+significant bits in the widest plane, so that nothing straddles a word and nothing is padded. With G columns a group
+and J = G / 16, column `c = 2 J i + 2 j + h` (i < 8, j < J, h < 2) lies, rows of the weight innermost, in
+
+| tensor | dtype, shape | place of the column |
+|---|---|---|
+| qplane1 | int16 `[n₁ J, rows]` | row `j`, bit `8 h + i` |
+| qplane2 | int32 `[n₂ J, rows]` | row `j`, bits `16 h + 2 i` |
+| qplane4 | int32 `[n₄ 2 J, rows]` | row `(i // 4) J + j`, bits `16 h + 4 (i % 4)` |
+| qplane8 | int32 `[n₈ 4 J, rows]` | row `(i // 2) J + j`, bits `16 h + 8 (i % 2)` |
+| scales | float16 `[groups, rows]`, or uint8 `[groups + 1, rows]` | of 8 bits, under an exponent a row: the last one |
+| zeros | uint8 `[groups, rows]` | fixed point with `8 - bits` fraction bits |
+| group_index | int16 `[groups]` | stored position → original group |
+| group_bits | uint8 `[groups]` | width of the stored group |
+
+`rows` is the number of output features rounded up to 16. A plane without groups is left out. An 8-bit scale `s` under
+the exponent `e` is the float16 of the bits `(s + 32 e) << 5`: a kernel reads it with an addition and a shift.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from slimplus.format.affine import MAX_BITS, QuantizedWeight, group_count, scale_codes, scales_of
+
+PLANES = (1, 2, 4, 8)
+ROW_MULTIPLE = 16
+COLUMNS_PER_CONTAINER = 16
+
+BitCounts = Mapping[int, int]
+"""Width → number of groups that have it."""
+
+
+def count_bits(bits: Tensor) -> dict[int, int]:
+    """How many groups of `bits` `[groups]` have each width."""
+    widths, counts = torch.unique(bits.cpu(), return_counts=True)
+    return dict(zip(widths.tolist(), counts.tolist(), strict=True))
+
+
+def padded_rows(out_features: int) -> int:
+    """Output features rounded up to what a tensor core tile holds."""
+    return -(-out_features // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def packed_shapes(
+    out_features: int, counts: BitCounts, group_size: int, scale_bits: int = 16
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor of a packed weight; the names are the same for all `scale_bits`."""
+    groups, rows = sum(counts.values()), padded_rows(out_features)
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for plane in PLANES:
+        members = sum(count for width, count in counts.items() if width & plane)
+        if members:
+            words = members * _word_rows(plane) * (group_size // COLUMNS_PER_CONTAINER)
+            shapes[f"qplane{plane}"] = ((words, rows), _container(plane))
+    return shapes | {
+        "scales": ((groups + 1, rows), torch.uint8) if scale_bits == 8 else ((groups, rows), torch.float16),
+        "zeros": ((groups, rows), torch.uint8),
+        "group_index": ((groups,), torch.int16),
+        "group_bits": ((groups,), torch.uint8),
+    }
+
+
+def packed_size(out_features: int, counts: BitCounts, group_size: int, scale_bits: int = 16) -> int:
+    """Bytes of all the tensors of a packed weight."""
+    return sum(
+        torch.Size(shape).numel() * dtype.itemsize
+        for shape, dtype in packed_shapes(out_features, counts, group_size, scale_bits).values()
+    )
+
+
+def stored_scale_bits(packed: Mapping[str, Tensor]) -> int:
+    """Of the scales of a packed weight."""
+    return 8 * packed["scales"].dtype.itemsize
+
+
+def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """The tensors of the packed format, on the CPU; worked out on the device of `weight`.
+
+    Raises:
+        ValueError: if the group size is no multiple of 16.
+    """
+    group_size = weight.group_size
+    if group_size % COLUMNS_PER_CONTAINER:
+        raise ValueError(f"group_size {group_size} cannot be packed: it must be a multiple of {COLUMNS_PER_CONTAINER}")
+    out_features, in_features = weight.integers.shape
+    bits = weight.bits.to(weight.integers.device)
+    groups, rows = len(bits), padded_rows(out_features)
+    order = torch.argsort(bits, stable=True)
+    missing = (0, groups * group_size - in_features, 0, rows - out_features)
+    columns = torch.nn.functional.pad(weight.integers, missing).T.contiguous()
+    # [stored group, i, j, h, rows], see the module's docstring
+    stored = columns.view(groups, 8, group_size // COLUMNS_PER_CONTAINER, 2, rows)[order]
+    packed: dict[str, Tensor] = {}
+    for plane in PLANES:
+        parts = [
+            _pack_plane(stored[start:stop], plane, _offset(width, plane))
+            for width, start, stop in segments(count_bits(bits))
+            if width & plane
+        ]
+        if parts:
+            packed[f"qplane{plane}"] = torch.cat(parts)
+    steps = torch.exp2((MAX_BITS - bits).float())
+    if weight.scale_bits == 8:
+        codes, exponents = scale_codes(weight.scale)
+        packed["scales"] = torch.cat([_stored(codes, rows)[order], _stored(exponents, rows)])
+    else:
+        packed["scales"] = _stored(weight.scale, rows)[order].to(torch.float16)
+    packed["zeros"] = _stored(weight.zero_point * steps, rows)[order].to(torch.uint8)
+    packed["group_index"] = order.to(torch.int16)
+    packed["group_bits"] = bits[order].to(torch.uint8)
+    return {name: tensor.cpu().contiguous() for name, tensor in packed.items()}
+
+
+def unpack(packed: Mapping[str, Tensor], out_features: int, in_features: int, group_size: int) -> QuantizedWeight:
+    """The inverse of `pack`, on the device of the tensors."""
+    stored_bits, index = packed["group_bits"].int(), packed["group_index"].long()
+    groups, rows = packed["zeros"].shape
+    shape = (8, group_size // COLUMNS_PER_CONTAINER, 2, rows)
+    columns = torch.empty(groups, *shape, dtype=torch.uint8, device=index.device)
+    taken = dict.fromkeys(PLANES, 0)
+    for width, start, stop in segments(count_bits(stored_bits)):
+        segment = torch.zeros(stop - start, *shape, dtype=torch.uint8, device=index.device)
+        for plane in PLANES:
+            if width & plane:
+                first = taken[plane]
+                taken[plane] += (stop - start) * _word_rows(plane) * shape[1]
+                _unpack_plane(packed[f"qplane{plane}"][first : taken[plane]], plane, _offset(width, plane), segment)
+        columns[index[start:stop]] = segment
+    inverse = torch.argsort(index)
+    bits = stored_bits[inverse]
+    scales, scale_bits = packed["scales"], stored_scale_bits(packed)
+    if scale_bits == 8:
+        scales = scales_of(scales[:-1], scales[-1:])
+    scale = scales[inverse].T[:out_features].float()
+    zero_point = packed["zeros"][inverse].T[:out_features].float() / torch.exp2((MAX_BITS - bits).float())
+    integers = columns.view(groups * group_size, rows).T[:out_features, :in_features]
+    return QuantizedWeight(integers, scale, zero_point, bits, group_size, scale_bits)
+
+
+def segments(counts: BitCounts) -> Iterator[tuple[int, int, int]]:
+    """`(width, first, last + 1)` of the stored groups of each width, in stored order."""
+    start = 0
+    for width in sorted(counts):
+        yield width, start, start + counts[width]
+        start += counts[width]
+
+
+def check_features(in_features: int, counts: BitCounts, group_size: int) -> None:
+    """Raise ValueError unless `counts` describes the groups of `in_features` columns."""
+    expected = group_count(in_features, group_size)
+    if sum(counts.values()) != expected or not all(1 <= width <= MAX_BITS for width in counts):
+        raise ValueError(f"{dict(counts)} does not describe {expected} groups of 1 to {MAX_BITS} bits")
+
+
+def _container(plane: int) -> torch.dtype:
+    return torch.int16 if plane == 1 else torch.int32
+
+
+def _columns_per_half(plane: int) -> int:
+    return (8 if plane == 1 else 16) // plane
+
+
+def _word_rows(plane: int) -> int:
+    """Word rows a group takes, as a multiple of J."""
+    return 8 // _columns_per_half(plane)
+
+
+def _offset(width: int, plane: int) -> int:
+    """Position of the plane's bits in the integer: the widest plane holds the most significant ones."""
+    return sum(narrower for narrower in PLANES if narrower < plane and width & narrower)
+
+
+def _bytes_per_half(plane: int) -> int:
+    return 1 if plane == 1 else 2
+
+
+def _split_columns(integers: Tensor, plane: int) -> Tensor:
+    """`[n, 8, J, 2, rows]`, uint8 → `[n, word rows, bytes a half, columns a byte, J, 2, rows / 8]`, a view.
+
+    Eight rows make one int64: shifts and masks that keep inside each byte treat them at once.
+    """
+    return integers.view(torch.int64).unflatten(1, (_word_rows(plane), _bytes_per_half(plane), 8 // plane))
+
+
+def _mask(plane: int) -> int:
+    """The plane's bits at the lower end of each byte of an int64."""
+    return int.from_bytes(bytes([2**plane - 1] * 8), "little", signed=True)
+
+
+def _pack_plane(integers: Tensor, plane: int, offset: int) -> Tensor:
+    """The bits from `offset` of integers `[n, 8, J, 2, rows]` → words `[n · word rows · J, rows]`."""
+    columns, mask = _split_columns(integers, plane), _mask(plane)
+    packed = (columns[:, :, :, 0] >> offset) & mask
+    for position in range(1, 8 // plane):
+        packed |= ((columns[:, :, :, position] >> offset) & mask) << plane * position
+    fields = packed.view(torch.uint8)
+    words = torch.empty(*fields[:, :, 0, :, 0].shape, 2, fields.shape[2], dtype=torch.uint8, device=fields.device)
+    for half in range(2):  # one permuted copy would run along the innermost four bytes: ten times slower
+        for byte in range(fields.shape[2]):
+            words[..., half, byte] = fields[:, :, byte, :, half]
+    return words.flatten(-2).view(_container(plane)).view(-1, integers.shape[-1])
+
+
+def _unpack_plane(words: Tensor, plane: int, offset: int, integers: Tensor) -> None:
+    """Put words `[n · word rows · J, rows]` as the bits from `offset` into `integers` `[n, 8, J, 2, rows]`."""
+    columns, mask = _split_columns(integers, plane), _mask(plane)
+    shape = (len(integers), _word_rows(plane), integers.shape[2], -1, 2, _bytes_per_half(plane))
+    packed = words.contiguous().view(torch.uint8).view(shape).permute(0, 1, 5, 2, 4, 3).contiguous().view(torch.int64)
+    for position in range(8 // plane):
+        columns[:, :, :, position] |= ((packed >> plane * position) & mask) << offset
+
+
+def _stored(values: Tensor, rows: int) -> Tensor:
+    """`[out, groups]` → `[groups, rows]`, padded with zeros."""
+    return torch.nn.functional.pad(values.T, (0, rows - values.shape[0]))

@@ -1,0 +1,135 @@
+"""Packed weights on a GPU: Triton kernels over the packed tensors themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from slimplus.format.planes import BitCounts
+from slimplus.kernels.fused import FUSED, FusedShape, can_multiply, fuse_shards, split_shards
+from slimplus.kernels.launch import BUCKETS
+
+OLDEST = (8, 0)  # compute capability; before it tensor cores are other ones, and the kernels spill their registers
+
+
+@dataclass(frozen=True)
+class TritonWeight:
+    """The packed tensors of layers that read the same input, end to end; see `slimplus.kernels.packed_matmul`.
+
+    Attributes:
+        tensors: by FUSED.
+        counters: int32 zeros by which programs learn who finishes last; zeros again after every launch.
+        in_features, group_size: of every layer.
+        out_features: rows of each layer.
+        widths: those that occur, ascending.
+        bias: `[sum of out_features]` or None.
+    """
+
+    tensors: list[Tensor]
+    counters: Tensor
+    in_features: int
+    group_size: int
+    out_features: list[int]
+    widths: list[int]
+    bias: Tensor | None
+
+    @staticmethod
+    def supports(rows: int, widths: Collection[int], group_size: int) -> bool:
+        """Whether the kernels take inputs of so many rows."""
+        from slimplus.kernels.packed_matmul import MAX_TOKENS  # Triton, which a machine without a GPU may lack
+
+        return 0 < rows <= MAX_TOKENS and can_multiply(dict.fromkeys(widths, 1), group_size)
+
+    @classmethod
+    def from_packed(
+        cls,
+        tensors: Sequence[Mapping[str, Tensor]],
+        bit_counts: Sequence[BitCounts],
+        shapes: Sequence[tuple[int, int]],
+        group_size: int,
+        bias: Tensor | None,
+    ) -> tuple[Self, list[dict[str, Tensor]]]:
+        """Lay the packed tensors of layers that read the same input end to end.
+
+        Args:
+            tensors: packed tensors of each layer.
+            bit_counts: number of groups of each width, of each layer.
+            shapes: rows and columns of each layer; all have the same columns.
+            group_size: columns a group.
+            bias: `[sum of out_features]` or None.
+
+        Returns:
+            The weight, and views of it that take the place of each layer's tensors, so that nothing is held twice.
+        """
+        out_features, in_features = [rows for rows, _ in shapes], shapes[0][1]
+        fused, shape = fuse_shards(tensors, bit_counts, out_features, in_features, group_size)
+        counters = torch.zeros(shape.counters, dtype=torch.int32, device=tensors[0]["scales"].device)
+        parts = [fused[name] for name in FUSED]
+        for tensor in (*parts, counters, *(() if bias is None else (bias,))):
+            # Else a CUDA graph that torch.compile makes would copy the weights to addresses of its own at each replay.
+            torch._dynamo.mark_static_address(tensor)
+        weight = cls(parts, counters, in_features, group_size, out_features, list(shape.widths), bias)
+        return weight, split_shards(fused, bit_counts, out_features, group_size)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory it takes beside the packed tensors, which are parts of it."""
+        return self.counters.nbytes + self.tensors[FUSED.index("shard_table")].nbytes
+
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Compile every launch for inputs of `dtype`: none is compiled in the middle of serving."""
+        for tokens in BUCKETS:
+            self.linear(torch.zeros(tokens, self.in_features, dtype=dtype, device=self.counters.device))
+
+    def linear(self, inputs: Tensor) -> Tensor:
+        """`inputs` `[..., in]`, float16 or bfloat16 → `[..., sum of out]`, in their dtype."""
+        bias = None if self.bias is None else self.bias.to(inputs.dtype)
+        flat = packed_matmul(
+            inputs.reshape(-1, self.in_features),
+            self.tensors,
+            self.counters,
+            bias,
+            self.in_features,
+            self.group_size,
+            self.out_features,
+            self.widths,
+        )
+        return flat.view(*inputs.shape[:-1], flat.shape[-1])
+
+
+# The counters are as they were when the kernel is done. Called mutated, they would keep torch.compile from CUDA graphs.
+@torch.library.custom_op("slimplus::packed_matmul", mutates_args=())
+def packed_matmul(
+    inputs: Tensor,
+    tensors: Sequence[Tensor],
+    counters: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    group_size: int,
+    out_features: Sequence[int],
+    widths: Sequence[int],
+) -> Tensor:
+    """`inputs` `[tokens, in]` times the weights of a `TritonWeight`; an operator of its own for `torch.compile`."""
+    from slimplus.kernels.packed_matmul import packed_matmul as launch
+
+    shape = FusedShape(in_features, group_size, tuple(out_features), tuple(widths))
+    with torch.cuda.device_of(inputs):  # Triton launches on the current device, whatever that of the tensors is
+        return launch(inputs, dict(zip(FUSED, tensors, strict=True)), shape, counters, bias)
+
+
+@packed_matmul.register_fake
+def _(
+    inputs: Tensor,
+    tensors: Sequence[Tensor],
+    counters: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    group_size: int,
+    out_features: Sequence[int],
+    widths: Sequence[int],
+) -> Tensor:
+    return inputs.new_empty(inputs.shape[0], sum(out_features))

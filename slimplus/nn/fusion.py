@@ -1,0 +1,177 @@
+"""Packed layers that read the same input (q, k and v; gate and up), multiplied in one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from slimplus.nn.backends.cpu_int4 import Int4Weight
+from slimplus.nn.backends.cpu_int8 import Int8Weight
+from slimplus.nn.backends.triton import OLDEST, TritonWeight
+from slimplus.nn.packed_linear import PackedLinear, offloading_hook
+
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers of one module that every architecture we know feeds the same tensor."""
+
+Backend = Int4Weight | Int8Weight | TritonWeight
+BACKENDS: dict[str, tuple[type[Backend], ...]] = {"cpu": (Int4Weight, Int8Weight), "cuda": (TritonWeight,)}
+"""Device → how packed weights are multiplied there while rows are few; which one depends on their widths."""
+
+
+class FusedLinears:
+    """One or more packed layers with the same input.
+
+    The layers stay what they are: each holds its own packed tensors, in its own order of groups, and is called as
+    before. The first one called multiplies for all; the others, called with the very same tensor, find their part.
+
+    Args:
+        layers: of equal `in_features` and `group_size`.
+    """
+
+    def __init__(self, layers: Sequence[PackedLinear]) -> None:
+        self.layers = tuple(layers)
+        self._widths = frozenset(width for layer in layers for width in layer.bit_counts)
+        self._backend: Backend | None = None
+        self._pending: tuple[Tensor, int, list[Tensor | None]] | None = None
+
+    def supports(self, dtype: torch.dtype, rows: int) -> bool:
+        """Whether so many rows of input are multiplied faster here, in `dtype`, than by dequantized weights."""
+        return self._kind(dtype, rows) is not None
+
+    def _kind(self, dtype: torch.dtype, rows: int) -> type[Backend] | None:
+        if dtype not in (torch.float16, torch.bfloat16):  # wider ones are left to the exact product
+            return None
+        first = self.layers[0]
+        device = first.scales.device
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST:
+            return None
+        backends = BACKENDS.get(device.type, ())
+        return next((backend for backend in backends if backend.supports(rows, self._widths, first.group_size)), None)
+
+    def __call__(self, inputs: Tensor, layer: PackedLinear, dtype: torch.dtype) -> Tensor:
+        """Output of one of the layers, computed in `dtype`; see `takes`."""
+        position = next(index for index, member in enumerate(self.layers) if member is layer)
+        pending = self._pending
+        version = _version(inputs)
+        if pending is None or pending[0] is not inputs or pending[1] != version or pending[2][position] is None:
+            pending = (inputs, version, self._multiply(inputs.to(dtype)))
+        parts = pending[2]
+        output, parts[position] = parts[position], None
+        self._pending = pending if any(part is not None for part in parts) else None
+        assert output is not None
+        return output
+
+    def linear(self, inputs: Tensor) -> Tensor:
+        """`inputs` `[..., in]` → `[..., sum of out]`: the outputs of all the layers side by side; see `takes`."""
+        if self._backend is None:
+            self.prepare()
+        assert self._backend is not None
+        return self._backend.linear(inputs)
+
+    def _multiply(self, inputs: Tensor) -> list[Tensor | None]:
+        return list(self.linear(inputs).split([layer.out_features for layer in self.layers], dim=-1))
+
+    @torch.compiler.disable
+    def prepare(self) -> None:
+        """Make the backend for the device on which the layers lie; otherwise the first use does."""
+        kind = self._kind(torch.bfloat16, rows=1)
+        assert kind is not None
+        if issubclass(kind, TritonWeight):
+            self._backend = triton_weight(self.layers)
+        else:
+            weights = [layer.quantized_weight() for layer in self.layers]
+            self._backend = kind.from_quantized(weights, _stacked_bias(self.layers))
+
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """`prepare`, and compile what products of any size with inputs of `dtype` need."""
+        self.prepare()
+        if isinstance(self._backend, TritonWeight):
+            self._backend.warm_up(dtype)
+            for layer in self.layers:
+                layer.dequantize(dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the form takes beside the packed tensors."""
+        return self._backend.nbytes if self._backend is not None else 0
+
+    def forget(self) -> None:
+        """Drop the form: the layers have been moved or changed."""
+        self._backend = self._pending = None
+
+
+def triton_weight(layers: Sequence[PackedLinear]) -> TritonWeight:
+    """Lay the packed tensors of layers with the same input end to end; what the layers hold become views of that."""
+    weight, views = TritonWeight.from_packed(
+        [layer.packed_tensors() for layer in layers],
+        [layer.bit_counts for layer in layers],
+        [layer.shape for layer in layers],
+        layers[0].group_size,
+        _stacked_bias(layers),
+    )
+    for layer, tensors in zip(layers, views, strict=True):
+        layer.replace_tensors(tensors)
+    return weight
+
+
+def _stacked_bias(layers: Sequence[PackedLinear]) -> Tensor | None:
+    """The biases of layers that are multiplied together, zeros where there is none; None if no layer has one."""
+    if all(layer.bias is None for layer in layers):
+        return None
+    return torch.cat(
+        [
+            layer.scales.new_zeros(layer.out_features, dtype=torch.float32)
+            if layer.bias is None
+            else layer.bias.detach()
+            for layer in layers
+        ]
+    )
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place, where PyTorch counts it."""
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+
+
+def prepare_inference(model: nn.Module, fuse: bool = True, keep_dense: bool = False) -> list[FusedLinears]:
+    """Give every packed layer of `model` its fast way to multiply; a second call replaces the first.
+
+    Args:
+        model: with packed layers, on any device.
+        fuse: whether layers that read the same input are multiplied in one launch.
+        keep_dense: whether dequantized weights are kept, which makes many rows at once fast on a CPU and takes as much
+            memory as the model had before it was quantized.
+    """
+    made = []
+    for parent in model.modules():
+        layers = {
+            name: child
+            for name, child in parent.named_children()
+            if isinstance(child, PackedLinear) and not _is_offloaded(child)
+        }
+        for names in _together(layers) if fuse else [(name,) for name in layers]:
+            members = [layers[name] for name in names]
+            made.append(FusedLinears(members))
+            for member in members:
+                member.forget()
+                member.fused, member.keep_dense = made[-1], keep_dense
+    return made
+
+
+def _is_offloaded(layer: PackedLinear) -> bool:
+    """Whether accelerate brings in something of the layer for each of its forwards, and only for these."""
+    hook = offloading_hook(layer)
+    return hook is not None and (hook.offload_buffers or layer.bias is not None)
+
+
+def _together(layers: Mapping[str, PackedLinear]) -> list[tuple[str, ...]]:
+    """The names of `layers`, those of siblings that can be fused in one tuple."""
+    fused = [
+        names
+        for names in SIBLINGS
+        if layers.keys() >= set(names)
+        and len({(layers[name].in_features, layers[name].group_size) for name in names}) == 1
+    ]
+    return fused + [(name,) for name in layers if not any(name in names for names in fused)]

@@ -1,0 +1,269 @@
+"""A linear layer that keeps its weight bit-packed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from slimplus.format.affine import QuantizedWeight
+from slimplus.format.checks import check_packed
+from slimplus.format.planes import BitCounts, check_features, count_bits, pack, packed_shapes, stored_scale_bits, unpack
+
+KEPT_DENSE_ROWS = 32  # from here on a dequantized weight that was kept beats int4 on a CPU
+
+
+class _InferenceOnly(torch.autograd.Function):
+    """Gives `outputs`, computed from `inputs` elsewhere; its gradient is refused in words that help."""
+
+    @staticmethod
+    def forward(context: Any, inputs: Tensor, outputs: Tensor) -> Tensor:
+        return outputs.view_as(outputs)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError(
+            "packed layers are for inference only and give no gradients; call the model under torch.inference_mode(), "
+            "or replace them by ordinary ones with to_linear()"
+        )
+
+
+def dequantize_packed(
+    packed: Mapping[str, Tensor],
+    bit_counts: BitCounts,
+    shape: tuple[int, int],
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight of `shape` `[out, in]` that packed tensors hold; exact in float32, rounded once to any other dtype."""
+    tensors = [packed[name] for name in packed_shapes(shape[0], bit_counts, group_size)]
+    return _dequantize(tensors, list(bit_counts), list(bit_counts.values()), *shape, group_size, dtype)
+
+
+@torch.library.custom_op("slimplus::dequantize", mutates_args=())
+def _dequantize(
+    tensors: Sequence[Tensor],
+    widths: Sequence[int],
+    counts: Sequence[int],
+    rows: int,
+    columns: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """An operator of its own for `torch.compile`; the tensors come in the order of `packed_shapes`."""
+    bit_counts = dict(zip(widths, counts, strict=True))
+    packed = dict(zip(packed_shapes(rows, bit_counts, group_size), tensors, strict=True))
+    if packed["scales"].is_cuda:
+        from slimplus.kernels.dequantize import dequantize  # Triton, which a machine without a GPU may lack
+
+        with torch.cuda.device_of(packed["scales"]):  # Triton launches on the current device
+            return dequantize(packed, bit_counts, rows, columns, group_size, dtype)
+    return unpack(packed, rows, columns, group_size).dequantize(dtype)
+
+
+@_dequantize.register_fake
+def _(
+    tensors: Sequence[Tensor],
+    widths: Sequence[int],
+    counts: Sequence[int],
+    rows: int,
+    columns: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    if tensors[0].is_cuda:
+        return tensors[0].new_empty(rows, columns, dtype=dtype)
+    return tensors[0].new_empty(columns, rows, dtype=dtype).T
+
+
+class PackedModule(nn.Module):
+    """A module whose buffers are the tensors of a packed weight."""
+
+    def packed_tensors(self) -> dict[str, Tensor]:
+        """The tensors of the packed format, by name."""
+        return dict(self.named_buffers(recurse=False))
+
+    def replace_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put the same values, lying elsewhere, in the place of the packed tensors."""
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+    def _apply(self, function: Any, recurse: bool = True) -> Self:
+        """Move the module; the packed tensors keep their dtypes, whatever the model is cast to."""
+        packed = {id(buffer) for buffer in self.buffers()}
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved: Tensor = function(tensor)
+            return tensor.to(moved.device) if id(tensor) in packed and moved.dtype != tensor.dtype else moved
+
+        return super()._apply(keep_dtype, recurse)
+
+
+class FusedProduct(Protocol):
+    """Multiplies for a packed layer, perhaps together with others that read the same input; see `nn.fusion`."""
+
+    def supports(self, dtype: torch.dtype, rows: int) -> bool:
+        """Return whether it multiplies so many rows of input in `dtype`."""
+
+    def __call__(self, inputs: Tensor, layer: PackedLinear, dtype: torch.dtype) -> Tensor:
+        """Return the output of `layer`, computed in `dtype`."""
+
+    def forget(self) -> None:
+        """Drop what was made of the packed tensors."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held beside the packed tensors, in bytes."""
+
+
+class PackedLinear(PackedModule):
+    """`nn.Linear` for inference over the packed format of `slimplus.format.planes`.
+
+    Few rows of input are multiplied by the `fused` the layer belongs to, if `prepare_inference` gave it some: by
+    Triton kernels on a GPU, by PyTorch's int4 operator on a CPU. Otherwise the forward dequantizes the whole weight to
+    the dtype of the input and uses the library's matmul.
+
+    Attributes:
+        fused: the layers that are multiplied together with this one, or None.
+        keep_dense: whether a weight, once dequantized, is kept.
+
+    Args:
+        in_features: columns of the weight.
+        out_features: rows of the weight.
+        group_size: columns a group.
+        bit_counts: number of groups of each width; it fixes the shape of every buffer.
+        bias: whether there is one.
+        dtype: of the bias.
+        scale_bits: that a scale takes.
+
+    Raises:
+        ValueError: if `bit_counts` does not describe `in_features` columns.
+    """
+
+    scales: Tensor
+    fused: FusedProduct | None = None
+    keep_dense: bool = False
+    _dense: Tensor | None = None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        group_size: int,
+        bit_counts: Mapping[int, int],
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        scale_bits: int = 16,
+    ) -> None:
+        super().__init__()
+        check_features(in_features, bit_counts, group_size)
+        self.in_features, self.out_features, self.group_size = in_features, out_features, group_size
+        self.bit_counts = dict(bit_counts)
+        for name, (shape, tensor_dtype) in packed_shapes(out_features, bit_counts, group_size, scale_bits).items():
+            self.register_buffer(name, torch.zeros(shape, dtype=tensor_dtype))
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
+
+    @classmethod
+    def from_quantized(cls, weight: QuantizedWeight, bias: Tensor | None) -> Self:
+        """Pack `weight`; the bias keeps its dtype. The layer lies on the CPU."""
+        out_features, in_features = weight.integers.shape
+        tensors = pack(weight)
+        if bias is not None:
+            tensors["bias"] = bias.detach().cpu()
+        return cls.from_tensors(tensors, in_features, out_features, weight.group_size)
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], in_features: int, out_features: int, group_size: int) -> Self:
+        """A layer that holds the tensors of a packed weight, and its bias if there is one.
+
+        Raises:
+            ValueError: if the tensors are no such weight.
+        """
+        check_packed(tensors, (out_features, in_features), group_size)
+        if (bias := tensors.get("bias")) is not None and bias.shape != (out_features,):
+            raise ValueError(f"bias is {list(bias.shape)} instead of [{out_features}]")
+        counts, scale_bits = count_bits(tensors["group_bits"]), stored_scale_bits(tensors)
+        with torch.device("meta"):
+            layer = cls(in_features, out_features, group_size, counts, "bias" in tensors, scale_bits=scale_bits)
+        layer.load_state_dict(dict(tensors), assign=True)
+        return layer.requires_grad_(False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the weight, `[out, in]`."""
+        return self.out_features, self.in_features
+
+    def quantized_weight(self) -> QuantizedWeight:
+        """Integers, scales and zero points in the original order of columns."""
+        return unpack(self.packed_tensors(), self.out_features, self.in_features, self.group_size)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight `[out, in]`; exact in float32, rounded once to any other dtype."""
+        return dequantize_packed(self.packed_tensors(), self.bit_counts, self.shape, self.group_size, dtype)
+
+    def to_linear(self) -> nn.Linear:
+        """An ordinary float32 layer with the same weight."""
+        with torch.device("meta"):
+            linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        tensors = {"weight": self.dequantize()} | ({} if self.bias is None else {"bias": self.bias.float()})
+        linear.load_state_dict(tensors, assign=True)
+        return linear.requires_grad_(False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """`inputs` `[..., in]` → `[..., out]`, in the dtype of the input (of autocast where it is on).
+
+        Raises:
+            ValueError: for inputs of another width.
+            RuntimeError: in the backward pass.
+        """
+        if inputs.shape[-1] != self.in_features:
+            raise ValueError(f"the inputs have {inputs.shape[-1]} columns, and this layer takes {self.in_features}")
+        device = inputs.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs.dtype
+        rows = inputs.numel() // self.in_features
+        kept = self.keep_dense and rows >= KEPT_DENSE_ROWS
+        refused = torch.is_grad_enabled() and inputs.requires_grad
+        with torch.no_grad():  # or every dequantized weight would be kept for a backward pass that is refused
+            if self.fused is not None and not kept and self.fused.supports(dtype, rows):
+                outputs = self.fused(inputs, self, dtype)
+            else:
+                bias = None if self.bias is None else self.bias.to(dtype)
+                outputs = nn.functional.linear(inputs.to(dtype), self._dense_weight(dtype), bias)
+        return _InferenceOnly.apply(inputs, outputs) if refused else outputs
+
+    def _dense_weight(self, dtype: torch.dtype) -> Tensor:
+        if self._dense is not None and self._dense.dtype == dtype:
+            return self._dense
+        weight = self.dequantize(dtype)
+        if self.keep_dense:
+            self._dense = weight
+        return weight
+
+    def _apply(self, function: Any, recurse: bool = True) -> Self:
+        self.forget()
+        return super()._apply(function, recurse)
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        self.forget()
+        super()._load_from_state_dict(*arguments, **options)
+
+    def forget(self) -> None:
+        """Drop what was made of the packed tensors."""
+        self._dense = None
+        if self.fused is not None:
+            self.fused.forget()
+
+    def extra_repr(self) -> str:
+        widths = ", ".join(f"{count}×{width}-bit" for width, count in self.bit_counts.items())
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"group_size={self.group_size}, groups=({widths}), bias={self.bias is not None}"
+        )
+
+
+def offloading_hook(layer: nn.Module) -> Any:
+    """accelerate's hook that brings in the layer's parameters, and buffers if asked to, for each forward; or None."""
+    hook = getattr(layer, "_hf_hook", None)
+    return next((one for one in getattr(hook, "hooks", (hook,)) if getattr(one, "offload", False)), None)

@@ -1,0 +1,95 @@
+"""What the stages of a running job share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from lightning.fabric import Fabric
+from torch import Tensor
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from slimplus.blockwise.quantizer import BlockQuantizer
+from slimplus.data.windows import Windows
+from slimplus.distributed.preemption import Preemption
+from slimplus.distributed.ranks import Ranks
+from slimplus.models.loading import ModelSource
+from slimplus.models.streaming import BlockRunner, StreamedModel
+from slimplus.quantization.linear import QuantizationConfig
+from slimplus.recipe.schema import Recipe
+from slimplus.run_dir.directory import Record, RunDirectory
+from slimplus.run_dir.metrics import Metrics
+
+
+@dataclass
+class Job:
+    """One start of a run; `prepare` makes it.
+
+    Attributes:
+        recipe: the resolved recipe.
+        run: the run directory.
+        fabric: the processes of the job.
+        ranks: the same processes, as tensors are shared among them.
+        preemption: the signals of this process.
+        runner: runs blocks on this process's device.
+        source: where the full-precision model comes from.
+        tokenizer: the model's tokenizer.
+        calibration: windows that the model is calibrated and trained on.
+        evaluation: windows that perplexity is measured on.
+        settings: how weights are quantized.
+        quantizer: quantizes one block after the other.
+        block_names: names of the blocks in the model.
+        embedding_and_head_bits: name → bits of the layers outside the blocks that get packed.
+        metrics: the content of metrics.json.
+        allocation: layer → widths of its groups, imported or found for the whole model; None if each block finds them.
+        channels: salience of each block's output channels, `[blocks, hidden]`, if it was measured.
+        tuned: tensors that the end-to-end stage trained, by their names in the packed model, if it ran.
+    """
+
+    recipe: Recipe
+    run: RunDirectory
+    fabric: Fabric
+    ranks: Ranks
+    preemption: Preemption
+    runner: BlockRunner
+    source: ModelSource
+    tokenizer: PreTrainedTokenizerBase
+    calibration: Windows
+    evaluation: Windows
+    settings: QuantizationConfig
+    quantizer: BlockQuantizer
+    block_names: list[str]
+    embedding_and_head_bits: dict[str, int]
+    metrics: Metrics
+    allocation: dict[str, list[int]] | None = None
+    channels: Tensor | None = None
+    tuned: dict[str, Tensor] | None = None
+
+    @cached_property
+    def model(self) -> StreamedModel:
+        """The full-precision model; loaded when a stage first asks for it."""
+        return StreamedModel(self.source.model(), self.runner)
+
+    def release_model(self) -> None:
+        """Free the full-precision model."""
+        self.__dict__.pop("model", None)
+
+    def shard(self, tokens: Tensor) -> Tensor:
+        """Return this rank's share of windows `[windows, sequence_length]`."""
+        return tokens[self.ranks.rank :: self.ranks.count]
+
+    def finished_block(self, index: int) -> tuple[dict[str, Tensor], Record]:
+        """Return the packed tensors of a finished block as they are exported, and its record."""
+        tensors, record = self.run.load_block(index)
+        prefix = f"{self.block_names[index]}."
+        tuned = self.tuned or {}
+        return tensors | {key: tuned[prefix + key] for key in tensors if prefix + key in tuned}, record
+
+    def forget_checkpoint(self) -> None:
+        """Drop the packed checkpoint and its figures: what it was made from is about to change."""
+        for key in ("size_bytes", "sentence"):
+            self.metrics.pop(key, None)
+        self.metrics["perplexity"].pop("quantized", None)
+        self.metrics.save()
+        if self.fabric.is_global_zero:
+            self.run.manifest.forget(self.run.packed)

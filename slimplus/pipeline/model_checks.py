@@ -1,0 +1,101 @@
+"""What a recipe asks, checked against the model's shapes before any long work."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+
+from transformers import PreTrainedModel
+
+from slimplus.format.affine import group_count
+from slimplus.format.planes import packed_size
+from slimplus.models.architectures import blocks_path, find_blocks, find_linears, following_norm, quantized_linears
+from slimplus.quantization.knapsack import check_budget, costs_and_budget
+from slimplus.recipe.schema import QuantizationSection, Recipe
+from slimplus.run_dir.allocation_file import average_bits, check_allocation, read_allocation
+from slimplus.utils.errors import InputError
+
+
+def check_shapes(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Check what the recipe asks against the shapes of `model`, which may lie on the meta device.
+
+    Raises:
+        InputError: for windows longer than its context, a loss behind a norm that is not there, and where
+            `check_widths` does.
+    """
+    longest, data = getattr(model.config, "max_position_embeddings", None), recipe.data
+    for key, length in (("", data.sequence_length), ("evaluation.", data.evaluation.sequence_length)):
+        if longest is not None and length > longest:
+            raise InputError(
+                f"data.{key}sequence_length: {length} tokens are more than the model takes; give at most {longest}"
+            )
+    if recipe.quantization.trains and recipe.training.loss.error == "after_norm":
+        for index in range(len(find_blocks(model))):
+            following_norm(model, index)
+    check_widths(model, recipe.quantization)
+
+
+def given_allocation(model: PreTrainedModel, recipe: Recipe) -> dict[str, list[int]] | None:
+    """The imported allocation, if there is one.
+
+    Raises:
+        InputError: if it is none, or not of `model` in this recipe's groups.
+    """
+    settings = recipe.quantization
+    if settings.allocation is None or settings.allocates_by != "file":
+        return None
+    allocation = read_allocation(settings.allocation, settings.group_size, blocks_path(model.config))
+    layers = quantized_linears(model)
+    check_allocation(
+        allocation, {name: group_count(layer.in_features, settings.group_size) for name, layer in layers.items()}
+    )
+    return allocation
+
+
+def planned_widths(model: PreTrainedModel, recipe: Recipe) -> tuple[float | None, int]:
+    """Average width, None where a size is given instead, and the bytes of all packed layers of the blocks.
+
+    Raises:
+        InputError: where `given_allocation` does.
+    """
+    settings, layers = recipe.quantization, quantized_linears(model)
+    size = partial(packed_size, group_size=settings.group_size, scale_bits=settings.scale_bits)
+
+    def uniform(bits: int) -> int:
+        groups = partial(group_count, group_size=settings.group_size)
+        return sum(size(layer.out_features, {bits: groups(layer.in_features)}) for layer in layers.values())
+
+    if (given := given_allocation(model, recipe)) is not None:
+        stored = (size(layer.out_features, Counter(given[name])) for name, layer in layers.items())
+        return average_bits(given, layers, settings.group_size), sum(stored)
+    if settings.size_bytes is not None:
+        return None, min(settings.size_bytes, uniform(max(settings.widths)))
+    # A group one bit narrower and one wider take what two groups of the average take.
+    return settings.bits, uniform(settings.bits)
+
+
+def check_widths(model: PreTrainedModel, settings: QuantizationSection) -> None:
+    """Check that widths by sensitivity can meet the average, or the size, that is asked of the blocks of `model`.
+
+    Raises:
+        InputError: if not.
+    """
+    if settings.allocates_by not in ("block", "model"):
+        return
+    size, widths = settings.size_bytes, settings.widths
+    by_block = settings.allocates_by == "block"
+    for layers in map(find_linears, find_blocks(model)) if by_block else (quantized_linears(model),):
+        shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+        costs, budget = costs_and_budget(shapes, settings.bits, settings.group_size, widths, size, settings.scale_bits)
+        try:
+            check_budget(costs.values(), widths, budget, exact=size is None)
+        except ValueError as error:
+            if size is not None:
+                raise InputError(
+                    f"quantization.size_bytes: {error} bytes; give more, larger groups (quantization.group_size) or "
+                    "quantization.scale_bits=8"
+                ) from error
+            dense = list(range(widths[0], widths[-1] + 1))
+            raise InputError(
+                f"quantization.widths: {error} bits; leave no gaps, as in quantization.widths={dense}"
+            ) from error

@@ -1,0 +1,188 @@
+"""What happens before the stages: processes, texts, checks, and what an earlier start of the run left."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.fabric import Fabric
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from slimplus.data.text import load_text
+from slimplus.data.windows import Windows, calibration_windows, evaluation_windows
+from slimplus.distributed.preemption import Preemption
+from slimplus.distributed.strategies import launch
+from slimplus.models.architectures import (
+    blocks_path,
+    embedding_and_head_bits,
+    find_blocks,
+    quantized_linears,
+)
+from slimplus.models.loading import ModelSource, build_on_meta
+from slimplus.models.location import resolve_model_folder
+from slimplus.models.precision import resolve_precision
+from slimplus.models.streaming import BlockRunner
+from slimplus.pipeline.configs import block_quantizer
+from slimplus.pipeline.job import Job
+from slimplus.pipeline.model_checks import check_shapes, given_allocation
+from slimplus.recipe.preflight import check_shares
+from slimplus.recipe.schema import Recipe, to_yaml
+from slimplus.run_dir.allocation_file import average_bits
+from slimplus.run_dir.directory import RunDirectory
+from slimplus.run_dir.fingerprint import differences, fingerprint, library_versions
+from slimplus.run_dir.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+
+def model_source(recipe: Recipe) -> ModelSource:
+    """Where the recipe's model comes from."""
+    model = recipe.model
+    path = resolve_model_folder(model.path)
+    return ModelSource(path, model.gguf_file, model.dtype, model.trust_remote_code, model.revision)
+
+
+def start(recipe: Recipe) -> Fabric:
+    """Start the processes of the job."""
+    trainer = recipe.trainer
+    return launch(trainer.accelerator, trainer.devices, trainer.num_nodes, trainer.strategy)
+
+
+def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption) -> Job:
+    """Read the texts, and check what can be checked before the long work.
+
+    Args:
+        recipe: the resolved recipe.
+        fabric: the processes of the job.
+        preemption: the signals of this process.
+
+    Raises:
+        InputError: for input the user can put right.
+    """
+    logging.getLogger("slimplus").setLevel(logging.INFO if fabric.is_global_zero else logging.WARNING)
+    L.seed_everything(recipe.seed, verbose=False)
+    check_shares(recipe, fabric.world_size)
+    runner = BlockRunner(fabric.device, resolve_precision(recipe.trainer.precision, fabric.device))
+    run = RunDirectory(recipe.run_dir)
+    run.open()
+    source = _pinned_source(recipe, run)
+    source = replace(source, revision=fabric.broadcast(source.revision))  # the hub may have moved on between two asks
+    config = source.config()
+    skeleton = build_on_meta(config)
+    check_shapes(skeleton, recipe)
+    allocation = given_allocation(skeleton, recipe)
+    bits = embedding_and_head_bits(skeleton, recipe.quantization.embedding_bits, recipe.quantization.head_bits)
+    tokenizer = source.tokenizer()
+    text = load_text(recipe.data.calibration.path, "calibration")
+    identity = fingerprint(recipe, text, tokenizer, source, config, runner.precision)
+    blocks = len(find_blocks(skeleton))
+    events = _look_into(run, recipe, identity, blocks) if fabric.is_global_zero else []
+    fabric.barrier()
+    run.open()
+    with fabric.rank_zero_first():
+        calibration, evaluation = _windows(recipe, text, tokenizer, run.tokens)
+    values = _figures(recipe, run, evaluation, runner.precision, identity)
+    metrics = Metrics(values, run, fabric.device, fabric.is_global_zero)
+    metrics["events"] += events
+    fabric.barrier()
+    if fabric.is_global_zero:
+        run.manifest.add(run.tokens)
+        run.write("fingerprint.json", identity)
+        run.write("recipe.yaml", to_yaml(recipe))
+    metrics.save()
+    if allocation is not None:
+        _note_average(
+            metrics, recipe, average_bits(allocation, quantized_linears(skeleton), recipe.quantization.group_size)
+        )
+    quantizer = block_quantizer(recipe, fabric, runner, run.logs, preemption)
+    return Job(
+        recipe=recipe,
+        run=run,
+        fabric=fabric,
+        ranks=quantizer.ranks,
+        preemption=preemption,
+        runner=runner,
+        source=source,
+        tokenizer=tokenizer,
+        calibration=calibration,
+        evaluation=evaluation,
+        settings=quantizer.quantization,
+        quantizer=quantizer,
+        block_names=[f"{blocks_path(config)}.{index}" for index in range(blocks)],
+        embedding_and_head_bits=bits,
+        metrics=metrics,
+        allocation=allocation,
+    )
+
+
+def _note_average(metrics: Metrics, recipe: Recipe, average: float) -> None:
+    """Note where an imported allocation has another average than the recipe asks for."""
+    if average != (asked := recipe.quantization.bits):
+        metrics.note(f"quantization.allocation gives {average:.3f} bits on average, not quantization.bits={asked}")
+
+
+def _pinned_source(recipe: Recipe, run: RunDirectory) -> ModelSource:
+    """Where the model comes from; of a hub's repository, at the commit that this run began with."""
+    source = model_source(recipe)
+    damaged = run.manifest.problem(run.root / "fingerprint.json")  # which `check_fingerprint` is going to say
+    before = {} if damaged else run.read("fingerprint.json")
+    path, _, commit = before.get("model.path", "").rpartition("@")
+    if source.revision is None and path == source.path:
+        source = replace(source, revision=commit)
+    return source.pinned()
+
+
+def _look_into(run: RunDirectory, recipe: Recipe, identity: dict[str, Any], blocks: int) -> list[str]:
+    """Check and repair what an earlier start left in `run`; returns what it had to do, for metrics.json."""
+    run.check_start(recipe.resume.start, blocks)
+    changes = run.check_fingerprint(identity, recipe.resume.force)
+    events = [f"resume.force: {change}" for change in changes] + run.repair()
+    upgrades = differences(run.read("metrics.json").get("libraries", {}), library_versions())
+    if upgrades and any(run.blocks.glob("*")):
+        # Whether an upgrade changes a byte cannot be known, and a machine's image is not always the user's choice.
+        events.append(f"libraries changed during the run: {', '.join(upgrades)}")
+        logger.warning("%s; the checkpoint may differ from that of an undisturbed run", events[-1])
+    return events
+
+
+def _windows(recipe: Recipe, text: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[Windows, Windows]:
+    data = recipe.data
+    calibration = calibration_windows(
+        text, tokenizer, data.samples, data.sequence_length, recipe.seed, cache=folder / "calibration.safetensors"
+    )
+    evaluation = evaluation_windows(
+        load_text(data.evaluation.path, "evaluation"),
+        tokenizer,
+        data.evaluation.windows,
+        data.evaluation.sequence_length,
+        cache=folder / "evaluation.safetensors",
+    )
+    return calibration, evaluation
+
+
+def _figures(
+    recipe: Recipe, run: RunDirectory, evaluation: Windows, precision: str, identity: dict[str, Any]
+) -> dict[str, Any]:
+    """The figures so far; perplexities only if they were measured on the same windows and model."""
+    fresh: dict[str, Any] = {
+        "method": recipe.quantization.method,
+        "model": recipe.model.path,
+        "precision": precision,
+        "libraries": library_versions(),
+        "evaluation": {
+            "text": recipe.data.evaluation.path,
+            "windows": len(evaluation.tokens),
+            "sequence_length": evaluation.tokens.shape[1],
+            "fingerprint": evaluation.fingerprint,
+        },
+    }
+    before, identity_before = run.read("metrics.json"), run.read("fingerprint.json")
+    measured = ("perplexity", "sentence")
+    decisive = ("model.path", "model.gguf_file", "model.dtype", "model configuration", "trainer.precision")
+    same = all(identity_before.get(key) == identity[key] for key in decisive)
+    if not same or before.get("evaluation", {}).get("fingerprint") != evaluation.fingerprint:
+        before = {key: value for key, value in before.items() if key not in measured}
+    return {"perplexity": {}, "seconds": {}, "events": []} | before | fresh

@@ -1,0 +1,38 @@
+"""The whole job: text → windows → block inputs → bits, scales → trained quantizers → packed checkpoint."""
+
+from __future__ import annotations
+
+from slimplus.distributed.preemption import Preemption
+from slimplus.distributed.watchdog import watched
+from slimplus.pipeline.prepare import prepare, start
+from slimplus.pipeline.report import finish
+from slimplus.pipeline.stages.blocks import quantize_blocks
+from slimplus.pipeline.stages.end_to_end import train_end_to_end
+from slimplus.pipeline.stages.evaluate import measure_full_precision, measure_packed
+from slimplus.pipeline.stages.export import export
+from slimplus.pipeline.stages.sensitivity import measure_sensitivity
+from slimplus.recipe.schema import Recipe
+from slimplus.run_dir.lock import locked
+
+
+def run(recipe: Recipe) -> str | None:
+    """Quantize a model as `recipe` says; whatever `run_dir` already holds of it is skipped.
+
+    Returns:
+        The summary on the first rank, None on the others.
+
+    Raises:
+        InputError: for input the user can put right.
+        TemporaryFailure: for what passes, such as a lost process.
+        Preempted: after SIGTERM or SIGUSR1.
+    """
+    fabric = start(recipe)
+    with Preemption() as preemption, watched(fabric), locked(recipe.run_dir, fabric.is_global_zero):
+        job = prepare(recipe, fabric, preemption)
+        measure_full_precision(job)
+        measure_sensitivity(job)
+        quantize_blocks(job)
+        train_end_to_end(job)
+        export(job)
+        measure_packed(job)
+        return finish(job)

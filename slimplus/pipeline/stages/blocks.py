@@ -1,0 +1,127 @@
+"""The stage that quantizes the transformer blocks, one after the other."""
+
+from __future__ import annotations
+
+import logging
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+from slimplus.blockwise.quantizer import BlockTask
+from slimplus.blockwise.swap import load_packed_block, packed_block, packed_tensors
+from slimplus.models.architectures import following_norm
+from slimplus.models.streaming import BlockArguments
+from slimplus.pipeline.job import Job
+from slimplus.run_dir.directory import Record, lineage
+from slimplus.training.reconstruction import LossContext
+from slimplus.utils.progress import track
+
+logger = logging.getLogger(__name__)
+
+
+def quantize_blocks(job: Job) -> None:
+    """Quantize the blocks in order, each on what the quantized blocks before it give.
+
+    1. Embed the calibration windows: the inputs of the first block, along two chains that part from here, the
+       full-precision one and the quantized one.
+    2. For each block, run the full-precision block along its chain: the targets of the training.
+    3. Quantize the block on the outputs of the quantized chain: bits, scales and zero points, training, packing.
+    4. Save the packed block; a block that an earlier start of the run saved is loaded instead.
+    5. Run the packed block along the quantized chain: the next block's inputs.
+
+    Raises:
+        InputError: if a Hessian cannot be inverted, or memory does not suffice.
+    """
+    count = len(job.block_names)
+    found = job.run.finished_blocks(count)
+    if any(found):
+        logger.info("blocks: %d of %d found in %s, skipped", sum(found), count, job.run.blocks)
+    if all(found):
+        return
+    job.forget_checkpoint()
+    with job.metrics.stage("blocks"):
+        inputs = job.model.block_inputs(job.shard(job.calibration.tokens))
+        full, all_arguments = inputs.hidden, inputs.arguments
+        quantized, parent_hash = full, ""
+        del inputs  # so that the first block's inputs are freed once the second one's are there
+        for index, block in track(list(enumerate(job.model.blocks)), "quantizing"):
+            arguments = all_arguments[index]
+            original = job.runner.load(block)
+            targets = job.runner.run(original, full, arguments) if job.quantizer.trains else full
+            if (stored := _stored_block(job, index, parent_hash)) is not None:
+                packed = load_packed_block(block, stored, job.settings.group_size)
+                parent_hash = lineage(parent_hash, stored)
+            else:
+                weights, record = job.quantizer(
+                    _task(job, index, original, arguments, (quantized, targets), parent_hash)
+                )
+                packed = packed_block(block, weights)
+                parent_hash = _save_block(job, index, packed_tensors(packed), record, parent_hash)
+            quantized = job.runner.run(job.runner.load(packed), quantized, arguments)
+            full = targets
+
+
+def _task(
+    job: Job,
+    index: int,
+    original: nn.Module,
+    arguments: BlockArguments,
+    chains: tuple[Tensor, Tensor],
+    parent_hash: str,
+) -> BlockTask:
+    """Return what quantizing a block takes; `chains` are its inputs and its targets."""
+    hidden, targets = chains
+    needs_auxiliary = job.quantizer.trains and job.quantizer.reconstruction.loss.auxiliary > 0
+    return BlockTask(
+        block=original,
+        name=f"block_{index:03d}",
+        arguments=arguments,
+        hidden=hidden,
+        targets=targets,
+        auxiliary=job.runner.run(original, hidden, arguments) if needs_auxiliary else None,
+        bits=_given_bits(job, index),
+        context=_loss_context(job, index),
+        checkpoints=job.run.block_checkpoints(index, parent_hash),
+    )
+
+
+def _given_bits(job: Job, index: int) -> dict[str, Tensor] | None:
+    """Return the widths of one block's groups by layer, or None where they are found with the block."""
+    if job.allocation is None:
+        return None
+    prefix = f"{job.block_names[index]}."
+    return {
+        name.removeprefix(prefix): torch.tensor(widths, dtype=torch.int32)
+        for name, widths in job.allocation.items()
+        if name.startswith(prefix)
+    }
+
+
+def _loss_context(job: Job, index: int) -> LossContext:
+    """Return what the loss asks of a block's place in the model."""
+    norm = None
+    if job.quantizer.trains and job.quantizer.reconstruction.loss.error == "after_norm":
+        norm = deepcopy(following_norm(job.model.model, index)).to(job.runner.device, torch.float32)
+    return LossContext(norm, None if job.channels is None else job.channels[index].to(job.runner.device))
+
+
+def _stored_block(job: Job, index: int, parent_hash: str) -> dict[str, Tensor] | None:
+    """Return the tensors of a finished block, or None if it was not made from the blocks before it."""
+    if not job.run.has_block(index):
+        return None
+    tensors, record = job.run.load_block(index)
+    if record["made_from"] == parent_hash:
+        return tensors
+    job.metrics.note(f"block {index} was made from other blocks than those before it now; it is made again")
+    return None
+
+
+def _save_block(job: Job, index: int, tensors: dict[str, Tensor], record: Record, parent_hash: str) -> str:
+    """Keep a finished block, from the first rank since all hold the same, and return its lineage."""
+    own_hash = lineage(parent_hash, tensors)
+    if job.fabric.is_global_zero:
+        job.run.save_block(index, tensors, record | {"made_from": parent_hash, "chain": own_hash})
+    job.metrics.checkpoint()
+    job.fabric.barrier()
+    return own_hash

@@ -1,0 +1,72 @@
+"""The quantization of embedding and output head, the large layers outside the blocks."""
+
+from __future__ import annotations
+
+import logging
+from copy import deepcopy
+from dataclasses import replace
+
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from slimplus.blockwise.swap import load_packed_block
+from slimplus.format.planes import pack
+from slimplus.models.architectures import find_embedding_and_head
+from slimplus.pipeline.job import Job
+from slimplus.quantization.linear import quantize_embedding_or_head
+from slimplus.quantization.salience import HessianAccumulator
+from slimplus.utils.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+def quantize_embedding_and_head(job: Job) -> dict[str, dict[str, Tensor]]:
+    """Return the packed tensors of embedding and head by the layers' names, on the first rank; every rank takes part.
+
+    The head is quantized by the recipe's method, with the Hessian of what the quantized blocks feed it. On SmolLM2
+    that leaves a quarter of the output error that rounding to nearest gives at 4 bits.
+
+    Raises:
+        InputError: if the Hessian of the head's inputs cannot be inverted.
+    """
+    packed: dict[str, dict[str, Tensor]] = {}
+    model = job.model.model
+    trained_norms = {name: tensor for name, tensor in (job.tuned or {}).items() if name in model.state_dict()}
+    model.load_state_dict(trained_norms, strict=False)
+    for name, bits in job.embedding_and_head_bits.items():
+        calibrated = model.get_submodule(name) is job.model.head and job.settings.method != "rtn"
+        hessian = _head_hessian(job) if calibrated else None
+        if job.fabric.is_global_zero:
+            logger.info("%s: %d bits", name, bits)
+            weight = model.get_parameter(f"{name}.weight")
+            try:
+                packed[name] = pack(quantize_embedding_or_head(weight, hessian, replace(job.settings, bits=bits)))
+            except ValueError as error:
+                raise InputError(f"{name}: {error}; finished blocks are kept") from error
+    return packed
+
+
+def packed_config(job: Job) -> PretrainedConfig:
+    """Return the configuration of the packed model: a head with bits of its own is not tied to the embedding."""
+    config = deepcopy(job.model.model.config)
+    bits = job.embedding_and_head_bits
+    if bits and find_embedding_and_head(job.model.model).head in bits:
+        config.tie_word_embeddings = False
+    return config
+
+
+def _head_hessian(job: Job) -> Tensor:
+    """Return the Hessian of the head's inputs behind the quantized blocks, of all ranks' windows, on the first rank."""
+    job.run.open()  # the first rank has written blocks since the others read which files are complete
+
+    def finished(index: int, block: nn.Module) -> nn.Module:
+        tensors, _ = job.finished_block(index)
+        return load_packed_block(block, tensors, job.settings.group_size)
+
+    tokens = job.shard(job.calibration.tokens)
+    hidden = job.model.last_hidden(job.model.block_inputs(tokens), "head", finished)
+    accumulator = HessianAccumulator(job.model.head.in_features, job.runner.device)
+    job.model.capture_head_inputs(tokens, hidden, accumulator.add)
+    job.ranks.sum_on(0, accumulator.total)
+    accumulator.tokens *= job.ranks.count
+    return accumulator.hessian

@@ -1,0 +1,40 @@
+"""The stages that measure perplexity: of the full-precision model, and of the packed checkpoint as it loads back."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from slimplus.evaluation.generation import continue_text
+from slimplus.evaluation.perplexity import perplexity
+from slimplus.hub.checkpoint import load
+from slimplus.models.streaming import StreamedModel
+from slimplus.pipeline.job import Job
+
+logger = logging.getLogger(__name__)
+
+PROMPT = "The history of the city begins"
+
+
+def measure_full_precision(job: Job) -> None:
+    """Measure the perplexity of the full-precision model."""
+    if "full" in job.metrics["perplexity"]:
+        logger.info("perplexity at full precision: found in metrics.json, skipped")
+        return
+    with job.metrics.stage("full_precision"):
+        job.metrics["perplexity"]["full"] = perplexity(job.model, job.shard(job.evaluation.tokens), "full precision")
+
+
+def measure_packed(job: Job) -> None:
+    """Measure the perplexity of the checkpoint as it loads back, and have it write a sentence."""
+    if "sentence" in job.metrics:
+        logger.info("perplexity of the checkpoint: found in metrics.json, skipped")
+        return
+    job.release_model()
+    with job.metrics.stage("packed"):
+        model = load(job.run.packed, dtype=torch.float32)  # the dtype of what is not packed; autocast does the rest
+        streamed = StreamedModel(model, job.runner)
+        job.metrics["perplexity"]["quantized"] = perplexity(streamed, job.shard(job.evaluation.tokens), "packed")
+        model.base_model.to(job.runner.device)
+        job.metrics["sentence"] = continue_text(model, job.tokenizer, PROMPT)

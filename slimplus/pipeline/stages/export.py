@@ -1,0 +1,178 @@
+"""The stage that writes the packed checkpoint from the finished blocks and what is not quantized."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimplus.blockwise.swap import layer_tensors
+from slimplus.format.affine import weight_bits
+from slimplus.format.planes import count_bits
+from slimplus.hub.checkpoint import write_checkpoint
+from slimplus.hub.transformers_quantizer import SlimplusConfig
+from slimplus.models.architectures import find_linears
+from slimplus.pipeline.job import Job
+from slimplus.pipeline.report import model_card
+from slimplus.pipeline.stages.embedding_and_head import packed_config, quantize_embedding_and_head
+from slimplus.pipeline.stages.end_to_end import training_hash
+from slimplus.recipe.schema import to_yaml
+from slimplus.run_dir.allocation_file import write_allocation
+from slimplus.utils.files import staging_folder
+
+logger = logging.getLogger(__name__)
+
+UNREPORTED = ("divergence", "made_from", "chain")  # of a block's record: too long, or of no interest to a reader
+
+
+@dataclass
+class PackingSummary:
+    """Widths and sizes of the packed layers, summed layer by layer.
+
+    Attributes:
+        bits: layer → width of each group, in column order.
+        shapes: layer → rows and columns.
+        weights: number of weights in the blocks, without padding.
+        weight_bits: widths of these weights, summed.
+        packed_bytes: bytes stored for them, biases apart.
+        outer_bits: name → bits of the packed layers outside the blocks, which the sums above leave out.
+        outer_counts: name → number of their groups of each width.
+        outer_bytes: bytes stored for them.
+        records: how each block came about: losses, damping, seconds.
+    """
+
+    bits: dict[str, list[int]] = field(default_factory=dict)
+    shapes: dict[str, list[int]] = field(default_factory=dict)
+    weights: int = 0
+    weight_bits: int = 0
+    packed_bytes: int = 0
+    outer_bits: dict[str, int] = field(default_factory=dict)
+    outer_counts: dict[str, dict[int, int]] = field(default_factory=dict)
+    outer_bytes: int = 0
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, name: str, packed: Mapping[str, Tensor], shape: torch.Size, group_size: int) -> None:
+        """Count one linear layer of `shape` `[out, in]`."""
+        widths = packed["group_bits"][torch.argsort(packed["group_index"])].int()
+        self.bits[name] = widths.tolist()
+        self.shapes[name] = list(shape)
+        self.weights += shape.numel()
+        self.weight_bits += weight_bits(widths, group_size, *shape)
+        self.packed_bytes += sum(tensor.nbytes for key, tensor in packed.items() if key != "bias")
+
+    def add_outer(self, name: str, packed: Mapping[str, Tensor], shape: torch.Size) -> None:
+        """Count the embedding or the head, of `shape` `[vocabulary, hidden]`."""
+        self.shapes[name] = list(shape)
+        self.outer_counts[name] = count_bits(packed["group_bits"])
+        self.outer_bits[name] = max(self.outer_counts[name])
+        self.outer_bytes += sum(tensor.nbytes for tensor in packed.values())
+
+    @property
+    def bit_counts(self) -> dict[str, dict[int, int]]:
+        """Layer → number of groups of each width."""
+        return {name: count_bits(torch.tensor(widths)) for name, widths in self.bits.items()} | self.outer_counts
+
+    @property
+    def average_bits(self) -> float:
+        """Average width of a weight in the blocks."""
+        return self.weight_bits / self.weights
+
+    def figures(self, size_bytes: int, full_bytes: int) -> dict[str, Any]:
+        """Return what metrics.json says of a checkpoint of `size_bytes` and a model of `full_bytes` at 16 bit."""
+        return {
+            "average_bits": self.average_bits,
+            "bits_per_weight": 8 * self.packed_bytes / self.weights,
+            "outer_bits": self.outer_bits,
+            "outer_bytes": self.outer_bytes,
+            "size_bytes": size_bytes,
+            "full_size_bytes": full_bytes,
+            "compression": full_bytes / size_bytes,
+            "blocks": self.records,
+        }
+
+
+def export(job: Job) -> None:
+    """Write the packed checkpoint, unless the run directory holds the one that these blocks give."""
+    sources = [_exported_hash(job), job.embedding_and_head_bits]
+    if job.metrics.get("exported_from") != sources:
+        job.forget_checkpoint()
+    if job.run.has_checkpoint and "size_bytes" in job.metrics:
+        logger.info("checkpoint: found in %s, skipped", job.run.packed)
+        return
+    with job.metrics.stage("export"):
+        outer = quantize_embedding_and_head(job)
+        if job.fabric.is_global_zero:
+            summary = _summarize(job, outer)
+            size = _write(job, outer, summary)
+            job.metrics |= summary.figures(size, job.model.full_bytes) | {"exported_from": sources}
+        job.fabric.barrier()
+
+
+def _exported_hash(job: Job) -> str:
+    """Return the hash of what is exported: the blocks, and what the end-to-end stage made of them."""
+    if job.tuned is not None:
+        return training_hash(job)
+    job.run.open()  # the first rank has written blocks since the others read which files are complete
+    return job.run.last_lineage(len(job.block_names))
+
+
+def _summarize(job: Job, outer: Mapping[str, Mapping[str, Tensor]]) -> PackingSummary:
+    """Return the widths and sizes of all packed layers, reading one block at a time."""
+    summary = PackingSummary()
+    for index, (block_name, block) in enumerate(zip(job.block_names, job.model.blocks, strict=True)):
+        tensors, record = job.finished_block(index)
+        summary.records.append({key: value for key, value in record.items() if key not in UNREPORTED})
+        for name, linear in find_linears(block).items():
+            packed = layer_tensors(tensors, name)
+            summary.add(f"{block_name}.{name}", packed, linear.weight.shape, job.settings.group_size)
+    for name, layer in outer.items():
+        summary.add_outer(name, layer, job.model.model.get_parameter(f"{name}.weight").shape)
+    return summary
+
+
+def _write(job: Job, outer: Mapping[str, Mapping[str, Tensor]], summary: PackingSummary) -> int:
+    """Write allocation.json and the checkpoint, and return the checkpoint's bytes."""
+    settings = job.settings
+    write_allocation(job.run, summary.bits, summary.outer_bits, settings.bits, settings.group_size)
+    size = write_checkpoint(
+        staging_folder(job.run.packed),
+        _checkpoint_tensors(job, outer),
+        packed_config(job),
+        SlimplusConfig(
+            settings.bits,
+            settings.group_size,
+            summary.bit_counts,
+            settings.method,
+            summary.shapes,
+            job.model.full_bytes,
+            settings.scale_bits,
+        ),
+        job.tokenizer,
+        job.model.model.generation_config,
+        model_card(job.recipe.model.path, summary.average_bits, to_yaml(job.recipe)),
+    )
+    job.run.manifest.replace_folder(job.run.packed)
+    return size
+
+
+def _checkpoint_tensors(job: Job, outer: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of the packed model by its name, block by block; `outer` are packed outside the blocks."""
+    tuned = job.tuned or {}
+    for name, tensor in job.model.outer_tensors():
+        if name.removesuffix(".weight") not in outer:
+            yield name, tuned.get(name, tensor)
+    for name, tensors in outer.items():
+        for key, tensor in tensors.items():
+            yield f"{name}.{key}", tensor
+    for index, (name, block) in enumerate(zip(job.block_names, job.model.blocks, strict=True)):
+        packed, _ = job.finished_block(index)
+        linears = find_linears(block)
+        for key, tensor in block.state_dict().items():
+            if key.rpartition(".")[0] not in linears:
+                yield f"{name}.{key}", tuned.get(f"{name}.{key}", tensor)
+        for key, tensor in packed.items():
+            yield f"{name}.{key}", tensor

@@ -1,0 +1,96 @@
+"""The stage that measures, before any block is quantized, how much each group's width matters to the model's loss."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from slimplus.blockwise.data import BlockData, search_windows
+from slimplus.blockwise.sensitivity import OutputGradient, backward_statistics, block_tables
+from slimplus.models.architectures import quantized_linears
+from slimplus.pipeline.job import Job
+from slimplus.quantization.knapsack import allocate, costs_and_budget
+from slimplus.run_dir.directory import SENSITIVITY
+from slimplus.utils.errors import InputError
+from slimplus.utils.progress import track
+
+logger = logging.getLogger(__name__)
+
+
+def measure_sensitivity(job: Job) -> None:
+    """Measure the sensitivity of every group, and find the widths that follow, where the recipe asks for either.
+
+    Raises:
+        InputError: if the model's predictions or a Hessian hold NaN or infinity, or a Hessian cannot be inverted.
+    """
+    salient_channels = job.quantizer.trains and job.quantizer.reconstruction.loss.salient_channels
+    allocates = job.recipe.quantization.allocates_by == "model"
+    if not (salient_channels or allocates):
+        return
+    tables = job.run.load_tensors(SENSITIVITY, "")
+    if tables is None:
+        with job.metrics.stage("sensitivity"):
+            tables = _measure(job)
+            if job.fabric.is_global_zero:
+                job.run.save_tensors(SENSITIVITY, tables, "")
+            job.fabric.barrier()
+    else:
+        logger.info("sensitivity: found in %s, skipped", SENSITIVITY)
+    job.channels = tables["channels"]
+    if allocates:
+        job.allocation = _allocate(job, tables)
+
+
+def _measure(job: Job) -> dict[str, Tensor]:
+    """Return the sensitivity `[widths, groups]` of every linear layer by name, and `channels` `[blocks, hidden]`."""
+    try:
+        return _run_backwards(job)
+    except ValueError as error:
+        raise InputError(f"sensitivity: {error}") from error
+
+
+def _run_backwards(job: Job) -> dict[str, Tensor]:
+    """Run the full-precision model forwards and then backwards, one block at a time on the device."""
+    tokens = job.shard(job.calibration.tokens)
+    ranks, runner, settings = job.ranks, job.runner, job.settings
+    windows = search_windows(ranks, tokens)
+    inputs = job.model.block_inputs(tokens[:windows])
+    hidden = [inputs.hidden, *job.model.forward_blocks(inputs)]
+    gradients = torch.zeros(windows, *inputs.hidden.shape[1:])
+    for window in range(windows):
+        seed = job.recipe.seed + window * ranks.count + ranks.rank
+        span = slice(window, window + 1)
+        gradients[span] = job.model.sampled_gradient(tokens[span], hidden[-1][span], seed).cpu()
+    tables, channels = {}, []
+    for index in track(list(reversed(range(len(job.block_names)))), "sensitivity"):
+        salience = gradients.square().sum((0, 1)).double().to(runner.device)  # where the ranks can sum it
+        channels.append(ranks.sum(salience).float().cpu())
+        data = BlockData(runner.load(job.model.blocks[index]), hidden[index], inputs.arguments[index], runner, ranks)
+        statistics, gradients = backward_statistics(data, windows, _given(gradients))
+        for name, table in block_tables(data, statistics, settings.widths, settings).items():
+            tables[f"{job.block_names[index]}.{name}"] = table.cpu()
+    return tables | {"channels": torch.stack(channels[::-1])}
+
+
+def _given(gradients: Tensor) -> OutputGradient:
+    return lambda window, output: gradients[window : window + 1].to(output.device, output.dtype)
+
+
+def _allocate(job: Job, tables: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Return the widths by layer with the smallest summed sensitivity; `check_widths` has seen that there are any."""
+    settings, size = job.settings, job.recipe.quantization.size_bytes
+    layers = quantized_linears(job.model.model)
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    costs, budget = costs_and_budget(
+        shapes, settings.bits, settings.group_size, settings.widths, size, settings.scale_bits
+    )
+    losses = {name: tables[name] for name in shapes}
+    try:
+        found = allocate(losses, costs, settings.widths, budget, exact=size is None)
+    except ValueError as error:
+        raise InputError(f"quantization.allocation: {error}") from error
+    job.metrics["allocation_gap"] = found.gap
+    return {name: bits.tolist() for name, bits in found.bits.items()}

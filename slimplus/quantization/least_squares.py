@@ -1,0 +1,78 @@
+"""Least-squares scale and zero point for integers that are already chosen."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from slimplus.format.affine import QuantizedWeight, dequantize, storable_scale, storable_zero_point
+
+RIDGE = 1e-4  # share of the diagonal added to the normal equations: a group whose integers are all equal is singular
+NUMBERS = 2**27  # of the normal equations solved at a time, to bound memory
+
+
+def output_error(error: Tensor, hessian: Tensor) -> Tensor:
+    """`eᵀ H e` of each row of a weight error `[out, in]`: `[out]`."""
+    return (error @ hessian).mul_(error).sum(dim=1)
+
+
+def refit_qparams(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point `[out, groups]` that minimise the layer's output error for the integers of `quantized`.
+
+    A row's levels are linear in its scales and offsets, so that the best ones solve `2 groups` normal equations.
+    A row keeps its old values where the solution, once rounded to what can be stored, is no better.
+
+    Args:
+        weight: `[out, in]`, the weight to approximate.
+        quantized: the integers, and the scale and zero point to improve.
+        hessian: `[in, in]`, of the layer's inputs.
+    """
+    rows_at_a_time = max(NUMBERS // (2 * quantized.scale.shape[1]) ** 2, 1)
+    rows = (t.split(rows_at_a_time) for t in (weight, quantized.integers, quantized.scale, quantized.zero_point))
+    parts = [
+        _refit_rows(w, replace(quantized, integers=q, scale=scale, zero_point=zero_point), hessian)
+        for w, q, scale, zero_point in zip(*rows, strict=True)
+    ]
+    return torch.cat([s for s, _ in parts]), torch.cat([z for _, z in parts])
+
+
+def _refit_rows(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> tuple[Tensor, Tensor]:
+    integers, scale, zero_point = quantized.integers, quantized.scale, quantized.zero_point
+    group_size = quantized.group_size
+    residual = weight - dequantize(integers, scale, zero_point, group_size)
+    normal, moment = _normal_equations(integers.float(), residual, hessian, group_size)
+    ridge = RIDGE * normal.diagonal(dim1=1, dim2=2).mean(dim=1, keepdim=True)
+    ridge = ridge.clamp(min=torch.finfo(ridge.dtype).tiny)  # where no input of the layer is ever other than zero
+    step = torch.linalg.solve(normal + torch.diag_embed(ridge.expand_as(moment)), moment)
+    new_scale, offset = (torch.cat([scale, -scale * zero_point], dim=1) + step).chunk(2, dim=1)
+    new_scale = storable_scale(torch.where(new_scale > 0, new_scale, scale), quantized.scale_bits)
+    new_zero = storable_zero_point(-offset / new_scale, quantized.bits.to(weight.device))
+    before = output_error(residual, hessian)
+    after = output_error(weight - dequantize(integers, new_scale, new_zero, group_size), hessian)
+    better = (after < before)[:, None]
+    return torch.where(better, new_scale, scale), torch.where(better, new_zero, zero_point)
+
+
+def _normal_equations(integers: Tensor, residual: Tensor, hessian: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Per row, `[rows, 2 groups, 2 groups]` and `[rows, 2 groups]`: scales first, then offsets."""
+
+    def sum_groups(values: Tensor) -> Tensor:
+        missing = -values.shape[-1] % group_size
+        return torch.nn.functional.pad(values, (0, missing)).unflatten(-1, (-1, group_size)).sum(-1)
+
+    projected_residual = residual @ hessian
+    moment = torch.cat([sum_groups(projected_residual * integers), sum_groups(projected_residual)], dim=1)
+    scale_rows, mixed_rows, offset_rows = [], [], []
+    for columns, rows_of_hessian in zip(
+        integers.split(group_size, dim=1), hessian.split(group_size, dim=0), strict=True
+    ):
+        projected = columns @ rows_of_hessian
+        scale_rows.append(sum_groups(projected * integers))
+        mixed_rows.append(sum_groups(projected))
+        offset_rows.append(sum_groups(rows_of_hessian.sum(dim=0)))
+    mixed = torch.stack(mixed_rows, dim=1)
+    offsets = torch.stack(offset_rows).expand(len(integers), -1, -1)
+    top = torch.cat([torch.stack(scale_rows, dim=1), mixed], dim=2)
+    return torch.cat([top, torch.cat([mixed.transpose(1, 2), offsets], dim=2)], dim=1), moment

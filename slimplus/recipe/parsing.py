@@ -1,0 +1,211 @@
+"""From a command line to a Recipe: `recipe=NAME` finds the YAML, each `key=value` overrides one dotted path.
+
+Whatever is wrong is said at once, a sentence each, in words derived from the models of `slimplus.recipe.schema`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.resources
+import importlib.util
+import re
+import reprlib
+from collections.abc import Iterator, Sequence
+from functools import reduce
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from slimplus.recipe.schema import Recipe, RecipeError, Section, keys
+
+_SHORTHANDS = {
+    name: f"{name}.{field.annotation.shorthand}"
+    for name, field in Recipe.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section) and field.annotation.shorthand
+}
+
+
+def describe_type(field: FieldInfo) -> str:
+    """What a key takes, in words: `integer >= 1`, `auto | never`, `text | null`, `[integer, ...]`."""
+    unions = (Union, UnionType)
+    kinds = get_args(field.annotation) if get_origin(field.annotation) in unions else (field.annotation,)
+    options: list[str] = []
+    for kind in kinds:
+        literals = get_args(kind) if get_origin(kind) is Literal else ()
+        options += map(str, literals) if literals else [_kind(kind)]
+    signs = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
+    limits = [(limit, name, sign) for limit in field.metadata for name, sign in signs if hasattr(limit, name)]
+    bounds = [f"{sign} {getattr(limit, name)}" for limit, name, sign in limits]
+    if bounds:
+        options[0] += f" {' and '.join(bounds)}"  # what has bounds comes before null
+    return " | ".join(options)
+
+
+def _kind(kind: Any) -> str:
+    """Of values without bounds; lists and mappings as YAML writes them."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _kind(inner[0])
+    if origin is list:
+        return f"[{_kind(inner[0])}, ...]"
+    if origin is dict:
+        return f"{{{_kind(inner[0])}: {_kind(inner[1])}, ...}}"
+    names: dict[Any, str] = {
+        str: "text",
+        int: "integer",
+        float: "number",
+        bool: "true | false",
+        NoneType: "null",
+        Any: "any",
+    }
+    return names[kind]
+
+
+def _suggestion(path: str) -> str:
+    """What to do about a wrong key. Often the section is what was forgotten: ends of keys match as well."""
+    known = [*keys(), *_SHORTHANDS]
+    ends = difflib.get_close_matches(_end(path), dict.fromkeys(map(_end, known)), n=1)
+    close = (
+        difflib.get_close_matches(path, known, n=1, cutoff=0.8)
+        or [key for key in known if _end(key) in ends]
+        or difflib.get_close_matches(path, known, n=1)
+    )
+    return f"did you mean {' or '.join(close)}?" if close else "--help lists the keys"
+
+
+def _end(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _leaves(path: str, value: object) -> Iterator[str]:
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _leaves(f"{path}.{name}", inner)
+    else:
+        yield path
+
+
+def _sentences(error: ErrorDetails, document: dict[str, Any]) -> Iterator[str]:
+    """Says one pydantic error in the user's words; `document` is what was not valid."""
+    path, got = ".".join(map(str, error["loc"])), reprlib.repr(error["input"])
+    known = keys()
+    key, field = next((item for item in known.items() if f"{path}.".startswith(f"{item[0]}.")), ("", None))
+    inside = next((key for key in known if key.startswith(f"{path}.")), None)
+    if error["type"] == "value_error" and field is None:
+        yield str(error["ctx"]["error"])  # of a section, or the recipe, as a whole; it names the key
+    elif field is None and inside is None:
+        for leaf in _leaves(path, error["input"]):
+            yield f"{leaf}: unknown key; {_suggestion(leaf)}"
+    elif field is None:
+        yield f"{path}: expected keys such as {inside}, got {got}"
+    elif error["type"] == "missing":
+        yield f"{path}: missing; give {path}=VALUE, {describe_type(field)} ({field.description})"
+    elif error["type"] == "value_error":
+        yield f"{path}: {error['ctx']['error']}"
+    elif path != key:  # in a list or mapping; YAML reads {1:0.5} as minutes and seconds, a key without a value
+        whole = reprlib.repr(reduce(dict.__getitem__, key.split("."), document))
+        yield f"{key}: expected {describe_type(field)}, got {whole} ({field.description})"
+    else:
+        hint = f"; quote it to keep it text: {path}='\"VALUE\"'" if error["type"] == "string_type" else ""
+        yield f"{path}: expected {describe_type(field)}, got {got}{hint} ({field.description})"
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    entries = importlib.resources.files("slimplus.recipes").iterdir()
+    return sorted(entry.name.removesuffix(".yaml") for entry in entries if entry.name.endswith(".yaml"))
+
+
+def recipe_file(name: str) -> Traversable:
+    """The YAML of a recipe, given its name or a path ending in .yaml.
+
+    Raises:
+        RecipeError: no such recipe or file.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return Path(name).expanduser()
+    names = recipe_names()
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1) or [known for known in names if name in known]
+        guess = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise RecipeError(f"recipe: {name!r} is none of {', '.join(names)}, nor a file whose name ends in .yaml{guess}")
+    return importlib.resources.files("slimplus.recipes") / f"{name}.yaml"
+
+
+def _read_document(file: Traversable) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"recipe: cannot read {file}: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise RecipeError(f"recipe: {file} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(document, dict):
+        raise RecipeError(f"recipe: {file} must hold keys and values, such as `seed: 0`")
+    return document
+
+
+def _override(document: dict[str, Any], key: str, text: str) -> str | None:
+    """Sets one dotted path in the document; returns what is wrong, if anything is."""
+    key = _SHORTHANDS.get(key, key)
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):  # ValueError: such as the date 2024-99-99
+        return f"{key}: {text!r} is not valid YAML; quote it to keep it text: {key}='\"VALUE\"'"
+    node, parts = document, key.split(".")
+    for depth, part in enumerate(parts[:-1], start=1):
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict):
+            return f"{key}: {'.'.join(parts[:depth])} holds {node!r}, which has no keys inside"
+    node[parts[-1]] = value
+    return None
+
+
+def load_recipe(arguments: Sequence[str]) -> Recipe:
+    """Reads `recipe=NAME key=value ...`: the values override the recipe's YAML, and all of it is checked.
+
+    Raises:
+        RecipeError: everything that is wrong, a sentence a line.
+    """
+    problems, overrides = [], {}
+    for argument in arguments:
+        key, _, text = argument.partition("=")
+        if key and key != argument:
+            overrides[key] = text
+        else:
+            problems.append(f"{argument!r} is not of the form key=value, such as seed=1")
+    name = overrides.pop("recipe", "")
+    if not name:
+        names = ", ".join(recipe_names())
+        raise RecipeError("\n".join([*problems, f"recipe: missing; give recipe=NAME, one of {names}"]))
+    document = _read_document(recipe_file(name))
+    for section, key in _SHORTHANDS.items():
+        if section in document and not isinstance(document[section], dict):
+            document[section] = {key.removeprefix(f"{section}."): document[section]}
+    problems += filter(None, [_override(document, key, text) for key, text in overrides.items()])
+    model = document.get("model")
+    if (
+        "model.path" in overrides
+        and isinstance(model, dict)
+        and not any(k.startswith("model.config") for k in overrides)
+    ):
+        model.pop("config", None)  # it is that of the recipe's own model
+    document.setdefault("run_dir", f"runs/{re.sub(r'[.]ya?ml$', '', Path(name).name)}")
+    for section, field in Recipe.model_fields.items():
+        # An absent or empty section, so that what is said to be missing is the key inside it.
+        if field.annotation in Section.__subclasses__() and document.get(section) is None:
+            document[section] = {}
+    try:
+        recipe = Recipe.model_validate(document)
+    except ValidationError as error:
+        problems += [sentence for details in error.errors() for sentence in _sentences(details, document)]
+    if problems:
+        raise RecipeError("\n".join(dict.fromkeys(problems)))
+    return recipe

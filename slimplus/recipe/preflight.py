@@ -1,0 +1,176 @@
+"""Cheap checks of what a recipe names (model, texts, allocation), before anything heavy is imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+from slimplus.data.text import HUB_SOURCES, OFFLINE, Split, TextError, check_source
+from slimplus.models.location import resolve_model_folder
+from slimplus.recipe.schema import EndToEndSection, ModelSection, Recipe, RecipeError, TrainingSection
+from slimplus.utils.errors import InputError, named_first_line
+
+
+def _model_problem(model: ModelSection) -> str | None:
+    try:
+        folder = Path(resolve_model_folder(model.path))
+    except InputError as error:
+        return str(error)
+    if not folder.exists():
+        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model.path):
+            return _hub_problem(model.path, model.revision)
+        return f"model.path: {model.path} does not exist; give a folder, a hub id org/name or package:NAME"
+    if folder.is_file():
+        return f"model.path: {folder} is a file; give its folder, and a GGUF file's name as model.gguf_file"
+    ggufs = sorted(file.name for file in folder.glob("*.gguf"))
+    if model.gguf_file and not (folder / model.gguf_file).is_file():
+        held = f"its GGUF files are {', '.join(ggufs)}" if ggufs else "it holds no GGUF file"
+        return f"model.gguf_file: {model.gguf_file} is not in {folder}; {held}"
+    if not model.gguf_file and not (folder / "config.json").is_file():
+        remedy = f"give model.gguf_file={ggufs[0]}" if ggufs else "give a folder that save_pretrained wrote"
+        return f"model.path: {folder} has no config.json; {remedy}"
+    if unreadable := [file for file in sorted(folder.iterdir()) if not os.access(file, os.R_OK)]:
+        return f"model.path: {unreadable[0]} cannot be read: its permissions do not let you; change them"
+    return None
+
+
+def _hub_problem(repository: str, revision: str | None) -> str | None:
+    """Asks the hub, or its cache, whether a model is to be had: a request of a second, before PyTorch is loaded."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, HTTPError
+
+    try:
+        if isinstance(try_to_load_from_cache(repository, "config.json", revision=revision), str):
+            return None
+        HfApi().model_info(repository, revision=revision, timeout=10)
+    except (OSError, HTTPError, HFValidationError) as error:
+        reason = named_first_line(error)
+        return (
+            f"model.path: {repository} is no local folder and cannot be had from the hub ({reason}); "
+            "check the id, the network and your login, or download the model and give its folder"
+        )
+    return None
+
+
+def _text_problem(path: str, split: Split, tokens: int, need: str) -> str | None:
+    """Checks one text that must give `tokens` tokens, which `need` explains; a token is at least one byte."""
+    try:
+        check_source(path, split)
+    except TextError as error:
+        return str(error)
+    file = Path(path).expanduser()
+    if path == OFFLINE:
+        from pydoc_data.topics import topics
+
+        size = sum(len(topic.encode()) for topic in topics.values())
+    elif path in HUB_SOURCES or file.suffix == ".parquet":  # unknown, or compressed: no bound on the text
+        return None
+    else:
+        size = file.stat().st_size
+    if size >= tokens:
+        return None
+    short = f"data.{split}.path: {path} has {size:,} bytes, too few for {need} ({tokens:,} tokens)"
+    return f"{short}; give a longer text or ask for less of it"
+
+
+def _library_problem(recipe: Recipe) -> str | None:
+    """Whether bitsandbytes, which is an extra, is needed and not there."""
+    training, whole = recipe.training, recipe.end_to_end
+    keys = {
+        "training.optimizer": recipe.quantization.trains and training.optimizer == "adamw_8bit",
+        "end_to_end.optimizer": whole.epochs and whole.optimizer == "adamw_8bit",
+        "end_to_end.teacher": whole.epochs
+        and whole.teacher != "cached"
+        and (whole.distillation or whole.hidden_states),
+    }
+    needed = [key for key, needs in keys.items() if needs]
+    if not needed or importlib.util.find_spec("bitsandbytes"):
+        return None
+    return f"{' and '.join(needed)}: bitsandbytes is not installed; pip install bitsandbytes"
+
+
+def _folder_problem(run_dir: str) -> str | None:
+    """Whether `run_dir`, or what it is to be made in, can be written to."""
+    folder = Path(run_dir).expanduser()
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.access(path, os.F_OK))
+    if not existing.is_dir():
+        return f"run_dir: {existing} is a file; give a folder"
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return f"run_dir: {existing} cannot be written to; give another folder"
+    return None
+
+
+def check_shares(recipe: Recipe, processes: int) -> None:
+    """Checks that the windows, and those of each training step, can be shared out evenly.
+
+    Raises:
+        RecipeError: naming the key and what it must be a multiple of.
+    """
+    samples, windows = recipe.data.samples, recipe.data.evaluation.windows
+    if samples % processes:
+        raise RecipeError(
+            f"data.samples: {samples} windows cannot be shared evenly by {processes} processes; "
+            f"give a multiple of {processes}"
+        )
+    if recipe.quantization.trains:
+        _check_step("training", recipe.training, samples, processes)
+    if recipe.end_to_end.epochs:
+        _check_step("end_to_end", recipe.end_to_end, samples, processes)
+    if windows < processes:
+        raise RecipeError(f"data.evaluation.windows: {windows} is less than one for each of {processes} processes")
+
+
+def _check_step(section: str, training: TrainingSection | EndToEndSection, samples: int, processes: int) -> None:
+    step, parts = training.batch_size, training.accumulate_grad_batches
+    if step % (processes * parts):
+        raise RecipeError(
+            f"{section}.batch_size: {step} windows a step cannot be shared evenly by {processes} processes in "
+            f"{parts} parts each ({section}.accumulate_grad_batches); give a multiple of {processes * parts}"
+        )
+    if samples % step:
+        raise RecipeError(
+            f"data.samples: {samples} windows are no whole number of steps of {step} ({section}.batch_size); "
+            f"give a multiple of {step}"
+        )
+
+
+def check_model(model: ModelSection) -> None:
+    """Looks for the model, without loading it.
+
+    Raises:
+        RecipeError: if it is not where `model` says.
+    """
+    problem = _model_problem(model)
+    if problem:
+        raise RecipeError(problem)
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """Looks for the model, the texts, the allocation and the library that the recipe needs, without loading them.
+
+    Raises:
+        RecipeError: everything that is wrong, a sentence a line.
+    """
+    if not recipe.dry_run:
+        check_shares(recipe, recipe.trainer.devices * recipe.trainer.num_nodes)
+    problems: list[str | None] = []
+    data, allocation = recipe.data, recipe.quantization.allocation
+    if not (recipe.dry_run and recipe.model.config):
+        problems.append(_model_problem(recipe.model))
+    if not recipe.dry_run:
+        problems += [_library_problem(recipe), _folder_problem(recipe.run_dir)]
+        tokens = data.samples * data.sequence_length
+        need = f"data.samples={data.samples} windows of data.sequence_length={data.sequence_length}"
+        problems.append(_text_problem(data.calibration.path, "calibration", tokens, need))
+        tokens = data.evaluation.sequence_length
+        need = f"one window of data.evaluation.sequence_length={tokens}"
+        problems.append(_text_problem(data.evaluation.path, "evaluation", tokens, need))
+    if allocation and recipe.quantization.allocates_by == "file" and not Path(allocation).expanduser().is_file():
+        problems.append(
+            f"quantization.allocation: {allocation} is neither slimllm, uniform, block or model nor a file; "
+            "give one of them, the allocation.json of a run, or a published group-precision .pt file"
+        )
+    if any(problems):
+        raise RecipeError("\n".join(filter(None, problems)))

@@ -1,0 +1,384 @@
+"""The recipe: all that one run does, as frozen and strict pydantic models.
+
+Imports only the standard library, pydantic and PyYAML, as `slimplus.recipe.parsing` does: every error of a command line
+is told before PyTorch is loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+
+from slimplus.utils.errors import InputError
+
+
+class RecipeError(InputError):
+    """A recipe that cannot run: one sentence a line, each naming the key or the file and the remedy."""
+
+
+def _number(value: object) -> object:
+    """YAML 1.1 reads `1e-3`, which has no dot, as text: take it for the number it is."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+
+
+class Section(BaseModel):
+    """Base of every part of a recipe: frozen, no unknown keys, no silent conversions.
+
+    Attributes:
+        shorthand: the key that a plain value in the place of the section sets.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    shorthand: ClassVar[str | None] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, value: object) -> object:
+        return value if cls.shorthand is None or isinstance(value, (dict, Section)) else {cls.shorthand: value}
+
+
+class ModelSection(Section):
+    """The model to quantize."""
+
+    path: str = Field(min_length=1, description="hub id org/name, local folder, or package:NAME for a package's folder")
+    gguf_file: str | None = Field(None, min_length=1, description="GGUF file inside that folder or hub repository")
+    revision: str | None = Field(
+        None, min_length=1, description="branch, tag or commit of a hub repository; its main branch if not given"
+    )
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
+        "auto", description="dtype of the loaded weights; auto is the stored one"
+    )
+    config: dict[str, Any] | None = Field(
+        None,
+        description="architecture values over the transformers defaults, with model_type; "
+        "used by dry_run so that it needs no network",
+    )
+    trust_remote_code: bool = Field(False, description="let a hub repository run its own Python code")
+
+
+class CalibrationSection(Section):
+    """What the model reads while it is quantized."""
+
+    path: str = Field(
+        "offline", min_length=1, description="offline, wikitext2, c4, ptb, or a .txt, .jsonl or .parquet file"
+    )
+
+
+class EvaluationSection(Section):
+    """What perplexity is measured on."""
+
+    path: str = Field("offline", min_length=1, description="text for perplexity; same choices as data.calibration.path")
+    sequence_length: int = Field(2048, ge=2, description="tokens in an evaluation window (the context length)")
+    windows: int = Field(16, ge=1, description="evaluation windows at most, taken from the start of the text")
+
+
+class DataSection(Section):
+    """Texts, cut into windows of tokens."""
+
+    calibration: CalibrationSection = CalibrationSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    samples: int = Field(128, ge=1, description="calibration windows")
+    sequence_length: int = Field(2048, ge=2, description="tokens in a calibration window")
+
+
+class QuantizationSection(Section):
+    """How weights become integers."""
+
+    method: Literal["rtn", "gptq", "slimllm", "slimllm_plus", "qat"] = Field(
+        description="round to nearest, GPTQ, SliM-LLM (gradient-free), SliM-LLM+ (the grid is trained), "
+        "qat (the grid and the rounding are trained)"
+    )
+    bits: int = Field(ge=1, le=8, description="average bits per weight, met exactly; a file of widths has its own")
+    group_size: Literal[16, 32, 64, 128, 256, 512, 1024] = Field(
+        128, description="columns sharing a bit width; the packed format stores 16 a container"
+    )
+    scale_bits: Literal[8, 16] = Field(16, description="that a group's scale takes; of 8, a row has an exponent more")
+    embedding_bits: int | None = Field(
+        None, ge=1, le=8, description="bits of the token embedding, and of a head tied to it; null leaves 16 bits"
+    )
+    head_bits: int | None = Field(
+        None,
+        ge=1,
+        le=8,
+        description="bits of the output head; null leaves 16 bits; "
+        "where it is tied to the embedding, needs embedding_bits, and the two are then stored apart",
+    )
+    percdamp: Number = Field(0.01, gt=0, le=1, description="Hessian damping, as a part of the mean of its diagonal")
+    allocation: str | None = Field(
+        None,
+        min_length=1,
+        description="who gets how many bits: slimllm (bits-1 to bits+1, layer by layer), uniform, block or model "
+        "(any of quantization.widths by measured sensitivity, under one average for a block or the model), or a FILE: "
+        "allocation.json of another run, or the authors' .pt; null is uniform for rtn and gptq, else slimllm",
+    )
+    widths: list[int] = Field([1, 2, 3, 4], description="widths that the allocations block and model choose from")
+    size_bytes: int | None = Field(
+        None,
+        ge=1,
+        description="with allocation=model, bytes for all packed linear layers, scales and zero points included, "
+        "instead of an average of quantization.bits",
+    )
+
+    @property
+    def allocates_by(self) -> Literal["slimllm", "uniform", "block", "model", "file"]:
+        """How widths are found; `file` reads them from `allocation`."""
+        match self.allocation:
+            case None:
+                return "uniform" if self.method in ("rtn", "gptq") else "slimllm"
+            case "slimllm" | "uniform" | "block" | "model":
+                return self.allocation
+        return "file"
+
+    @property
+    def trains(self) -> bool:
+        """Whether blocks are trained after their calibration."""
+        return self.method in ("slimllm_plus", "qat")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> QuantizationSection:
+        if self.allocates_by == "slimllm" and not 2 <= self.bits <= 7:
+            raise ValueError(
+                f"quantization.bits: expected 2 to 7 with quantization.allocation=slimllm, got {self.bits}, because "
+                "groups get bits-1 to bits+1 and the packed format holds 1 to 8"
+            )
+        rising = sorted(set(self.widths)) == self.widths and len(self.widths) > 1
+        if not rising or not all(1 <= width <= 8 for width in self.widths):
+            raise ValueError(f"quantization.widths: expected two or more, rising, from 1 to 8, got {self.widths}")
+        by_sensitivity = self.allocates_by in ("block", "model")
+        if by_sensitivity and self.size_bytes is None and not self.widths[0] <= self.bits <= self.widths[-1]:
+            raise ValueError(
+                f"quantization.bits: no average of {self.bits} can be made of quantization.widths={self.widths}"
+            )
+        if self.size_bytes is not None and self.allocates_by != "model":
+            raise ValueError("quantization.size_bytes: needs quantization.allocation=model")
+        if not by_sensitivity and self.widths != type(self).model_fields["widths"].default:
+            raise ValueError(
+                f"quantization.widths: only quantization.allocation=block and model choose from them, not "
+                f"{self.allocation or self.allocates_by}; leave them out, or set quantization.allocation"
+            )
+        return self
+
+
+class LossSection(Section):
+    """What a block is trained on; the choices go together in any way."""
+
+    error: Literal["mse", "normalized", "after_norm"] = Field(
+        "normalized",
+        description="squared error of a block's output: as it is, over each token's energy, or that behind the "
+        "normalization that follows",
+    )
+    leave_out: Number = Field(
+        0.0, ge=0, lt=1, description="share of a window's tokens, those of the largest error, left out"
+    )
+    salient_channels: bool = Field(
+        False, description="weight channels by the squared gradient of the model's loss, which is measured first"
+    )
+    auxiliary: Number = Field(
+        0.0, ge=0, description="weight of the error against the full-precision block on the quantized input"
+    )
+
+
+class TrainingSection(Section):
+    """Block reconstruction, with quantization.method=slimllm_plus or qat."""
+
+    epochs: int = Field(8, ge=1, description="passes over the calibration windows for each block")
+    batch_size: int = Field(
+        1, ge=1, description="windows per step, of all devices together; a multiple of their number"
+    )
+    parametrization: Literal["rounding", "weights"] = Field(
+        "rounding", description="what method=qat trains beside the grid: which level each weight takes, or the weights"
+    )
+    optimizer: Literal["auto", "sign_sgd", "adamw", "adamw_8bit"] = Field(
+        "auto",
+        description="auto is sign_sgd for parametrization=rounding, else adamw; adamw_8bit is bitsandbytes'",
+    )
+    learning_rate: Number | None = Field(
+        None,
+        gt=0,
+        description="peak for the ends of each grid, in steps of its scale; null is 2 / steps for sign_sgd, else 0.01",
+    )
+    schedule: Literal["auto", "constant", "linear", "cosine"] = Field(
+        "auto", description="how that falls to zero; auto is linear for sign_sgd, else cosine"
+    )
+    element_learning_rate: Number | None = Field(
+        None,
+        gt=0,
+        description="the same for what each weight has of its own: the offset of its rounding, in steps, or itself; "
+        "null is 2 / steps for sign_sgd, else 3e-4",
+    )
+    element_schedule: Literal["auto", "constant", "linear", "cosine"] = Field("auto", description="how that falls")
+    width_rates: dict[int, Number] = Field(
+        {},
+        description="factor on both learning rates for groups of a width, such as {1: 0.5, 3: 2}; "
+        "an offset of rounding then reaches half a step times it",
+    )
+    weight_decay: Number = Field(0.0, ge=0, description="AdamW weight decay")
+    accumulate_grad_batches: int = Field(
+        1, ge=1, description="parts in which a device takes its share of a step, to save memory"
+    )
+    patience: int | None = Field(
+        None, ge=1, description="epochs without a lower loss after which a block's training ends early"
+    )
+    loss: LossSection = LossSection()
+
+    @field_validator("width_rates")
+    @classmethod
+    def _factors_of_widths(cls, rates: dict[int, float]) -> dict[int, float]:
+        if not all(1 <= width <= 8 and rate >= 0 for width, rate in rates.items()):
+            raise ValueError(f"expected factors of at least 0 for widths from 1 to 8, got {rates}")
+        return rates
+
+
+class EndToEndSection(Section):
+    """Training of scales through the whole model, the integers frozen, after the blocks are done."""
+
+    epochs: int = Field(0, ge=0, description="passes over the calibration windows; 0 leaves this stage out")
+    batch_size: int = Field(4, ge=1, description="windows per step, of all devices together")
+    accumulate_grad_batches: int = Field(
+        1, ge=1, description="parts in which a device takes its share of a step, to save memory"
+    )
+    optimizer: Literal["adamw", "adamw_8bit", "sign_sgd"] = Field("adamw", description="adamw_8bit is bitsandbytes'")
+    learning_rate: Number = Field(0.003, gt=0, description="peak for the ends of each grid, in steps of its scale")
+    norm_learning_rate: Number = Field(
+        1e-3, ge=0, description="peak for the norms' gains, in parts of a norm's mean gain; 0 leaves them alone"
+    )
+    zero_points: bool = Field(True, description="train zero points besides scales")
+    next_token: Number = Field(0.0, ge=0, description="weight of the cross-entropy of the text's next token")
+    distillation: Number = Field(1.0, ge=0, description="weight of the KL to the full-precision model's predictions")
+    hidden_states: Number = Field(0.0, ge=0, description="weight of the error of the last hidden states")
+    teacher: Literal["cached", "int8", "nf4"] = Field(
+        "cached",
+        description="the full-precision model: its last hidden states kept in main memory, or the model itself held by "
+        "bitsandbytes",
+    )
+    activation_checkpointing: bool = Field(
+        False, description="keep the blocks' inputs only, and compute the rest twice"
+    )
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> EndToEndSection:
+        if self.epochs and not (self.next_token or self.distillation or self.hidden_states):
+            raise ValueError(
+                "end_to_end.distillation: nothing is left to learn from when it, end_to_end.next_token and "
+                "end_to_end.hidden_states are all 0; give one of them a weight, or end_to_end.epochs=0"
+            )
+        return self
+
+
+class TrainerSection(Section):
+    """Where and how Lightning's Trainer runs."""
+
+    accelerator: Literal["auto", "cpu", "cuda", "gpu"] = Field(
+        "auto", description="processor to run on; gpu means cuda"
+    )
+    devices: int = Field(1, ge=1, description="processes (one per GPU) on each node")
+    num_nodes: int = Field(1, ge=1, description="machines")
+    strategy: Literal["auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"] = Field(
+        "auto", description="how several devices share the training"
+    )
+    offload: Literal["none", "optimizer", "parameters"] = Field(
+        "none",
+        description="what DeepSpeed keeps in main memory instead of on the GPU: nothing, the optimizer (any stage), or "
+        "the optimizer and the parameters (stage 3)",
+    )
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = Field(
+        "auto", description="training precision; auto is bf16-mixed where that is the faster"
+    )
+    checkpoint_seconds: int = Field(
+        120, ge=0, description="training time between two checkpoints of a block; there is also one each epoch"
+    )
+
+    @field_validator("offload")
+    @classmethod
+    def _stage_that_offloads(cls, offload: str, info: ValidationInfo) -> str:
+        able = [f"deepspeed_stage_{stage}" for stage in (1, 2, 3)][2 if offload == "parameters" else 0 :]
+        strategy = info.data.get("strategy")
+        if offload != "none" and strategy is not None and strategy not in able:
+            raise ValueError(f"{offload} needs trainer.strategy={' or '.join(able)}, got {strategy}")
+        return offload
+
+
+class ResumeSection(Section):
+    """What to do with a run_dir that already holds something; `resume=VALUE` sets `resume.start`."""
+
+    shorthand = "start"
+    start: str = Field(
+        "auto",
+        min_length=1,
+        description="auto goes on from the newest intact state in run_dir; never refuses a used run_dir; "
+        "or the last.ckpt of the block in training; resume=VALUE for short",
+    )
+    force: bool = Field(False, description="go on although run_dir was made with another recipe, model or text")
+
+
+class Recipe(Section):
+    """One run, resolved: what `slimplus.pipeline.run` takes."""
+
+    model: ModelSection
+    data: DataSection = DataSection()
+    quantization: QuantizationSection
+    training: TrainingSection = TrainingSection()
+    end_to_end: EndToEndSection = EndToEndSection()
+    trainer: TrainerSection = TrainerSection()
+    run_dir: str = Field(
+        min_length=1, description="folder for all that the run writes; runs/NAME if the recipe sets none"
+    )
+    resume: ResumeSection = ResumeSection()
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of the windows and of training")
+    dry_run: bool = Field(False, description="print the plan and sizes without loading weights, then stop")
+
+    @model_validator(mode="after")
+    def _optimizer_that_can_be_sharded(self) -> Recipe:
+        sharded = self.trainer.strategy.startswith("deepspeed")
+        for key, training in (("training", self.training), ("end_to_end", self.end_to_end)):
+            if sharded and training.optimizer == "adamw_8bit":
+                raise ValueError(
+                    f"{key}.optimizer: DeepSpeed cannot shard the moments of adamw_8bit; give adamw, whose moments it "
+                    "shards, or trainer.strategy=ddp"
+                )
+        return self
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The whole recipe as YAML; `recipe=FILE` with that text gives an equal Recipe."""
+    return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def flatten(recipe: Recipe) -> dict[str, Any]:
+    """Every key by its dotted path, with its value."""
+    flat: dict[str, Any] = {}
+    for key in keys():
+        value: Any = recipe
+        for part in key.split("."):
+            value = getattr(value, part)
+        flat[key] = value
+    return flat
+
+
+def keys(section: type[BaseModel] = Recipe, prefix: str = "") -> dict[str, FieldInfo]:
+    """Every settable key by its dotted path, in the order of the models."""
+    found: dict[str, FieldInfo] = {}
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= keys(field.annotation, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = field
+    return found

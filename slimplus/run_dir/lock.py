@@ -1,0 +1,38 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from slimplus.utils.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+LOCK = ".lock"
+
+
+@contextmanager
+def locked(root: str | Path, first: bool) -> Iterator[None]:
+    """Make the folder, and keep other jobs out of it meanwhile; only the first process of a job does so.
+
+    Raises:
+        InputError: if another job is at work there.
+    """
+    if not first:
+        yield
+        return
+    folder = Path(root).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"run_dir: another job is at work in {folder}; wait for it, or end it") from error
+        except OSError:
+            logger.warning("%s is on a file system without locks: see to it that no other job works there", folder)
+        yield

@@ -1,0 +1,77 @@
+"""The figures of a run, kept in metrics.json after every stage and block."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import UserDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from slimplus.run_dir.directory import RunDirectory
+from slimplus.utils.errors import InputError, first_line
+from slimplus.utils.machine import peak_resident_bytes
+
+logger = logging.getLogger(__name__)
+
+FILE = "metrics.json"
+
+
+class Metrics(UserDict[str, Any]):
+    """The content of metrics.json, which a job fills stage by stage.
+
+    Args:
+        values: the figures so far.
+        run: the run directory that keeps them.
+        device: the device whose memory is watched.
+        writes: whether this process writes the file; one process of a job does.
+    """
+
+    def __init__(self, values: Mapping[str, Any], run: RunDirectory, device: torch.device, writes: bool) -> None:
+        super().__init__(values)
+        self._run, self._device, self._writes = run, device, writes
+        self._stage, self._since = "", 0.0
+
+    def save(self) -> None:
+        """Write metrics.json."""
+        if self._writes:
+            self._run.write(FILE, self.data)
+
+    def note(self, event: str) -> None:
+        """Warn of something that a reader of the results should know, and keep it among the events, once."""
+        logger.warning("%s", event)
+        if event not in self["events"]:
+            self["events"].append(event)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage, and keep the figures when it ends or is interrupted.
+
+        Raises:
+            InputError: if the device's memory does not suffice.
+        """
+        self._stage, self._since = name, time.perf_counter()
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"{name}: out of device memory ({first_line(error)}); give a larger device, a lower "
+                "data.sequence_length or data.evaluation.sequence_length, or trainer.accelerator=cpu; what is finished "
+                "is kept"
+            ) from error
+        finally:
+            self.checkpoint()
+
+    def checkpoint(self) -> None:
+        """Save the seconds and the memory of the stage up to here: a killed job cannot save them at its end."""
+        now = time.perf_counter()
+        self["seconds"][self._stage] = self["seconds"].get(self._stage, 0) + now - self._since
+        self._since = now
+        self["peak_memory_bytes"] = max(self.get("peak_memory_bytes", 0), peak_resident_bytes())
+        if self._device.type == "cuda":
+            allocated = torch.cuda.max_memory_allocated(self._device)
+            self["peak_device_memory_bytes"] = max(self.get("peak_device_memory_bytes", 0), allocated)
+        self.save()
