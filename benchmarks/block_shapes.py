@@ -2,10 +2,10 @@
 
     python benchmarks/block_shapes.py [--shapes llama_7b llama2_70b] [--samples 128] [--epochs 4]
 
-One block with random weights is calibrated on random tokens and trained for some steps. What depends on the number of
-windows or steps is timed and multiplied; hours are those of a whole model on one device. Beside them stand hours that
-others report for a 7B model on one A100: OmniQuant (arXiv 2308.13137, 20 epochs) and EfficientQAT (arXiv 2407.11062,
-block-wise phase). Writes benchmarks/results/block_shapes.json.
+One block with random weights is calibrated on random tokens and trained for some steps. The time of a step is
+multiplied by the number of steps, and the time of a block by the number of blocks, which gives hours for a whole model
+on one device. The result also names hours that others report for a 7B model on one A100: OmniQuant (arXiv 2308.13137,
+20 epochs) and EfficientQAT (arXiv 2407.11062, block-wise phase). Writes benchmarks/results/block_shapes.json.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ SHAPES: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     "tiny": (2, {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}),
 }
+"""Name → number of blocks, and the sizes of a block as `LlamaConfig` takes them."""
+
 REPORTED_HOURS = {"OmniQuant": 5.0, "EfficientQAT": 3.3}
 
 
@@ -56,8 +58,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["llama_7b", "llama2_70b"])
     parser.add_argument("--samples", type=int, default=128, help="calibration windows")
-    parser.add_argument("--sequence-length", type=int, default=2048, help="tokens in one")
-    parser.add_argument("--epochs", type=int, default=4, help="passes over them, for the extrapolation")
+    parser.add_argument("--sequence-length", type=int, default=2048, help="tokens in a window")
+    parser.add_argument("--epochs", type=int, default=4, help="passes over the windows, for the extrapolation")
     parser.add_argument("--steps", type=int, default=20, help="timed training steps")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/block_shapes.json")
@@ -73,7 +75,7 @@ def main() -> None:
 
 @torch.no_grad()
 def measure(shape: str, given: argparse.Namespace) -> dict[str, Any]:
-    """Quantize and train one block of a shape."""
+    """Quantize one block of a shape, train it for some steps, and return the row of the result."""
     blocks, sizes = SHAPES[shape]
     fabric = launch("auto", 1, 1, "auto")
     runner = BlockRunner(fabric.device, resolve_precision("auto", fabric.device))
@@ -97,11 +99,11 @@ def measure(shape: str, given: argparse.Namespace) -> dict[str, Any]:
     count = given.steps + WARM_UP
     with tempfile.TemporaryDirectory() as folder, torch.enable_grad():
         where = FitConfig(1, 1, "auto", "none", Path(folder, "logs"), seed=0, checkpoint_seconds=3600)
-        checkpoints = TrainingCheckpoints(Path(folder, "checkpoints"), Manifest(Path(folder)), made_from="")
+        checkpoints = TrainingCheckpoints(Path(folder, "checkpoints"), Manifest(Path(folder)), parent_hash="")
         data = (inputs.hidden[:count], targets[:count])
         Fit(module, data, shape, checkpoints, fabric, where, Preemption())()
     step = module.seconds_step
-    # The outputs of both chains, the loss before training, calibration, and the steps.
+    # The block runs over all windows for the targets, for the loss before training, and for the next block's inputs.
     block = 3 * outputs + calibration + given.epochs * given.samples * step
     row = {
         "shape": shape,
@@ -121,7 +123,7 @@ def measure(shape: str, given: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
+    """Return the rows as a Markdown table."""
     lines = ["| shape | calibration | step | block | hours | memory | GPU memory |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         memory, device = (row.get(key, 0) / 1e9 for key in ("memory_bytes", "device_memory_bytes"))

@@ -1,8 +1,8 @@
-"""A packed layer on the CPU against dense ones, in the same run.
+"""A packed linear layer on the CPU against dense ones, in the same run.
 
     python benchmarks/cpu_linear.py [--features 4096] [--rows 1 4 16 64 256 1024] [--threads 2]
 
-Layers are used in turn, so many of them that no cache holds them all, as in a model. The rounds of all ways alternate;
+Several layers take turns, more than a cache holds, as in a model. The rounds of packed and dense layers alternate, and
 the median of each is kept. Prints a table of milliseconds and ratios, and writes benchmarks/results/cpu_linear.json.
 """
 
@@ -27,27 +27,30 @@ from slimplus.utils.machine import describe_machine
 
 RESULT = Path(__file__).resolve().parent / "results" / "cpu_linear.json"
 GROUP_SIZE = 128
-WIDTHS = (1, 2, 2, 3)  # of the groups, in turn: 2 bits on average
+WIDTHS = (1, 2, 2, 3)  # widths of the groups, in turn: 2 bits on average
 LAYERS = 6
 ROUNDS = 15
 DENSE = {"dense float32": torch.float32, "dense bfloat16": torch.bfloat16}
 
+Layers = dict[str, tuple[list[nn.Module], torch.dtype]]
+"""Name → layers of one kind, and the dtype of their input."""
+
 
 def main() -> None:
-    """Measure, print, write."""
+    """Parse the arguments, measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
     parser.add_argument("--features", type=int, default=4096, help="rows and columns of the layers")
     parser.add_argument(
-        "--rows", type=int, nargs="+", default=[1, 4, 16, 32, 64, 128, 256, 512, 1024], help="of the input"
+        "--rows", type=int, nargs="+", default=[1, 4, 16, 32, 64, 128, 256, 512, 1024], help="rows of the input"
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, default=RESULT, help="the JSON to write")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     packed = [packed_layer(arguments.features, seed) for seed in range(LAYERS)]
-    ways, memory = prepare_ways(packed)
+    layers, memory = prepare_layers(packed)
     with torch.inference_mode():
-        milliseconds = {rows: measure(ways, rows, arguments.features) for rows in arguments.rows}
+        milliseconds = {rows: measure(layers, rows, arguments.features) for rows in arguments.rows}
     sys.stdout.write(table(milliseconds, memory) + "\n")
     result = {
         "machine": describe_machine() | {"threads": arguments.threads},
@@ -64,7 +67,7 @@ def main() -> None:
 
 
 def packed_layer(features: int, seed: int) -> PackedLinear:
-    """A random layer of 2 bits on average."""
+    """Return a random layer of 2 bits on average."""
     generator = torch.Generator().manual_seed(seed)
     groups = features // GROUP_SIZE
     bits = torch.tensor(list(itertools.islice(itertools.cycle(WIDTHS), groups)), dtype=torch.int32)
@@ -75,35 +78,38 @@ def packed_layer(features: int, seed: int) -> PackedLinear:
     return PackedLinear.from_quantized(QuantizedWeight(integers, scale, zero_point, bits, GROUP_SIZE), None)
 
 
-def prepare_ways(packed: list[PackedLinear]) -> tuple[dict[str, tuple[list[nn.Module], torch.dtype]], dict[str, float]]:
-    """Name → layers and the dtype of their input; and the bits a weight takes in memory."""
+def prepare_layers(packed: list[PackedLinear]) -> tuple[Layers, dict[str, float]]:
+    """Return the layers to measure, dense ones made from the packed ones, and the bits that a weight takes in memory.
+
+    Both are by name: `packed`, and the names in `DENSE`.
+    """
     weights = packed[0].in_features * packed[0].out_features
     stored = 8 * sum(tensor.nbytes for tensor in packed[0].packed_tensors().values()) / weights
-    ways: dict[str, tuple[list[nn.Module], torch.dtype]] = {}
+    layers: Layers = {}
     memory = {"packed": stored}
     for name, dtype in DENSE.items():
-        ways[name] = ([layer.to_linear().to(dtype) for layer in packed], dtype)
+        layers[name] = ([layer.to_linear().to(dtype) for layer in packed], dtype)
         memory[name] = 8.0 * dtype.itemsize
-    for projections in prepare_inference(nn.ModuleList([nn.Sequential(layer) for layer in packed])):
-        projections.prepare()
-        memory["packed"] = stored + 8 * projections.nbytes / weights
-    ways["packed"] = (list(packed), torch.bfloat16)
-    return ways, memory
+    for fused in prepare_inference(nn.ModuleList([nn.Sequential(layer) for layer in packed])):
+        fused.prepare()
+        memory["packed"] = stored + 8 * fused.nbytes / weights
+    layers["packed"] = (list(packed), torch.bfloat16)
+    return layers, memory
 
 
-def measure(ways: dict[str, tuple[list[nn.Module], torch.dtype]], rows: int, features: int) -> dict[str, float]:
-    """Milliseconds of one layer."""
+def measure(layers: Layers, rows: int, features: int) -> dict[str, float]:
+    """Return the milliseconds that one layer takes for an input of `rows`, by name."""
     inputs = torch.randn(1, rows, features)
     calls = {
-        name: itertools.cycle([_call(layer, inputs.to(dtype)) for layer in layers])
-        for name, (layers, dtype) in ways.items()
+        name: itertools.cycle([_call(layer, inputs.to(dtype)) for layer in members])
+        for name, (members, dtype) in layers.items()
     }
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(ROUNDS):
-        for name, layers in calls.items():
+        for name, turns in calls.items():
             start = time.perf_counter()
             for _ in range(LAYERS):
-                next(layers)()
+                next(turns)()
             seconds[name].append((time.perf_counter() - start) / LAYERS)
     return {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
 
@@ -113,7 +119,7 @@ def _call(layer: nn.Module, inputs: Tensor) -> Callable[[], Tensor]:
 
 
 def table(milliseconds: dict[int, dict[str, float]], memory: dict[str, float]) -> str:
-    """Markdown; the ratio says how many times faster the packed layer is."""
+    """Return a Markdown table; the ratios say how many times faster the packed layer is."""
     names = [*DENSE, "packed"]
     head = [f"{name} ({memory[name]:.2f} bits)" for name in names]
     lines = [f"| rows | {' | '.join(head)} | over float32 | over bfloat16 |", "|---" * (len(names) + 3) + "|"]

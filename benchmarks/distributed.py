@@ -2,9 +2,10 @@
 
     python benchmarks/distributed.py [recipe=smollm2_135m_2bit] [key=value ...] [--processes 1 2] [--steps 10]
 
-Quantizes and trains the model's first block, once for every strategy and number of processes, each in processes of its
-own. Every process takes one window a step, whatever their number, and on a CPU one thread unless OMP_NUM_THREADS says
-otherwise. Writes benchmarks/results/distributed.json with the machine, the versions and the commit; prints a table.
+Quantizes and trains the model's first block, once for every strategy and number of processes, each time in new
+processes. Every process takes one window a step, however many processes there are, and on a CPU one thread unless
+OMP_NUM_THREADS says otherwise. Writes benchmarks/results/distributed.json with the machine, the versions and the
+commit, and prints a table.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--steps", type=int, default=10, help="timed training steps")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/distributed.json")
-    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # what each process of a measurement runs
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # given to the processes of a measurement
     arguments, overrides = parser.parse_known_args()
     if arguments.measure:
         measure(overrides, arguments.measure)
@@ -63,7 +64,7 @@ def main() -> None:
 
 
 def run(strategy: str, processes: int, steps: int, overrides: list[str]) -> dict[str, Any]:
-    """One measurement, by as many processes as it takes."""
+    """Start the processes of one measurement, wait for them, and return the row of the result."""
     keys = measured_keys(strategy, processes, steps, overrides)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     with tempfile.TemporaryDirectory() as folder:
@@ -74,7 +75,7 @@ def run(strategy: str, processes: int, steps: int, overrides: list[str]) -> dict
 
 
 def measured_keys(strategy: str, processes: int, steps: int, overrides: list[str]) -> list[str]:
-    """The recipe of one measurement: one window a process and step, the first block alone."""
+    """Return the recipe of one measurement, in which every process takes one window a step."""
     return [
         *overrides,
         *("quantization.method=slimllm_plus", f"trainer.strategy={strategy}", f"trainer.devices={processes}"),
@@ -85,13 +86,20 @@ def measured_keys(strategy: str, processes: int, steps: int, overrides: list[str
 
 
 class TimedReconstruction(BlockReconstruction):
-    """Notes when each step ends, and the memory then."""
+    """Block reconstruction that notes the time and the memory at the end of each step.
+
+    Attributes:
+        ends: seconds on the clock `time.perf_counter` at which each step ended.
+        resident: bytes of resident memory at the end of each step.
+    """
 
     def on_train_start(self) -> None:
+        """Start with empty lists."""
         self.ends: list[float] = []
         self.resident: list[int] = []
 
     def on_train_batch_end(self, *arguments: Any) -> None:
+        """Note the time and the memory, once the device has finished the step."""
         super().on_train_batch_end(*arguments)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -100,13 +108,13 @@ class TimedReconstruction(BlockReconstruction):
 
     @property
     def seconds_step(self) -> float:
-        """Mean of the steps after the warm-up."""
+        """Mean seconds of a step after the warm-up."""
         times = self.ends[WARM_UP - 1 :]
         return (times[-1] - times[0]) / (len(times) - 1)
 
 
 def measure(keys: list[str], file: Path) -> None:
-    """Quantize and train the first block in this process, and write what that took."""
+    """Quantize and train the first block in this process, and write its seconds and memory to `file.RANK`."""
     recipe, preemption = load_recipe(keys), Preemption()
     job = prepare(recipe, start(recipe), preemption)
     model, runner = job.model, job.runner
@@ -121,7 +129,7 @@ def measure(keys: list[str], file: Path) -> None:
     calibration = time.perf_counter() - begin
     block = fake_quantized_block(original, result, job.quantizer.quantizer)
     module = TimedReconstruction(block, arguments, job.quantizer.reconstruction, runner.precision)
-    checkpoints = TrainingCheckpoints(job.run.root / "checkpoints", job.run.manifest, made_from="")
+    checkpoints = TrainingCheckpoints(job.run.root / "checkpoints", job.run.manifest, parent_hash="")
     if runner.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(runner.device)
     fit = (checkpoints, job.fabric, job.quantizer.fit, preemption)
@@ -137,7 +145,7 @@ def measure(keys: list[str], file: Path) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
+    """Return the rows as a Markdown table."""
     lines = [
         "| strategy | processes | samples/s | of linear scaling | calibration | memory a rank | GPU memory a rank |",
         "|---|---|---|---|---|---|---|",

@@ -1,10 +1,10 @@
-"""Products with packed weights on a GPU, against cuBLAS in bfloat16 and, if it is installed, gemlite.
+"""Products with packed weights on a GPU, against cuBLAS in bfloat16 and against gemlite if it is installed.
 
     python benchmarks/kernels.py [--models llama-7b llama-70b] [--tokens 1 4 16 64 256 2048]
 
-Every product is checked against float64 on fresh random inputs before it is timed. Weights take turns, so that none is
-in the L2 cache when its turn comes, and calls are replayed from a CUDA graph, so that no overhead of Python is in the
-times. The yardstick is the bandwidth of a copy, measured in the same run. Writes
+Every product is checked against float64 on fresh random inputs before it is timed. Weights take turns, so that none of
+them is in the L2 cache when it is used, and calls are replayed from a CUDA graph, so that the times hold no overhead of
+Python. Bandwidths are compared with that of a copy, measured in the same run. Writes
 benchmarks/results/kernels_<gpu>.json with the machine, the versions and the commit, and prints a table.
 """
 
@@ -54,7 +54,7 @@ MODELS: dict[str, dict[str, tuple[tuple[int, ...], int]]] = {
         "down": ((8192,), 28672),
     },
 }
-"""Model → layer → rows of the weights that read the same input, and its columns."""
+"""Model → layer → rows of each of the weights that read the same input, and their columns."""
 
 MIXES = {"2": (2,), "2 (1/2/3)": (1, 2, 2, 3), "3": (3,), "3 (2/3/4)": (2, 3, 3, 4), "4": (4,)}
 """Average bits → widths of the groups, in turn."""
@@ -82,7 +82,14 @@ def main() -> None:
 def measure(
     layers: Sequence[tuple[str, str]], tokens: Sequence[int], device: torch.device, timer: Timer = graph_seconds
 ) -> list[dict[str, Any]]:
-    """A row for each layer, number of tokens and mix of widths; `None` where something was not measured."""
+    """Return a row for each layer, mix of widths and number of tokens.
+
+    Args:
+        layers: models and their layers, as in `MODELS`.
+        tokens: numbers of input rows.
+        device: the GPU.
+        timer: measurement of the mean seconds of a call.
+    """
     rows = []
     for model, layer in tqdm(layers):
         shape = MODELS[model][layer]
@@ -104,7 +111,7 @@ def measure(
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: times, speed-up over cuBLAS, and the weights' bytes a second as a part of a copy's."""
+    """Return a Markdown table: times, speed-up over cuBLAS, and bandwidth as a part of a copy's bandwidth."""
     lines = [
         "| model | layer | bits | tokens | slimplus µs | cuBLAS µs | gemlite µs | speed-up | of copy bandwidth |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -120,14 +127,14 @@ def table(result: dict[str, Any]) -> str:
 
 
 def copy_bandwidth(device: torch.device, timer: Timer = graph_seconds, size: int = 1 << 30) -> float:
-    """Bytes a second, read and written, of a copy of `size` bytes."""
+    """Return the bytes a second, read and written, of a copy of `size` bytes."""
     source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * size / timer([lambda: target.copy_(source)])
 
 
 def provenance() -> dict[str, Any]:
-    """The machine, the versions of what was measured, the commit, and what all rows share."""
+    """Return the machine with versions and commit, and the settings that all rows share."""
     machine = describe_machine() | {"gemlite": package_version("gemlite")}
     return {"machine": machine, "group_size": GROUP_SIZE, "dtype": str(DTYPE)}
 
@@ -135,19 +142,21 @@ def provenance() -> dict[str, Any]:
 def _packed_weights(
     shape: tuple[tuple[int, ...], int], widths: Sequence[int], device: torch.device
 ) -> list[RandomWeights]:
+    """Return random packed weights of a shape, more than the cache holds."""
     first = random_weights(*shape, GROUP_SIZE, widths, device)
     copies = copies_beyond_cache(first.size, device)
     return [first, *(random_weights(*shape, GROUP_SIZE, widths, device) for _ in range(copies - 1))]
 
 
 def _dense_weights(shape: tuple[tuple[int, ...], int], device: torch.device) -> list[Tensor]:
-    columns = sum(shape[0])
-    copies = copies_beyond_cache(columns * shape[1] * DTYPE.itemsize, device)
-    return [torch.randn(columns, shape[1], dtype=DTYPE, device=device) for _ in range(copies)]
+    """Return random dense weights of a shape, more than the cache holds."""
+    rows = sum(shape[0])
+    copies = copies_beyond_cache(rows * shape[1] * DTYPE.itemsize, device)
+    return [torch.randn(rows, shape[1], dtype=DTYPE, device=device) for _ in range(copies)]
 
 
 def _gemlite_layers(shape: tuple[tuple[int, ...], int], widths: Sequence[int], device: torch.device) -> list[Any]:
-    """The same shape in gemlite, which knows one width a layer; none where it is not installed or has no such width."""
+    """Return layers of gemlite of a shape; none if gemlite is not installed or does not have the widths."""
     if not importlib.util.find_spec("gemlite") or len(widths) > 1 or widths[0] not in GEMLITE_BITS:
         return []
     from gemlite.core import DType, GemLiteLinear
@@ -164,13 +173,14 @@ def _gemlite_layers(shape: tuple[tuple[int, ...], int], widths: Sequence[int], d
 
 
 def _check(weights: RandomWeights, inputs: Tensor) -> None:
+    """Check a product against float64."""
     error = relative_error(_product(weights, inputs)(), weights.exact(inputs))
     if not error <= TOLERANCE[inputs.dtype]:
         raise RuntimeError(f"wrong product of {len(inputs)} tokens with {weights.shape}: relative error {error:.1e}")
 
 
 def _product(weights: RandomWeights, inputs: Tensor) -> Callable[[], Tensor]:
-    """What a packed layer does: the kernel for few tokens, else the library's product with the dequantized weight."""
+    """Return the product that a packed layer takes: the kernel for few tokens, else cuBLAS with dequantized weights."""
     if len(inputs) <= MAX_TOKENS:
         return lambda: weights.multiply(inputs)
     return lambda: torch.cat([inputs @ weight.T for weight in weights.dequantize(inputs.dtype)], dim=1)
@@ -185,6 +195,7 @@ def _module(layer: Callable[[Tensor], Tensor], inputs: Tensor) -> Callable[[], T
 
 
 def _launch(shape: tuple[tuple[int, ...], int], tokens: int, device: torch.device) -> dict[str, int] | None:
+    """Return the launch configuration of the kernel, if it is used for so many tokens."""
     return asdict(choose_launch(device, *shape, GROUP_SIZE, tokens)) if tokens <= MAX_TOKENS else None
 
 

@@ -1,10 +1,10 @@
-"""Packing a LLaMA-7B's worth of linear layers, and loading the packed checkpoint against reading its bytes.
+"""Seconds to pack the linear layers of a LLaMA-7B, and to load the checkpoint in comparison with reading its bytes.
 
     OMP_NUM_THREADS=2 python benchmarks/packing.py [--blocks 32] [--folder DIR]
 
-Packs one random block's weights again for every block, writes the checkpoint into a temporary folder (2.3 GB, removed
-at the end), and loads it in fresh processes, once with its pages dropped from the page cache and once with them in it.
-Writes one JSON with the machine, the versions and the commit: benchmarks/results/packing.json, or `--output`.
+Packs the weights of one random block again for every block, writes the checkpoint into a temporary folder (2.3 GB,
+removed at the end), and loads it in new processes: first with its pages dropped from the page cache, then with its
+pages in it. Writes benchmarks/results/packing.json with the machine, the versions and the commit.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from slimplus.utils.machine import describe_machine
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "packing.json"
 GROUP_SIZE = 128
-READ = 2**24  # bytes at a time
+READ = 2**24  # bytes to read at a time
 
 
 def main() -> None:
     """Parse the arguments, measure, write and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
     parser.add_argument("--blocks", type=int, default=32, help="transformer blocks (LLaMA-7B has 32)")
-    parser.add_argument("--hidden", type=int, default=4096, help="hidden size; the others follow")
-    parser.add_argument("--folder", type=Path, help="where the temporary folder goes: the disk to measure")
+    parser.add_argument("--hidden", type=int, default=4096, help="hidden size; other sizes follow from it")
+    parser.add_argument("--folder", type=Path, help="folder for the temporary folder, on the disk to measure")
     parser.add_argument("--output", type=Path, default=RESULT, help="the JSON to write")
     parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def measure_packing(config: LlamaConfig, folder: Path) -> dict[str, Any]:
-    """Pack every block's linear layers and write the checkpoint."""
+    """Pack the linear layers of every block, write the checkpoint, and return sizes and seconds."""
     layers = {
         name: tuple(parameter.shape)
         for name, parameter in build_on_meta(config).named_parameters()
@@ -108,7 +108,7 @@ def measure_packing(config: LlamaConfig, folder: Path) -> dict[str, Any]:
 
 
 def measure_layer(weight: QuantizedWeight) -> dict[str, Any]:
-    """Seconds for one weight, each way."""
+    """Return the seconds to pack, unpack and dequantize one weight."""
     rows, columns = weight.integers.shape
     start = time.perf_counter()
     packed = pack(weight)
@@ -125,7 +125,7 @@ def measure_layer(weight: QuantizedWeight) -> dict[str, Any]:
 
 
 def random_weight(rows: int, columns: int) -> QuantizedWeight:
-    """2 bits on average, an eighth of the groups at 1 bit and an eighth at 3."""
+    """Return a random weight of 2 bits on average, with an eighth of its groups at 1 bit and an eighth at 3."""
     groups = group_count(columns, GROUP_SIZE)
     bits = torch.full((groups,), 2, dtype=torch.int32)
     bits[: groups // 8], bits[groups - groups // 8 :] = 1, 3
@@ -136,7 +136,7 @@ def random_weight(rows: int, columns: int) -> QuantizedWeight:
 
 
 def measure_loading(folder: Path) -> dict[str, Any]:
-    """Seconds to read the files of `folder` and to load the model, from the disk and from memory."""
+    """Return the seconds to read the files of a checkpoint and to load the model, from the disk and from memory."""
     files = sorted(folder.glob("*.safetensors"))
     figures: dict[str, Any] = {}
     for state in ("cold", "warm"):
@@ -149,7 +149,7 @@ def measure_loading(folder: Path) -> dict[str, Any]:
 
 
 def drop_from_cache(files: list[Path]) -> None:
-    """Have the kernel forget the pages of `files`, which were written long enough ago to be on the disk."""
+    """Drop the pages of files from the kernel's page cache, once they are on the disk."""
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
@@ -158,7 +158,7 @@ def drop_from_cache(files: list[Path]) -> None:
 
 
 def read_seconds(files: list[Path]) -> float:
-    """Reading every byte once."""
+    """Return the seconds to read every byte once."""
     start = time.perf_counter()
     for file in files:
         with file.open("rb", buffering=0) as stream:
@@ -168,6 +168,7 @@ def read_seconds(files: list[Path]) -> float:
 
 
 def _load_in_a_process(folder: Path) -> dict[str, float]:
+    """Return `load_seconds`, measured in a new process."""
     command = [sys.executable, __file__, "--load", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     seconds: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -175,15 +176,15 @@ def _load_in_a_process(folder: Path) -> dict[str, float]:
 
 
 def load_seconds(folder: Path) -> dict[str, float]:
-    """`from_pretrained`; touching every page of every tensor, in case one was only mapped; and making ready to run."""
+    """Return the seconds to load the model, to touch every page in case it was only mapped, and to make it ready."""
     start = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(folder)
     loaded = time.perf_counter()
     for tensor in model.state_dict().values():
         tensor.flatten().view(torch.uint8)[::4096].sum()
     touched = time.perf_counter()
-    for projections in prepare_inference(model):
-        projections.prepare()
+    for fused in prepare_inference(model):
+        fused.prepare()
     return {"load": loaded - start, "touch": touched - loaded, "prepare": time.perf_counter() - touched}
 
 

@@ -1,7 +1,7 @@
-"""Packed planes → the weight of a whole layer, in 16 bit or float32.
+"""Dequantization of a whole layer's weight from its packed planes, to 16 bits or float32.
 
-The layout is that of `slimplus.format.planes`. One launch a bit width, so that the width is a constant of the
-kernel; a program handles one group of columns and a block of rows.
+The layout is that of `slimplus.format.planes`. Each bit width gets a launch of its own, so that the width is a constant
+of the kernel. A program handles one group of columns and a block of rows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from slimplus.kernels.fused import ONES
 from slimplus.kernels.unpack import as_tile, load_exponents, load_scale, unpack_group
 
 PLANES = (1, 2, 4, 8)
-ROWS = 64  # of the weight, a program; a multiple of the 16 to which rows are padded need not divide the matrix
+ROWS = 64  # rows of the weight that a program handles
 
 
 @triton.jit(do_not_specialize=["first_group", "first1", "first2", "first4", "first8", "ones"])
@@ -69,7 +69,7 @@ def _dequantize_kernel(
     exponents = load_exponents(scales, groups, stride, row, inside)
     scale = load_scale(scales, exponents, group, stride, row, inside) * (1 << BITS)
     zero = tl.load(zeros + group * stride + row, mask=inside, other=0).to(tl.float32) * (1 / 256)
-    # Exact up to the product, which is that of level and scale but for powers of two.
+    # Only the product is rounded, exactly as level * scale is: its factors differ from these by powers of two.
     level = (as_tile(pairs, tl.float16).to(tl.float32) - (1 + zero)[:, None]) * scale[:, None]
     column = tl.load(group_index + group).to(tl.int32) * GROUP_SIZE + tl.arange(0, GROUP_SIZE)
     exists = (row < out_features)[:, None] & (column < in_features)[None, :]
@@ -84,19 +84,20 @@ def dequantize(
     group_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The weight `[out, in]` of a packed layer, on the device of its tensors.
+    """Return the weight `[out, in]` of a packed layer, on the device of its tensors.
 
     Args:
-        packed: tensors of the packed format.
-        bit_counts: width → number of groups; known without asking the device.
+        packed: tensors of the packed format by name.
+        bit_counts: number of groups of each width, known without reading the device's memory.
         out_features: rows of the weight.
         in_features: columns of the weight.
         group_size: columns a group, a power of two from 16.
-        dtype: of the result; levels are exact in float32 and rounded once.
+        dtype: dtype of the result; levels are exact in float32 and rounded once.
     """
     scales = packed["scales"]
     weight = torch.empty(out_features, in_features, dtype=dtype, device=scales.device)
-    planes = [packed.get(f"qplane{plane}", packed["group_index"]) for plane in PLANES]  # an absent one is never read
+    # An absent plane is never read; any tensor takes its place.
+    planes = [packed.get(f"qplane{plane}", packed["group_index"]) for plane in PLANES]
     words = dict.fromkeys(PLANES, 0)
     first_group = 0
     for width in sorted(bit_counts):

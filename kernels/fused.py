@@ -1,4 +1,4 @@
-"""Packed weights that read the same input, laid end to end for one launch of `packed_matmul`."""
+"""Packed layers that read the same input, laid end to end for one launch of `packed_matmul`."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from slimplus.format.planes import (
 WIDTHS = (1, 2, 3, 4)
 GROUP_SIZES = (16, 32, 64, 128, 256)
 PLANES = ("qplane1", "qplane2", "qplane4")
-FUSED = (*PLANES, "scales", "zeros", "group_index", "shard_table")
-"""Tensors of a launch, in the order in which the kernel takes them."""
+FUSED = (*PLANES, "scales", "zeros", "group_index", "layer_table")
+"""Names of a launch's tensors, in the order in which the kernel takes them."""
 
-ONES = {torch.float16: 0x3C003C00, torch.bfloat16: 0x3F803F80}  # two of them in an int32
+ONES = {torch.float16: 0x3C003C00, torch.bfloat16: 0x3F803F80}  # the bits of two ones in an int32
 _PLANE_DTYPES = {"qplane1": torch.int16, "qplane2": torch.int32, "qplane4": torch.int32}
-_PARTS = (*PLANES, "scales", "zeros", "group_index")
+_PARTS = (*PLANES, "scales", "zeros", "group_index")  # tensors of each layer that a launch reads
 
 
 @dataclass(frozen=True)
 class FusedShape:
-    """What a launch must know of its weights without asking the device.
+    """The shape of fused layers, which a launch knows without reading the device's memory.
 
     Attributes:
-        in_features: columns of every weight.
+        in_features: columns of every layer.
         group_size: columns a group.
-        out_features: rows of each weight.
-        widths: those that occur in any weight, ascending.
+        out_features: rows of each layer.
+        widths: widths that occur in any layer, ascending.
     """
 
     in_features: int
@@ -47,89 +47,123 @@ class FusedShape:
 
     @property
     def columns(self) -> int:
-        """Columns of the output."""
+        """Columns of the output: the rows of all the layers."""
         return sum(self.out_features)
 
     @property
     def padded_columns(self) -> int:
-        """Columns of the partial sums: every weight's rows are padded to 16."""
+        """Columns of the partial sums: the rows of each layer, padded to a multiple of 16."""
         return sum(padded_rows(rows) for rows in self.out_features)
 
     @property
     def counters(self) -> int:
-        """Length of the int32 buffer in which programs count who came last: zeros before every launch and after it.
+        """Number of counters that a launch needs at most, one for each block of its output.
 
-        It holds blocks of 32 rows and 32 tokens, or of 16 rows where there is one block of tokens.
+        They suffice for blocks of 32 rows and 32 tokens, and for blocks of 16 rows if there is one block of tokens.
         """
         return sum(padded_rows(rows) // 4 + 8 for rows in self.out_features)
 
 
 def can_multiply(bit_counts: BitCounts, group_size: int) -> bool:
-    """Whether the kernels handle a weight of these widths; all others are dequantized first."""
+    """Return whether the kernels multiply by a weight of these widths and this group size; others are dequantized."""
     return group_size in GROUP_SIZES and max(bit_counts) <= max(WIDTHS)
 
 
-def fuse_shards(
+def fuse_layers(
     tensors: Sequence[Mapping[str, Tensor]],
     bit_counts: Sequence[BitCounts],
     out_features: Sequence[int],
     in_features: int,
     group_size: int,
 ) -> tuple[dict[str, Tensor], FusedShape]:
-    """Lay packed weights that read the same input end to end.
+    """Lay packed layers that read the same input end to end.
+
+    Args:
+        tensors: packed tensors of each layer by name.
+        bit_counts: number of groups of each width in each layer.
+        out_features: rows of each layer.
+        in_features: columns of every layer.
+        group_size: columns a group.
 
     Returns:
-        Flat tensors, those of each weight unchanged and in one piece (`split_shards` gives them back as views; a single
-        weight is not copied), with `shard_table` `[weights, 16]` that says where; and the shape of the launch.
+        The flat tensors by the names of `FUSED`, and the shape of the launch. The tensors of each layer stay unchanged
+        and in one piece, of which `split_layers` returns views; a single layer is not copied. The row of each layer in
+        `layer_table` `[layers, 16]` says where they lie.
 
     Raises:
-        ValueError: for widths above 4 bits, group sizes that are no power of two from 16 to 256, counts that do not
-            describe `in_features` columns, or weights with scales of 8 and of 16 bits.
+        ValueError: for widths above 4 bits, a group size that is not a power of two from 16 to 256, counts that do not
+            describe `in_features` columns, or scales of 8 bits in one layer and of 16 bits in another.
     """
     for counts in bit_counts:
         check_features(in_features, counts, group_size)
         if not can_multiply(counts, group_size):
-            raise ValueError(f"no kernel for groups of {group_size} columns with {dict(counts)} groups of each width")
+            raise ValueError(
+                f"no kernel for groups of {group_size} columns with {dict(counts)} groups by width; there are kernels "
+                f"for groups of {', '.join(map(str, GROUP_SIZES))} columns and up to {max(WIDTHS)} bits"
+            )
     first = tensors[0]["scales"]
-    if any(shard["scales"].dtype != first.dtype for shard in tensors):
-        raise ValueError("weights with scales of 8 and of 16 bits cannot be multiplied in one launch")
+    if any(layer["scales"].dtype != first.dtype for layer in tensors):
+        raise ValueError("layers with scales of 8 bits and of 16 bits cannot be multiplied in one launch")
     fused = {
-        name: _end_to_end([shard[name] for shard in tensors if name in shard], _PLANE_DTYPES.get(name), first.device)
+        name: _end_to_end([layer[name] for layer in tensors if name in layer], _PLANE_DTYPES.get(name), first.device)
         for name in _PARTS
     }
-    table = _shard_table(bit_counts, out_features, group_size, stored_scale_bits(tensors[0]))
-    fused["shard_table"] = torch.tensor(table, dtype=torch.int32).to(first.device)
+    table = _layer_table(bit_counts, out_features, group_size, stored_scale_bits(tensors[0]))
+    fused["layer_table"] = torch.tensor(table, dtype=torch.int32).to(first.device)
     widths = tuple(width for width in WIDTHS if any(counts.get(width) for counts in bit_counts))
     return fused, FusedShape(in_features, group_size, tuple(out_features), widths)
 
 
-def split_shards(
+def split_layers(
     fused: Mapping[str, Tensor], bit_counts: Sequence[BitCounts], out_features: Sequence[int], group_size: int
 ) -> list[dict[str, Tensor]]:
-    """The tensors of each weight as views of the fused ones, all but `group_bits`, which no kernel reads."""
+    """Return views of each layer's tensors in fused ones, by name; without `group_bits`, which no kernel reads.
+
+    Args:
+        fused: tensors that `fuse_layers` returned.
+        bit_counts: number of groups of each width in each layer.
+        out_features: rows of each layer.
+        group_size: columns a group.
+    """
     taken = dict.fromkeys(_PARTS, 0)
-    shards = []
+    layers = []
     for counts, rows in zip(bit_counts, out_features, strict=True):
-        shard = {}
+        layer = {}
         for name, (shape, _) in packed_shapes(rows, counts, group_size, stored_scale_bits(fused)).items():
             if name in _PARTS:
                 size = torch.Size(shape).numel()
-                shard[name] = fused[name][taken[name] : taken[name] + size].view(shape)
+                layer[name] = fused[name][taken[name] : taken[name] + size].view(shape)
                 taken[name] += size
-        shards.append(shard)
-    return shards
+        layers.append(layer)
+    return layers
 
 
 def _end_to_end(parts: Sequence[Tensor], dtype: torch.dtype | None, device: torch.device) -> Tensor:
+    """Flatten and concatenate tensors; a single one is not copied."""
     if not parts:
         return torch.empty(0, dtype=dtype, device=device)
     return parts[0].flatten() if len(parts) == 1 else torch.cat([part.flatten() for part in parts])
 
 
-def _shard_table(
+def _layer_table(
     bit_counts: Sequence[BitCounts], out_features: Sequence[int], group_size: int, scale_bits: int
 ) -> list[list[int]]:
-    """A row for each shard, read by `packed_matmul_kernel`. Elements are counted in 16s, so that the compiler knows."""
+    """Return the row of each layer, `[layers, 16]`, that `packed_matmul_kernel` reads.
+
+    | entry | content |
+    |---|---|
+    | 0 | padded rows, in units of 16 |
+    | 1 | rows |
+    | 2 | first column of the layer in the output |
+    | 3-6 | starts in qplane1, qplane2, qplane4 and scales, in units of 16 elements |
+    | 7 | start in group_index |
+    | 8-11 | stored groups of up to 1, 2, 3 and 4 bits |
+    | 12, 13 | the bits of two ones in float16, and in bfloat16 |
+    | 14 | first column of the layer in the partial sums, in units of 16 |
+    | 15 | start in zeros, in units of 16 elements |
+
+    Units of 16 let the compiler prove that addresses are aligned.
+    """
     offsets = dict.fromkeys((*PLANES, "scales", "zeros"), 0)
     table, first_output, first_group, first_padded = [], 0, 0, 0
     for counts, rows in zip(bit_counts, out_features, strict=True):

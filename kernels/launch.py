@@ -1,8 +1,9 @@
-"""Which launch of `packed_matmul` suits a GPU and a shape.
+"""Choice of the launch of `packed_matmul` for a GPU and a shape.
 
-A GPU that was tuned (`python -m slimplus.kernels.tune`) has a table in `configs/`, by its name; a shape in it gets the
-fastest launch measured there. Every other gets a default. The defaults were chosen by what the compiler makes of them
-(no spilled registers, the least instructions per weight) and never measured; no table is shipped yet.
+`python -m slimplus.kernels.tune` measures launches on a GPU and writes the fastest of each shape into a table in
+`configs/`, under the GPU's name. Shapes without an entry get a default launch. The defaults have not been measured:
+they were chosen by the compiled code, for no spilled registers and the fewest instructions per weight. No table is
+shipped.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ import torch
 
 CONFIGS = Path(__file__).parent / "configs"
 BUCKETS = (8, 16, 32, 64, 128, 256)
-"""Numbers of tokens up to which a launch was tuned."""
+"""Buckets of tokens: a launch serves all numbers of tokens up to its bucket's."""
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How a product is cut up.
+    """How a product is divided among programs.
 
     Attributes:
-        block_n: rows of the weight a program.
-        block_m: tokens a program.
+        block_n: rows of the weight that a program handles.
+        block_m: tokens that a program handles.
         split_k: programs that share the groups of the same rows and tokens.
-        num_warps: of a program.
-        num_stages: groups in flight.
+        num_warps: warps of a program.
+        num_stages: groups that a program loads ahead.
     """
 
     block_n: int
@@ -40,7 +41,7 @@ class LaunchConfig:
     num_stages: int
 
 
-WARPS_PER_MULTIPROCESSOR = 12  # as its registers hold at up to 8 tokens; more would only leave more partial sums
+WARPS_PER_MULTIPROCESSOR = 12  # that its registers hold at up to 8 tokens; more would only write more partial sums
 
 _DECODE = {8: LaunchConfig(128, 8, 1, 2, 3), 16: LaunchConfig(128, 16, 1, 2, 3)}
 _LARGE = LaunchConfig(64, 64, 1, 4, 3)
@@ -48,47 +49,64 @@ DEFAULTS = {
     80: _DECODE | {32: LaunchConfig(128, 32, 1, 4, 2), 256: _LARGE},
     90: _DECODE | {32: LaunchConfig(64, 32, 1, 4, 3), 256: _LARGE},
 }
-"""Compute capability → most tokens → launch, whose `split_k` follows from the shape.
+"""Default launch by compute capability (90 is 9.0) and largest number of tokens; `split_k` follows from the shape.
 
-Programs of two warps decode with `mma.sync`; from four on Triton takes Hopper's `wgmma`, which keeps the tensor cores
-as long for 8 tokens as for 64. Other capabilities than 9.0 get what is there for 8.0.
+Programs of two warps decode with `mma.sync`. With four or more, Triton takes Hopper's `wgmma`, which occupies the
+tensor cores as long for 8 tokens as for 64. Capabilities without an entry get that of 8.0.
 """
 
 
 def choose_launch(
     device: torch.device, out_features: Sequence[int], in_features: int, group_size: int, tokens: int
 ) -> LaunchConfig:
-    """The launch for a product on `device`; on a CPU, under Triton's interpreter, a default one."""
+    """Return the launch for a product on `device`: the tuned one if there is any, otherwise a default.
+
+    Args:
+        device: a GPU, or the CPU under Triton's interpreter.
+        out_features: rows of each layer.
+        in_features: columns of every layer.
+        group_size: columns a group.
+        tokens: rows of the inputs.
+    """
     return _choose(device, tuple(out_features), in_features, group_size, bucket(tokens))
 
 
 def bucket(tokens: int) -> int:
-    """The smallest of BUCKETS that holds `tokens`."""
+    """Return the smallest of `BUCKETS` that holds `tokens`."""
     return next(size for size in BUCKETS if tokens <= size)
 
 
 def shape_key(out_features: Sequence[int], in_features: int, group_size: int) -> str:
-    """How a table calls a shape: `4096+1024+1024x4096 g128`."""
+    """Return the name of a shape in a table, such as `4096+1024+1024x4096 g128`."""
     return f"{'+'.join(map(str, out_features))}x{in_features} g{group_size}"
 
 
 def table_file(folder: Path, gpu: str) -> Path:
-    """Where the launches of a GPU lie."""
+    """Return the file of a GPU's table in a folder."""
     return folder / f"{re.sub('[^a-z0-9]+', '_', gpu.lower()).strip('_')}.json"
 
 
 def read_table(file: Path) -> dict[str, dict[str, dict[str, int]]]:
-    """Shape → bucket → launch; nothing where there is no file."""
+    """Return the launches of a table by shape and bucket; none if there is no such file."""
     return json.loads(file.read_text(encoding="utf-8"))["launches"] if file.is_file() else {}
 
 
 def default_launch(
     capability: int, out_features: Sequence[int], in_features: int, group_size: int, tokens: int, multiprocessors: int
 ) -> LaunchConfig:
-    """A launch that fills the GPU, with at least two groups a program."""
+    """Return a launch that fills the GPU, with at least two groups a program.
+
+    Args:
+        capability: compute capability of the GPU, 90 for 9.0.
+        out_features: rows of each layer.
+        in_features: columns of every layer.
+        group_size: columns a group.
+        tokens: rows of the inputs.
+        multiprocessors: multiprocessors of the GPU.
+    """
     defaults = DEFAULTS.get(capability, DEFAULTS[80])
     launch = defaults[next(most for most in defaults if tokens <= most)]
-    if group_size > 128:  # 128 rows of such a group overflow the registers
+    if group_size > 128:  # 128 rows of a larger group overflow the registers
         launch = replace(launch, block_n=64)
     blocks = sum(-(-rows // launch.block_n) for rows in out_features) * -(-tokens // launch.block_m)
     wanted = -(-WARPS_PER_MULTIPROCESSOR * multiprocessors // (blocks * launch.num_warps))

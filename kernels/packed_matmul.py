@@ -1,10 +1,10 @@
-"""Matrix products with packed weights of 1 to 4 bits, one launch for all the weights that read the same input.
+"""Matrix products with packed weights of 1 to 4 bits, one launch for all the layers that read the same input.
 
-The weight is the left operand of the tensor cores (`outputs.T = weight @ inputs.T`), so that it goes from its words to
-their registers without a trip through a buffer of 16-bit floats. A program handles some rows of one weight (a *shard*
-of the launch), some tokens, and every `split_k`-th group of columns, whatever widths those have; programs of the same
-rows leave float32 sums behind, and the one that comes last adds them up in a fixed order: the same call gives the same
-bits. Nothing waits for the device or changes an address between calls, so a launch can be captured in a CUDA graph.
+The weight is the left operand of the tensor cores (`outputs.T = weight @ inputs.T`): it goes from its words to their
+registers without a buffer of 16-bit floats between. A program handles some rows of one layer, some tokens, and every
+`split_k`-th group of columns, whatever the widths of the groups are. Programs of the same rows write float32 sums, and
+the last of them to finish adds these up in a fixed order, so that the same call gives the same bits. No call waits for
+the device, and addresses stay the same between calls: a launch can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from slimplus.kernels.launch import LaunchConfig, choose_launch
 from slimplus.kernels.unpack import as_tile, load_exponents, load_scale, permute_for_mma, unpack_group
 
 MAX_TOKENS = 256
-"""Tokens from which on it is faster to dequantize the whole weight and multiply."""
+"""Largest number of tokens that the kernel takes; beyond, dequantizing the whole weight and multiplying is faster."""
 
-MAX_DECODE_TOKENS = tl.constexpr(16)  # a block; beyond, zero points are subtracted from the weights, not the products
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # Triton's interpreter multiplies bfloat16 bit patterns
+MAX_DECODE_TOKENS = tl.constexpr(16)  # in a block; beyond, zero points are subtracted from weights, not from products
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter would multiply the bits of bfloat16
 
 
 def packed_matmul(
@@ -36,27 +36,27 @@ def packed_matmul(
     bias: Tensor | None = None,
     launch: LaunchConfig | None = None,
 ) -> Tensor:
-    """`inputs @ weight.T + bias` for all the weights of `fused`, side by side.
+    """Multiply inputs by all the layers of `fused`: `inputs @ weight.T + bias`, side by side.
 
     Args:
-        inputs: `[tokens, in]`, float16 or bfloat16, at most MAX_TOKENS tokens.
-        fused: as `fuse_shards` made it, on the device of the inputs.
-        shape: of the same call.
-        counters: int32 zeros, `shape.counters` of them; zeros again when the kernel is done. Two launches that may run
-            at the same time must not share them.
-        bias: `[shape.columns]`.
-        launch: to use instead of the one chosen for this GPU and shape.
+        inputs: `[tokens, in]`, float16 or bfloat16, at most `MAX_TOKENS` tokens.
+        fused: tensors of the layers, from `fuse_layers`, on the device of the inputs.
+        shape: shape of the layers, from the same call of `fuse_layers`.
+        counters: int32 zeros, `shape.counters` of them, which are zeros again after the launch. Two launches that may
+            run at the same time must not share them.
+        bias: biases of the layers end to end, `[shape.columns]`.
+        launch: launch to use instead of the one chosen for this GPU and shape.
 
     Returns:
-        `[tokens, shape.columns]` in the dtype of the inputs; sums are float32.
+        The products, `[tokens, shape.columns]` in the dtype of the inputs; sums are float32.
 
     Raises:
-        ValueError: for other dtypes, too many tokens, or a launch of more blocks than there are counters.
+        ValueError: for other dtypes, too many tokens, or a launch with more blocks than there are counters.
     """
     tokens = inputs.shape[0]
     if inputs.dtype not in ONES or tokens > MAX_TOKENS:
         raise ValueError(
-            f"the kernel takes at most {MAX_TOKENS} tokens of float16 or bfloat16, not {tokens} of {inputs.dtype}"
+            f"packed_matmul takes at most {MAX_TOKENS} tokens of float16 or bfloat16, not {tokens} of {inputs.dtype}"
         )
     launch = launch or choose_launch(inputs.device, shape.out_features, shape.in_features, shape.group_size, tokens)
     row_blocks = sum(triton.cdiv(padded_rows(rows), launch.block_n) for rows in shape.out_features)
@@ -89,11 +89,11 @@ def packed_matmul(
 
 
 def kernel_constants(shape: FusedShape, launch: LaunchConfig, has_bias: bool) -> dict[str, int | bool]:
-    """The compile-time arguments of `packed_matmul_kernel`."""
+    """Return the compile-time arguments of `packed_matmul_kernel`."""
     return {
         "WIDTHS": sum(1 << width for width in shape.widths),
         "GROUP_SIZE": shape.group_size,
-        "SHARDS": len(shape.out_features),
+        "LAYERS": len(shape.out_features),
         "RAGGED": shape.in_features % shape.group_size != 0,
         "HAS_BIAS": has_bias,
         "BLOCK_N": launch.block_n,
@@ -129,9 +129,10 @@ def _accumulate_width(
     RAGGED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Add to `sums` `[rows, tokens]` this program's share of the groups `start … stop - 1`, all of BITS bits.
+    """Add this program's share of the groups `start … stop - 1`, all of BITS bits, to `sums` `[rows, tokens]`.
 
-    `skipped` is how many groups before, counted from the first of the shard, have no bits in a plane.
+    `skipped1`, `skipped2` and `skipped4` are the numbers of the layer's groups before these that have no bits in the
+    planes of 1, 2 and 4 bits.
     """
     CONTAINERS: tl.constexpr = GROUP_SIZE // 16
     dtype: tl.constexpr = inputs.dtype.element_ty
@@ -144,8 +145,8 @@ def _accumulate_width(
             column = first_column + tl.arange(0, GROUP_SIZE)[:, None]
             values = _load_inputs(inputs, token[None, :], column, tokens, in_features, RAGGED)
         else:
-            # Tokens come first, so that 32 bytes of each lie side by side in shared memory: a row a token would put
-            # all tokens into the same banks.
+            # Tokens are the first dimension, so that 32 bytes of every token lie side by side in shared memory: with a
+            # row for each token, these pieces would all lie in the same banks.
             sixteenths = first_column + tl.arange(0, CONTAINERS)[None, :, None] * 16
             column = sixteenths + tl.arange(0, 16)[None, None, :]
             values = _load_inputs(inputs, token[:, None, None], column, tokens, in_features, RAGGED)
@@ -180,7 +181,7 @@ def _accumulate_width(
 
 @triton.jit
 def _load_inputs(inputs, token, column, tokens, in_features, RAGGED: tl.constexpr):
-    """Inputs at `token` and `column`, which broadcast; zeros where there are none."""
+    """Load the inputs at `token` and `column`, which broadcast; zeros beyond the last token or column."""
     exists = token < tokens
     if RAGGED:
         exists &= column < in_features
@@ -203,10 +204,10 @@ _ADD_BFLOAT16 = tl.constexpr(
 
 @triton.jit
 def _centred(pairs, zero, ones, dtype: tl.constexpr):
-    """Pairs of `1 + q / 2**bits` → `[rows, columns]` of `q / 2**bits - zero`, exact in dtype: `zero` has 8 bits."""
-    if _INTERPRETED:  # which knows no assembly
+    """Return `q / 2**bits - zero`, `[rows, columns]`, of pairs of `1 + q / 2**bits`; exact, as `zero` has 8 bits."""
+    if _INTERPRETED:  # the interpreter runs no assembly
         return as_tile(pairs, dtype).to(tl.float32) - 1 - zero[:, None]
-    # In bfloat16 the one must go first: the sum of it and the zero point would need 9 bits.
+    # In bfloat16 the 1 is subtracted first: 1 + zero would need 9 bits.
     addend = -(1 + zero) if dtype == tl.float16 else -zero
     bits = addend.to(dtype).to(tl.uint16, bitcast=True).to(tl.int32)
     addends = tl.broadcast_to((bits | (bits << 16))[:, None, None], pairs.shape)
@@ -217,9 +218,10 @@ def _centred(pairs, zero, ones, dtype: tl.constexpr):
 
 @triton.jit
 def _column_sums(values, ROWS: tl.constexpr):
-    """`[columns, tokens]` → `[ROWS, tokens]`, the sums over the columns in every row.
+    """Sum `values` `[columns, tokens]` over the columns, `[ROWS, tokens]`, the same in every row.
 
-    A product with ones leaves them in the registers where they are needed; the compiler computes its rows once.
+    A product with ones leaves the sums in the registers that need them. Its rows are equal, and the compiler computes
+    them once.
     """
     if _INTERPRETED:
         return tl.sum(values.to(tl.float32), 0)[None, :]
@@ -236,7 +238,7 @@ def packed_matmul_kernel(
     scales,
     zeros,
     group_index,
-    shard_table,
+    layer_table,
     bias,
     partials,
     counters,
@@ -247,21 +249,24 @@ def packed_matmul_kernel(
     padded_features,
     WIDTHS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
-    SHARDS: tl.constexpr,
+    LAYERS: tl.constexpr,
     RAGGED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid: row blocks of all shards, split_k, token blocks. The table is that of `slimplus.kernels.fused`."""
-    entry = shard_table
+    """Multiply a block of rows by a block of tokens; the grid is row blocks of all layers, `split_k`, token blocks.
+
+    `slimplus.kernels.fused` describes the entries of `layer_table`.
+    """
+    entry = layer_table
     first_block = 0
     blocks = 0
-    for shard in tl.static_range(1, SHARDS):
-        blocks += tl.cdiv(tl.load(shard_table + (shard - 1) * 16) * 16, BLOCK_N)
+    for layer in tl.static_range(1, LAYERS):
+        blocks += tl.cdiv(tl.load(layer_table + (layer - 1) * 16) * 16, BLOCK_N)
         beyond = tl.program_id(0) >= blocks
-        entry = tl.where(beyond, shard_table + shard * 16, entry)
+        entry = tl.where(beyond, layer_table + layer * 16, entry)
         first_block = tl.where(beyond, blocks, first_block)
     stride = tl.load(entry) * 16
     rows = tl.load(entry + 1)
@@ -323,23 +328,23 @@ def packed_matmul_kernel(
         place = token[None, :] * padded_features + (first_padded + row)[:, None]
         size = tokens * padded_features
         tl.store(partials + tl.program_id(1) * size + place, sums, mask=written)
-        tl.debug_barrier()  # every thread's sums are written before the counter tells of them
+        tl.debug_barrier()  # all threads have written their sums before the counter rises
         counter = counters + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
         if tl.atomic_add(counter, 1, sem="acq_rel") == split_k - 1:
             tl.store(counter, 0)
             total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            AT_ONCE: tl.constexpr = max(1, 4096 // (BLOCK_N * BLOCK_M))  # loads; each alone would wait for the last
+            AT_ONCE: tl.constexpr = max(1, 4096 // (BLOCK_N * BLOCK_M))  # loads in flight, which hide their latency
             for first in range(0, split_k, AT_ONCE):
                 for split in tl.static_range(AT_ONCE):
                     part = partials + (first + split) * size + place
-                    # around the L1 cache, which may hold what another launch left at the same address
+                    # ".cg" bypasses the L1 cache, which may hold sums of another launch at the same address.
                     total += tl.load(part, written & (first + split < split_k), 0.0, cache_modifier=".cg")
             _store(total, outputs, bias, row, token, rows, tokens, first_output, out_features, HAS_BIAS)
 
 
 @triton.jit
 def _store(sums, outputs, bias, row, token, rows, tokens, first_output, out_features, HAS_BIAS: tl.constexpr):
-    """`sums` `[rows, tokens]`, and the bias, to their place in the output."""
+    """Write `sums` `[rows, tokens]`, plus the bias, to their place in the output."""
     output = first_output + row
     if HAS_BIAS:
         sums += tl.load(bias + output, mask=row < rows, other=0.0).to(tl.float32)[:, None]

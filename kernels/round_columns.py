@@ -1,6 +1,6 @@
-"""Rounding of a group of columns with error compensation (GPTQ, arXiv 2210.17323), a block of rows a program.
+"""Rounding of a group's columns with error compensation (GPTQ, arXiv 2210.17323), a block of rows a program.
 
-Column by column in PyTorch it is a dozen launches a column, for which a GPU waits: rows do not depend on each other, so
+PyTorch takes a dozen launches for each column, and the GPU waits between them. Rows do not depend on each other, so
 that a program can go through all the columns of a group with its rows in registers.
 """
 
@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-VALUES = 2048  # in the registers of a program; with twice as many it spills
-INTEGERS_ABOVE = tl.constexpr(1.5 * 2**23)  # what is added to this in float32 becomes whole, ties to even
+VALUES = 2048  # that a program holds in registers; twice as many would spill
+INTEGERS_ABOVE = tl.constexpr(1.5 * 2**23)  # adding this to a float32 rounds it to an integer, ties to even
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def _round_columns_kernel(
         here = (column == current)[None, :]
         real = tl.sum(tl.where(here, values, 0.0), 1)
         position = tl.div_rn(real, step) + (zero - whole)
-        position = tl.minimum(tl.maximum(position, -1024.0), 1024.0)  # beyond either end of any grid
+        position = tl.minimum(tl.maximum(position, -1024.0), 1024.0)  # wider than any grid
         nearest = (position + INTEGERS_ABOVE) - INTEGERS_ABOVE + whole
         nearest = tl.minimum(tl.maximum(nearest, 0.0), largest)
         factors = tl.load(upper + current * columns + column, column < columns, other=0.0)
@@ -52,7 +52,7 @@ def _round_columns_kernel(
 
 
 def choose_blocks(columns: int) -> dict[str, int]:
-    """What a program holds of groups of so many columns."""
+    """Return the rows and columns that a program holds, for groups of `columns` columns."""
     padded = triton.next_power_of_2(columns)
     return {"ROWS": max(VALUES // padded, 1), "COLUMNS": padded}
 
@@ -61,13 +61,15 @@ def round_columns(tile: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor
     """Round `tile` column by column, moving each error into the columns after it, in place.
 
     Args:
-        tile: `[out, columns]`, float32, contiguous; each column is left as it was when it was rounded.
-        upper: `[columns, columns]`, a square on the diagonal of the factor of the inverse Hessian.
-        scale, zero_point: `[out]`.
-        largest: integer of the grid, at most 255.
+        tile: the group's weights, `[out, columns]`, float32, contiguous; each column is left as it was just before it
+            was rounded.
+        upper: the group's square of the inverse Hessian's Cholesky factor, `[columns, columns]`.
+        scale: scales of the group, `[out]`.
+        zero_point: zero points of the group, `[out]`.
+        largest: largest integer of the grid, at most 255.
 
     Returns:
-        The errors over the diagonal of `upper`, `[out, columns]`.
+        The rounding errors over the diagonal of `upper`, `[out, columns]`.
     """
     rows, columns = tile.shape
     errors = torch.empty_like(tile)

@@ -1,10 +1,10 @@
-"""Measure the launches of the packed products on this GPU and write the fastest into its table.
+"""Measure the launches of packed products on this GPU, and write the fastest ones into its table.
 
     python -m slimplus.kernels.tune --shapes 4096+4096+4096x4096 4096x4096 11008+11008x4096 4096x11008
 
-A shape is OUTxIN; weights that are multiplied in one launch (QKV, gate and up) are joined by `+`. The table lies in the
-package (`kernels/configs`, or `--output`), is read at the first product of a process, and keeps what it holds of other
-shapes.
+A shape is OUTxIN; the rows of layers that are multiplied in one launch (QKV, gate and up) are joined by `+`. The table
+lies in the package (`kernels/configs`) or in the folder `--output`. A process reads it at its first product. Entries of
+other shapes stay in it.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from slimplus.kernels.measure import (
 from slimplus.utils.files import write_atomic
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-SUMS_PER_WARP = (256, 2048)  # of a block; fewer starve the tensor cores, more overflow the registers
+SUMS_PER_WARP = (256, 2048)  # range worth trying: fewer starve the tensor cores, more overflow the registers
 
 
 def candidates(tokens: int, groups: int) -> Iterator[LaunchConfig]:
-    """The launches to try for a bucket of tokens and a weight of so many groups of columns."""
+    """Yield the launches to try for a bucket of tokens and a weight with `groups` groups of columns."""
     block_m = {32, 64, 128} if tokens > 64 else {tokens}
     splits = [split for split in (1, 2, 4, 8, 16, 32) if split <= max(1, groups // 2)]
     for launch in itertools.starmap(LaunchConfig, itertools.product((64, 128), block_m, splits, (2, 4, 8), (2, 3, 4))):
@@ -51,7 +51,14 @@ def candidates(tokens: int, groups: int) -> Iterator[LaunchConfig]:
 def tune_shape(
     weights: Sequence[RandomWeights], tokens: int, dtype: torch.dtype, timer: Timer, launches: Sequence[LaunchConfig]
 ) -> LaunchConfig:
-    """The fastest of `launches` for `tokens` inputs, each checked before it is timed.
+    """Return the fastest of some launches; each is checked before it is timed.
+
+    Args:
+        weights: weights of the same shape, which the timed calls read in turn.
+        tokens: rows of the inputs.
+        dtype: dtype of the inputs, float16 or bfloat16.
+        timer: measures the seconds a call takes.
+        launches: launches to try.
 
     Raises:
         RuntimeError: if a launch yields wrong products, or none fits the GPU.
@@ -63,13 +70,15 @@ def tune_shape(
     for launch in launches:
         try:
             error = relative_error(weights[0].multiply(inputs, launch), exact)
-        except OutOfResources:  # more shared memory than this GPU has
+        except OutOfResources:  # the launch needs more shared memory than this GPU has
             continue
         if not error <= TOLERANCE[dtype]:
-            raise RuntimeError(f"{launch} multiplies wrongly: relative error {error:.1e}")
+            raise RuntimeError(
+                f"{launch} multiplies wrongly: its relative error is {error:.1e}, above {TOLERANCE[dtype]}"
+            )
         seconds[launch] = timer(product_calls(weights, inputs, launch))
     if not seconds:
-        raise RuntimeError(f"no launch for {tokens} tokens fits this GPU")
+        raise RuntimeError(f"none of the {len(launches)} launches for {tokens} tokens fits this GPU")
     return min(seconds, key=lambda launch: seconds[launch])
 
 
@@ -82,7 +91,17 @@ def tune(
     timer: Timer = graph_seconds,
     buckets: Sequence[int] = BUCKETS,
 ) -> dict[str, dict[str, int]]:
-    """Bucket → fastest launch, as the table holds it, for weights of `shape` (rows of each, columns)."""
+    """Return the fastest launch of each bucket of tokens, as the table holds it.
+
+    Args:
+        shape: rows of each layer, and columns of every layer.
+        group_size: columns a group.
+        mix: widths of the groups, in turn.
+        dtype: dtype of the inputs.
+        device: the GPU.
+        timer: measures the seconds a call takes.
+        buckets: numbers of tokens.
+    """
     first = random_weights(*shape, group_size, mix, device)
     copies = copies_beyond_cache(first.size, device)
     weights = [first, *(random_weights(*shape, group_size, mix, device) for _ in range(copies - 1))]
@@ -94,13 +113,13 @@ def tune(
 
 
 def parse_shape(text: str) -> tuple[tuple[int, ...], int]:
-    """`4096+1024x4096` → rows of each weight, and columns."""
+    """Return the rows of each layer and the columns of a shape such as `4096+1024x4096`."""
     rows, columns = text.split("x")
     return tuple(int(each) for each in rows.split("+")), int(columns)
 
 
 def write_table(folder: Path, gpu: str, launches: dict[str, dict[str, dict[str, int]]]) -> Path:
-    """Add `launches` to the table of a GPU; what it holds of other shapes stays."""
+    """Add the launches of some shapes to the table of a GPU, and return its file; entries of other shapes stay."""
     file = table_file(folder, gpu)
     versions = {"torch": torch.__version__, "triton": triton.__version__}
     table = {"gpu": gpu, "versions": versions, "launches": read_table(file) | launches}
@@ -120,7 +139,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=CONFIGS, help="folder of the tables")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        parser.error("no GPU: launches can only be measured on one")
+        parser.error("PyTorch finds no GPU; launches can only be measured on one")
     device = torch.device("cuda", torch.cuda.current_device())
     for shape in arguments.shapes:
         launches = tune(shape, arguments.group_size, arguments.bits, DTYPES[arguments.dtype], device)

@@ -1,8 +1,8 @@
-"""Packed words → tiles of 16-bit floats `1 + q / 2**bits`, shared by all the kernels over the packed format.
+"""Unpacking of words into tiles of 16-bit floats `1 + q / 2**bits`, shared by the kernels over the packed format.
 
-A word of a plane holds in either half the bits of weights that are neighbours in memory order (see
-`slimplus.format.planes`), so one shift and one AND-OR put two weights at once at the top of the mantissas of two
-16-bit ones: no integer is ever converted to a float. Scale and zero point are left to the caller, in the same units:
+The halves of a plane's word hold the bits of two neighbouring columns (see `slimplus.format.planes`). One shift and one
+AND-OR thus write both integers into the top mantissa bits of two 16-bit ones: no integer is converted to a float. The
+caller applies zero point and scale in the same units:
 `weight = (1 + q / 2**bits - (1 + zeros / 256)) * (scale * 2**bits)`.
 """
 
@@ -14,7 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def _load_words(plane, first_word, stride, row, inside, WORDS: tl.constexpr):
-    """Words `[rows, WORDS]` of a plane from `first_word` on. They are read once, so the cache may drop them."""
+    """Load words `[rows, WORDS]` of a plane from `first_word` on; the cache may drop them, since they are read once."""
     word = first_word + tl.arange(0, WORDS)
     pointers = plane + word[None, :] * stride + row[:, None]
     return tl.load(pointers, mask=inside[:, None], other=0, eviction_policy="evict_first")
@@ -24,12 +24,15 @@ def _load_words(plane, first_word, stride, row, inside, WORDS: tl.constexpr):
 def _fields(
     plane, first_word, stride, row, inside, PLANE: tl.constexpr, POSITION: tl.constexpr, CONTAINERS: tl.constexpr
 ):
-    """`[rows, 8, CONTAINERS]`: a group's bits in one plane, those of two weights at POSITION of the halves of int32."""
+    """Return a group's bits in one plane, `[rows, 8, CONTAINERS]`, int32: those of two weights from bit POSITION up.
+
+    One weight lies in the lower half of the int32, its neighbour in the upper half.
+    """
     i = tl.arange(0, 8)
     words = _load_words(plane, first_word, stride, row, inside, CONTAINERS)
     if PLANE == 1:
         words = words.to(tl.uint16, bitcast=True).to(tl.int32)
-        words |= words << 8  # the second half from bit 8 to bit 16
+        words |= words << 8  # the second weight moves from bit 8 to bit 16
     PER_HALF: tl.constexpr = 8 if PLANE == 1 else 16 // PLANE
     words = words[:, None, :]
     for word_row in tl.static_range(1, 8 // PER_HALF):
@@ -57,21 +60,31 @@ def unpack_group(
     GROUP_SIZE: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """One group of BITS bits → int32 `[rows, 8, GROUP_SIZE // 16]`, each two of `1 + q / 2**BITS` in dtype.
+    """Unpack one group of BITS bits: int32 `[rows, 8, GROUP_SIZE // 16]`, each a pair of `1 + q / 2**BITS` in dtype.
 
     Args:
-        plane1, plane2, plane4, plane8: binary planes; one without bits of BITS is never read.
-        first1, first2, first4, first8: the group's first word row in each plane.
-        stride: words between word rows.
-        row, inside: `[rows]`, rows of the weight and whether they exist.
-        ones: two ones of dtype in an int32. A number of the launch, no constant of the kernel: as a constant it keeps
-            the compiler from doing AND and OR in one instruction.
+        plane1: plane of 1 bit; a plane that BITS does not use is never read.
+        plane2: plane of 2 bits.
+        plane4: plane of 4 bits.
+        plane8: plane of 8 bits.
+        first1: first row of the group's words in the plane of 1 bit.
+        first2: first row of the group's words in the plane of 2 bits.
+        first4: first row of the group's words in the plane of 4 bits.
+        first8: first row of the group's words in the plane of 8 bits.
+        stride: words from one row of a plane to the next.
+        row: rows of the weight, `[rows]`.
+        inside: mask of the rows that exist, `[rows]`.
+        ones: two ones of dtype in an int32. It is an argument of the launch because as a constant of the kernel it
+            keeps the compiler from doing AND and OR in one instruction.
+        BITS: width of the group, 1 to 8.
+        GROUP_SIZE: columns a group.
         dtype: float16, or bfloat16 for up to 7 bits.
     """
     CONTAINERS: tl.constexpr = GROUP_SIZE // 16
     LOWEST: tl.constexpr = (10 if dtype == tl.float16 else 7) - BITS
     pairs = ones
-    # XOR and OR alternate, though no two fields share a bit: a chain of ORs would be regrouped and cost a third more.
+    # No two fields share a bit, so that XOR and OR do the same. They alternate because the compiler regroups a chain of
+    # ORs, which then costs a third more.
     if BITS & 8:
         pairs |= _fields(plane8, first8, stride, row, inside, 8, LOWEST + (BITS & 7), CONTAINERS)
     if BITS & 4:
@@ -85,7 +98,10 @@ def unpack_group(
 
 @triton.jit
 def load_exponents(scales, groups, stride, row, inside):
-    """Of the rows of a weight with that many groups, as `load_scale` wants them; zeros for scales of 16 bits."""
+    """Load the rows' exponents of 8-bit scales, `[rows]`, shifted for `load_scale`; zeros for scales of 16 bits.
+
+    `groups` is the number of groups of the weight: the exponents follow the scales of the last one.
+    """
     exponents = tl.zeros_like(row)
     if scales.dtype.element_ty == tl.uint8:
         exponents = tl.load(scales + groups * stride + row, mask=inside, other=0).to(tl.int32) << 5
@@ -94,7 +110,7 @@ def load_exponents(scales, groups, stride, row, inside):
 
 @triton.jit
 def load_scale(scales, exponents, group, stride, row, inside):
-    """A group's scales `[rows]`, float32."""
+    """Load the scales of a group, `[rows]`, float32; `exponents` are those of `load_exponents`."""
     if scales.dtype.element_ty == tl.uint8:
         code = tl.load(scales + group * stride + row, mask=inside, other=0).to(tl.int32)
         return ((code + exponents) << 5).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
@@ -103,7 +119,7 @@ def load_scale(scales, exponents, group, stride, row, inside):
 
 @triton.jit
 def as_tile(pairs, dtype: tl.constexpr, PERMUTED: tl.constexpr = False):
-    """Pairs of weights `[rows, 8, containers]` → the weights `[rows, columns]` in dtype, without an instruction.
+    """Reinterpret pairs of weights `[rows, 8, containers]` as weights `[rows, columns]` in dtype, at no cost.
 
     PERMUTED puts the columns in the order of `permute_for_mma`.
     """
@@ -118,11 +134,11 @@ def as_tile(pairs, dtype: tl.constexpr, PERMUTED: tl.constexpr = False):
 
 @triton.jit
 def permute_for_mma(values):
-    """`[columns, tokens]` of a group's inputs in the order of columns that costs the tensor cores' operands the least.
+    """Permute the columns of a group's inputs `[columns, tokens]` into the order that suits the tensor cores' operands.
 
-    A thread takes four neighbours of this order at once, and four more 16 further on. Of the weights these come from
-    one bit position of a word and the next, so that all threads shift alike; the inputs that go into one instruction
-    are neighbours in memory, so that one load brings them to registers side by side.
+    A thread takes four columns that are neighbours in this order, and the four that lie 16 further. Their weights come
+    from one bit position of a word and the next, so that all threads shift alike. Their inputs are neighbours in
+    memory, so that one load brings all inputs of an instruction into registers side by side.
     """
     COLUMNS: tl.constexpr = values.shape[0]
     TOKENS: tl.constexpr = values.shape[1]

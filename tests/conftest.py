@@ -3,53 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the suite needs no network, and must not wait for one
+
 import pytest
+import torch
 from hypothesis import settings
+from torch import nn
+from transformers import AutoTokenizer
+
+import slimplus
+from slimplus.models.loading import ModelSource
+from slimplus.models.streaming import BlockInputs, StreamedModel
+from tests.support.blocks import RUNNER
+from tests.support.models import ModelMaker, save_tiny_model
+from tests.support.recipes import SMALL, Arguments
+from tests.support.runs import run
 
 settings.register_profile("slimplus", deadline=None)  # timings decide no test
 settings.load_profile("slimplus")
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the suite needs no network, and must not wait for one
-
-TINY = {
-    "llama": {
-        "hidden_size": 64,
-        "intermediate_size": 160,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "tie_word_embeddings": True,
-    },
-    "mistral": {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "sliding_window": 8,
-    },
-    "qwen2": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2},
-    "qwen3": {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-    },
-    "opt": {
-        "hidden_size": 64,
-        "ffn_dim": 128,
-        "num_attention_heads": 4,
-        "word_embed_proj_dim": 64,
-        "max_position_embeddings": 256,
-    },
-}
-"""`model_type` → sizes. LLaMA's 160 columns leave a ragged last group of 64."""
-
-ModelMaker = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
@@ -60,33 +34,10 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> ModelMaker:
     def make(model_type: str, blocks: int = 2, **sizes: int) -> Path:
         key = (model_type, blocks, tuple(sorted(sizes.items())))
         if key not in made:
-            made[key] = _make_model(tmp_path_factory.mktemp(f"tiny-{model_type}"), model_type, blocks, sizes)
+            made[key] = save_tiny_model(tmp_path_factory.mktemp(f"tiny-{model_type}"), model_type, blocks, sizes)
         return made[key]
 
     return make
-
-
-def _make_model(folder: Path, model_type: str, blocks: int, sizes: dict[str, int]) -> Path:
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(["</s>", *alphabet])}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="</s>")
-    values = TINY[model_type] | sizes | {"num_hidden_layers": blocks, "vocab_size": len(tokenizer)}
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **values, pad_token_id=0, bos_token_id=0, eos_token_id=0)
-    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            # Larger than usual, or the logits say nothing; columns of different size, or mixing bits never pays.
-            parameter.data *= 4 * torch.exp(torch.randn(parameter.shape[1]))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -99,24 +50,18 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-SMALL = (
-    # The paper's method in place of the demo's.
-    "quantization.method=slimllm_plus",
-    "quantization.allocation=null",
-    "training.learning_rate=2.0e-2",
-    "end_to_end.epochs=0",
-    "model.gguf_file=null",
-    "model.dtype=auto",
-    "data.samples=8",
-    "data.sequence_length=32",
-    "data.evaluation.sequence_length=64",
-    "data.evaluation.windows=2",
-    "quantization.group_size=16",
-    "training.epochs=2",
-    "trainer.precision=32-true",
-)
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    """Three windows."""
+    return torch.randint(1, 250, (3, 24), generator=torch.Generator().manual_seed(0))
 
-Arguments = Callable[..., list[str]]
+
+@pytest.fixture(scope="module")
+def block_and_inputs(make_model: ModelMaker) -> tuple[nn.Module, BlockInputs]:
+    """The first block of a tiny model, and the inputs of every block for eight windows."""
+    streamed = StreamedModel(ModelSource(str(make_model("llama"))).model(), RUNNER)
+    tokens = torch.randint(1, 250, (8, 32), generator=torch.Generator().manual_seed(0))
+    return streamed.blocks[0], streamed.block_inputs(tokens)
 
 
 @pytest.fixture(scope="session")
@@ -140,11 +85,8 @@ def arguments(make_model: ModelMaker, text_file: Path) -> Arguments:
 @pytest.fixture(scope="session")
 def finished(arguments: Arguments, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a finished `slimllm_plus` run; tests copy it before they change anything."""
-    from slimplus.pipeline import run as pipeline
-    from slimplus.recipe.parsing import load_recipe
-
     folder = tmp_path_factory.mktemp("run") / "plus"
-    pipeline.run(load_recipe(arguments(folder)))
+    run(arguments(folder))
     return folder
 
 
@@ -157,23 +99,10 @@ def packed(finished: Path) -> Path:
 @pytest.fixture(scope="module")
 def model(packed: Path) -> Any:
     """The model it holds."""
-    import torch
-
-    import slimplus
-
     return slimplus.load(packed, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
 def tokenizer(packed: Path) -> Any:
     """The tokenizer beside it."""
-    from transformers import AutoTokenizer
-
     return AutoTokenizer.from_pretrained(packed)
-
-
-def expected_text(model: Any, tokenizer: Any, prompt: str, **arguments: Any) -> str:
-    """What the model writes after a prompt, by `generate` itself."""
-    inputs = tokenizer(prompt, return_tensors="pt")
-    written = model.generate(**inputs, pad_token_id=0, **arguments)[0, inputs["input_ids"].shape[1] :]
-    return str(tokenizer.decode(written, skip_special_tokens=True))

@@ -58,7 +58,7 @@ def test_the_wheel_holds_every_module_and_recipe_and_nothing_else(wheel: Path) -
     expected |= {f"slimplus/{file.relative_to(ROOT)}" for file in (ROOT / "kernels").rglob("*.py")}
     expected |= {f"slimplus/{file.relative_to(ROOT)}" for file in (ROOT / "kernels/configs").glob("*.json")}
     expected |= {f"slimplus/{file.relative_to(ROOT)}" for file in (ROOT / "recipes").glob("*.yaml")}
-    assert names == expected | {"slimplus/kernels/configs/gpu.json"}
+    assert names == expected | {"slimplus/kernels/configs/gpu.json", "slimplus/py.typed"}
 
 
 @pytest.mark.slow
@@ -71,7 +71,7 @@ def test_an_installed_wheel_works_far_from_the_checkout(installed: Path, tmp_pat
 @pytest.mark.slow
 def test_the_console_script_is_installed(installed: Path, tmp_path: Path) -> None:
     (entry_points,) = installed.glob("slimplus-*.dist-info/entry_points.txt")
-    assert "slimplus = slimplus.cli:main" in entry_points.read_text()
+    assert "slimplus = slimplus.cli.main:main" in entry_points.read_text()
     help_text = run(installed / "bin/slimplus", "train", "--help", folder=tmp_path, pythonpath=installed)
     assert "recipe=NAME" in help_text
 

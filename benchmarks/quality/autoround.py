@@ -1,10 +1,10 @@
-"""AutoRound, the outside peer of `benchmarks/quality/run.py`, in a process of its own.
+"""Quantization with AutoRound, as `benchmarks/quality/run.py` runs it, in a process of its own.
 
-    python -m pip install --no-deps auto-round   # what it needs comes with slimplus
+    python -m pip install --no-deps auto-round   # its other requirements come with slimplus
     python benchmarks/quality/autoround.py FOLDER recipe=NAME key=value ...
 
-Model, windows, bits, group size, steps a block, windows a step and seed are those of the recipe; beyond that the
-defaults of AutoRound hold, with zero points. Writes the dequantized weights of the quantized layers and metrics.json.
+The recipe gives model, windows, bits, group size, steps a block, windows a step and seed; the rest are AutoRound's
+defaults, with zero points. Writes the dequantized weights of the quantized layers, and metrics.json.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from slimplus.recipe.schema import Recipe
 from slimplus.utils.files import write_atomic
 from slimplus.utils.machine import peak_resident_bytes
 
-SCALE_BITS = 16  # of a group, beside a zero point of as many bits as a weight
+SCALE_BITS = 16  # bits of a group's scale; its zero point takes as many bits as a weight
 
 
 def main() -> None:
-    """Quantize as the arguments say, and write what came of it."""
+    """Quantize as the arguments say, and write the weights and the figures."""
     output, *arguments = sys.argv[1:]
     recipe, folder = load_recipe(arguments), Path(output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def quantize(recipe: Recipe) -> PreTrainedModel:
-    """The recipe's model with the weights of its linear layers replaced by dequantized ones."""
+    """Return the recipe's model, the weights of its linear layers replaced by dequantized ones."""
     source, settings, data, training = model_source(recipe), recipe.quantization, recipe.data, recipe.training
     tokenizer = source.tokenizer()
     text = load_text(data.calibration.path, "calibration")
@@ -76,7 +76,7 @@ def quantize(recipe: Recipe) -> PreTrainedModel:
 
 
 def linear_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Weights of the linear layers in the blocks by their names in the model."""
+    """Return the weights of the linear layers in the blocks, by their names in the model."""
     return {f"{name}.weight": layer.weight.detach().contiguous() for name, layer in quantized_linears(model).items()}
 
 

@@ -1,4 +1,4 @@
-"""The rows of `benchmarks/quality/run.py`: every method, and what all of them have in common."""
+"""The methods that `benchmarks/quality/run.py` compares, and the budget that all of them share."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
 from typing import Any
 
-FULL, PEER, OURS = "full precision", "AutoRound", "ours"
+FULL, AUTOROUND, SLIMPLUS = "full precision", "AutoRound", "slimplus"
 
 
 @dataclass(frozen=True)
 class Method:
-    """How a row is made.
+    """Keys of the recipe that make a method.
 
     Attributes:
-        keys: of the recipe, `key=value`.
-        after: the method whose finished blocks are trained end to end.
+        keys: keys of the recipe, as `key=value`.
+        after: the method whose finished blocks this one trains end to end.
     """
 
     keys: tuple[str, ...] = ()
@@ -24,11 +24,12 @@ class Method:
 
 
 def _method(method: str, allocation: str, *keys: str) -> Method:
+    """Return a method of `quantization.method` with an allocation and further keys."""
     return Method((f"quantization.method={method}", f"quantization.allocation={allocation}", *keys))
 
 
-# What of `--keys` the peer heeds, or its measuring does.
-PEER_KEYS = ("model.", "data.", "trainer.", "quantization.group_size=", "training.batch_size=")
+# Keys that matter to AutoRound or to the measurement of its result; others in `--keys` are refused.
+AUTOROUND_KEYS = ("model.", "data.", "trainer.", "quantization.group_size=", "training.batch_size=")
 WEIGHTS = "training.parametrization=weights"
 METHODS = {
     FULL: Method(),
@@ -37,40 +38,40 @@ METHODS = {
     "SliM-LLM": _method("slimllm", "slimllm"),
     "learnable clipping": _method("slimllm_plus", "uniform"),
     "SliM-LLM+": _method("slimllm_plus", "slimllm"),
-    PEER: _method("qat", "uniform"),  # the keys give it bits and steps
+    AUTOROUND: _method("qat", "uniform"),  # autoround.py reads bits and steps from these keys
     "uniform, weights": _method("qat", "uniform", WEIGHTS),
     "uniform, rounding": _method("qat", "uniform"),
     "SliM-LLM's bits, weights": _method("qat", "slimllm", WEIGHTS),
     "SliM-LLM's bits, rounding": _method("qat", "slimllm"),
-    "ours, weights": _method("qat", "model", WEIGHTS),
-    OURS: _method("qat", "model"),
+    "slimplus, weights": _method("qat", "model", WEIGHTS),
+    SLIMPLUS: _method("qat", "model"),
     "uniform, weights, end to end": Method(after="uniform, weights"),
     "uniform, rounding, end to end": Method(after="uniform, rounding"),
-    "ours, end to end": Method(after=OURS),
-    # One choice of ours each, done otherwise.
-    "ours, bits block by block": _method("qat", "block"),
-    "ours, plain squared error": _method("qat", "model", "training.loss.error=mse"),
-    "ours, error after the norm": _method("qat", "model", "training.loss.error=after_norm"),
-    "ours, AdamW": _method("qat", "model", "training.optimizer=adamw"),
-    "ours, only the grid": _method("slimllm_plus", "model"),
-    "ours, end to end, scales only": Method(("end_to_end.zero_points=false",), OURS),
-    "ours, end to end, norms frozen": Method(("end_to_end.norm_learning_rate=0",), OURS),
-    "ours, end to end, next token": Method(("end_to_end.distillation=0", "end_to_end.next_token=1"), OURS),
+    "slimplus, end to end": Method(after=SLIMPLUS),
+    # Each with one choice changed.
+    "slimplus, bits block by block": _method("qat", "block"),
+    "slimplus, plain squared error": _method("qat", "model", "training.loss.error=mse"),
+    "slimplus, error after the norm": _method("qat", "model", "training.loss.error=after_norm"),
+    "slimplus, AdamW": _method("qat", "model", "training.optimizer=adamw"),
+    "slimplus, only the grid": _method("slimllm_plus", "model"),
+    "slimplus, end to end, scales only": Method(("end_to_end.zero_points=false",), SLIMPLUS),
+    "slimplus, end to end, norms frozen": Method(("end_to_end.norm_learning_rate=0",), SLIMPLUS),
+    "slimplus, end to end, next token": Method(("end_to_end.distillation=0", "end_to_end.next_token=1"), SLIMPLUS),
 }
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What all methods have in common.
+    """Bits, windows and training steps, which are the same for all methods.
 
     Attributes:
-        bits: on average.
-        samples: calibration windows.
-        sequence_length: tokens in one.
+        bits: average bits of a weight.
+        samples: number of calibration windows.
+        sequence_length: number of tokens in a window.
         epochs: passes over the windows for each block; a step takes one window.
-        end_to_end_epochs: passes over them for the whole model.
-        seed: of the windows and of training.
-        overrides: `key=value` for every method.
+        end_to_end_epochs: passes over the windows for the whole model.
+        seed: seed of the windows and of training.
+        overrides: keys of the recipe for every method, as `key=value`.
     """
 
     bits: int
@@ -82,7 +83,7 @@ class Budget:
     overrides: tuple[str, ...] = ()
 
     def row(self, method: str, calibration: str) -> dict[str, Any]:
-        """The part of a row that says what it is the result of; `calibration` is the text's name."""
+        """Return the fields of a row that identify it; `calibration` is the name of the calibration text."""
         if method == FULL:
             return {"method": method, "overrides": list(self.overrides)}
         values = {"method": method, "calibration": calibration} | asdict(self) | {"overrides": list(self.overrides)}
@@ -91,7 +92,7 @@ class Budget:
         return values
 
     def keys(self, method: str) -> list[str]:
-        """The recipe's keys for a method."""
+        """Return the keys of the recipe for a method."""
         after = METHODS[method].after
         return [
             f"quantization.bits={self.bits}",
@@ -106,7 +107,7 @@ class Budget:
         ]
 
     def folder_name(self, method: str) -> str:
-        """A name for the folder of a method's run, short enough for any file system, however many keys there are."""
+        """Return a name for the folder of a method's run, short enough for file systems however many keys there are."""
         values = [method, self.bits, self.samples, self.sequence_length, self.epochs]
         values += [self.end_to_end_epochs] if METHODS[method].after else []
         name = "-".join(map(str, [*values, self.seed, *self.overrides]))
@@ -115,6 +116,6 @@ class Budget:
 
 
 def identity(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a row is the result of; rows of the same are one, measured again."""
+    """Return what identifies a row; a row of the same identity is the same one, measured again."""
     keys = ("method", "calibration", *(field.name for field in fields(Budget)))
     return tuple(str(row.get(key)) for key in keys)

@@ -61,7 +61,7 @@ LADDERS = (
             Rung("AutoRound", "AutoRound"),
             Rung("SliM-LLM+", "SliM-LLM+"),
             Rung("trained rounding, uniform bits", "uniform, rounding"),
-            Rung("slimplus", "ours"),
+            Rung("slimplus", "slimplus"),
         ),
     ),
     Ladder(
@@ -71,9 +71,9 @@ LADDERS = (
         epochs=2,
         rungs=(
             Rung("trained weights, uniform bits", "uniform, weights, end to end"),
-            Rung("slimplus", "ours, end to end"),
-            Rung("slimplus, 3 bits", "ours, end to end", 3),
-            Rung("slimplus, 4 bits", "ours, end to end", 4, ("quantization.widths=[2,3,4,5,6]",)),
+            Rung("slimplus", "slimplus, end to end"),
+            Rung("slimplus, 3 bits", "slimplus, end to end", 3),
+            Rung("slimplus, 4 bits", "slimplus, end to end", 4, ("quantization.widths=[2,3,4,5,6]",)),
         ),
     ),
 )

@@ -2,11 +2,14 @@
 
     python benchmarks/quality/run.py --calibration FILE --evaluation wikitext2=FILE python=offline [--methods NAME ...]
 
-Each method quantizes with the real command, in a process of its own, on the same windows of the same text, with the
-same number of optimizer steps a block if it trains; every result is then measured in the same way on every evaluation
-text. A result goes into the JSON as soon as it is there, beside those of earlier calls; finished runs are reused and
-killed ones go on, so the table can be filled in pieces. The plot, which needs matplotlib, shows perplexity against
-stored bits. `--keys` go to every method, as to train.py.
+1. Each method quantizes with the command that users run, in a process of its own, on the same windows of the same text,
+   and with the same number of optimizer steps a block if it trains.
+2. Every result is measured in the same way on every evaluation text.
+3. A result goes into the JSON as soon as it is measured, beside the results of earlier calls. Finished runs are reused
+   and killed ones go on, so that the table can be filled piece by piece.
+4. The table is printed, and the plot is drawn beside the JSON, which needs matplotlib.
+
+`--keys` go to every method, as to train.py.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from methods import FULL, METHODS, PEER, PEER_KEYS, Budget, identity
+from methods import AUTOROUND, AUTOROUND_KEYS, FULL, METHODS, Budget, identity
 from report import plot, table
 
 from slimplus.data.text import load_text
@@ -32,6 +35,7 @@ from slimplus.recipe.parsing import load_recipe
 from slimplus.utils.errors import PREEMPTED, InputError
 from slimplus.utils.files import write_atomic
 from slimplus.utils.machine import commit, describe_machine
+from slimplus.utils.requirements import check_installed
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
@@ -49,25 +53,30 @@ def main() -> None:
     """Parse the arguments, run and measure the methods, write and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
     parser.add_argument("--calibration", required=True, help="text to calibrate on: a file, or a name train.py knows")
-    parser.add_argument("--evaluation", nargs="+", required=True, metavar="NAME=TEXT", help="texts to measure on")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help="rows")
+    parser.add_argument(
+        "--evaluation", nargs="+", required=True, metavar="NAME=TEXT", help="texts to measure perplexity on"
+    )
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help="methods to compare"
+    )
     parser.add_argument("--bits", type=int, default=2, help="average bits of a weight")
     parser.add_argument("--samples", type=int, default=64, help="calibration windows")
     parser.add_argument("--sequence-length", type=int, default=256, help="tokens in a calibration window")
     parser.add_argument("--epochs", type=int, default=8, help="passes over the windows for each block")
-    parser.add_argument("--end-to-end-epochs", type=int, default=4, help="passes over them for the whole model")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--end-to-end-epochs", type=int, default=4, help="passes over the windows for the whole model")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the windows and of training")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "quality", help="folder for the runs")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the JSON; the plot stands beside it")
-    parser.add_argument("--keys", nargs="+", default=[], metavar="KEY=VALUE", help="of the recipe, for every method")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the JSON; the plot is drawn beside it")
+    parser.add_argument("--keys", nargs="+", default=[], metavar="KEY=VALUE", help="keys of every method's recipe")
     given = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))  # as Ctrl-C, it ends the process at work too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))  # which ends the process at work as well
     if unnamed := [text for text in given.evaluation if "=" not in text]:
         parser.error(f"--evaluation: {unnamed[0]!r} is not of the form NAME=TEXT, such as wikitext2={unnamed[0]}")
     texts = dict(text.split("=", 1) for text in given.evaluation)
     steps = (given.samples, given.sequence_length, given.epochs, given.end_to_end_epochs)
     budgets = [Budget(given.bits, *steps, seed, tuple(given.keys)) for seed in given.seeds]
     try:
+        check_installed("The plot", {"matplotlib": "matplotlib"})
         check_keys(given.methods, budgets[0])
         digest = sha256(load_text(given.calibration, "calibration").encode()).hexdigest()[:8]
     except InputError as error:
@@ -77,25 +86,39 @@ def main() -> None:
             for method in given.methods:
                 keep(measured(method, budget, given.calibration, texts, given.runs / digest), given.results)
     except subprocess.CalledProcessError as error:
-        parser.exit(1, f"{method}: its run ended with status {error.returncode}, and says above why\n")
+        parser.exit(1, f"{method}: its run ended with status {error.returncode}; its message above says why\n")
     rows = json.loads(given.results.read_text())["rows"]
     sys.stdout.write(table(rows) + "\n")
     plot(rows, next(iter(texts)), given.results.with_suffix(".png"))
 
 
 def check_keys(methods: Sequence[str], budget: Budget) -> None:
-    """Raises `InputError` where one of the methods does not take the keys, before any long work."""
+    """Check that all methods take the keys, before any long work.
+
+    Raises:
+        InputError: if one does not; the message names the method.
+    """
     for method in methods:
         try:
             load_recipe([f"recipe={RECIPE}", *budget.keys(method)])
-            if method == PEER and (unread := [key for key in budget.overrides if not key.startswith(PEER_KEYS)]):
-                raise InputError(f"{unread[0]} means nothing to it")
+            if method == AUTOROUND and (
+                unread := [key for key in budget.overrides if not key.startswith(AUTOROUND_KEYS)]
+            ):
+                raise InputError(f"{unread[0]} does not apply")
         except InputError as error:
-            raise InputError(f"{method}: {error}; give --methods without it, or other --keys") from error
+            raise InputError(f"{method}: {error}; leave {method} out of --methods, or give other --keys") from error
 
 
 def measured(method: str, budget: Budget, calibration: str, texts: Texts, runs: Path) -> Row:
-    """Run a method unless its run is finished, and measure what came of it."""
+    """Run a method unless its run is finished, measure its result, and return its row.
+
+    Args:
+        method: a name in `METHODS`.
+        budget: what all methods have in common.
+        calibration: the calibration text.
+        texts: name → evaluation text.
+        runs: folder for the runs.
+    """
     folder = runs / budget.folder_name(method)
     evaluated = f"data.evaluation.path={next(iter(texts.values()))}"
     common = [f"recipe={RECIPE}", f"data.calibration.path={calibration}", evaluated]
@@ -112,9 +135,10 @@ def measured(method: str, budget: Budget, calibration: str, texts: Texts, runs: 
 
 
 def _measure_apart(*arguments: Any) -> dict[str, float]:
-    """`perplexities` in a process of its own: the next run, a new process, begins with the peak memory of this one.
+    """Return `perplexities` of the same arguments, measured in a process of its own.
 
-    Not in a pool, whose process waits for more for ever once this one is killed.
+    Otherwise the next run, a new process, would start with the peak memory of the measurement. A process of a pool
+    would wait for ever once this process is killed.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -124,22 +148,23 @@ def _measure_apart(*arguments: Any) -> dict[str, float]:
     try:
         measured: dict[str, float] = receiver.recv()
     except EOFError:
-        raise RuntimeError(f"{arguments[0]} could not be measured; why is said above") from None
+        raise RuntimeError(f"{arguments[0]} could not be measured; the message above says why") from None
     finally:
-        process.kill()  # it has sent what it measured, or is not to go on
+        process.kill()  # it has sent its result, or must not go on
         process.join()
     return measured
 
 
 def _send_perplexities(sender: Connection, *arguments: Any) -> None:
+    """Measure in this process, and send the result."""
     sender.send(perplexities(*arguments))
 
 
 def _quantize(method: str, budget: Budget, common: list[str], runs: Path) -> None:
-    """Have the run of a method finished; a run after another's has that one finished, and begins as a copy of it."""
+    """Finish the run of a method; a method that follows another one starts from a copy of the other's finished run."""
     folder, after = runs / budget.folder_name(method), METHODS[method].after
     arguments = [*common, *budget.keys(method)]
-    if method == PEER:
+    if method == AUTOROUND:
         command = [ROOT / "benchmarks" / "quality" / "autoround.py", folder, *arguments]
         if (folder / "metrics.json").exists():
             return
@@ -152,14 +177,21 @@ def _quantize(method: str, budget: Budget, common: list[str], runs: Path) -> Non
         shutil.copytree(runs / budget.folder_name(after), copy, ignore=shutil.ignore_patterns("commit"))
         copy.rename(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "commit").exists():  # of a run, or of what follows another's, as it began
+    if not (folder / "commit").exists():  # the commit at which the run begins
         write_atomic(folder / "commit", str(commit()))
     subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
 
 
 def perplexities(method: str, arguments: list[str], texts: Texts, folder: Path) -> dict[str, float]:
-    """Perplexity of a method's model on each text, by the text's name."""
-    import torch  # here, since the process that starts the runs stays small
+    """Return the perplexity of a method's model on each text, by the text's name.
+
+    Args:
+        method: a name in `METHODS`.
+        arguments: the recipe of the method, as on the command line.
+        texts: name → evaluation text.
+        folder: folder of the method's run.
+    """
+    import torch  # not at the top, so that the process that starts the runs stays small
     from safetensors.torch import load_file
 
     from slimplus.data.windows import evaluation_windows
@@ -174,12 +206,14 @@ def perplexities(method: str, arguments: list[str], texts: Texts, folder: Path) 
     source, evaluation = model_source(recipe), recipe.data.evaluation
     device = launch(recipe.trainer.accelerator, 1, 1, "auto").device
     runner = BlockRunner(device, resolve_precision(recipe.trainer.precision, device))
-    if method in (FULL, PEER):
+    if method in (FULL, AUTOROUND):
         model = source.model()
-        if method == PEER:
+        if method == AUTOROUND:
             model.load_state_dict(load_file(folder / "weights.safetensors"), strict=False)
     else:
-        model = load(folder / "packed", dtype=torch.float32)  # what is not packed; autocast makes the rest
+        model = load(
+            folder / "packed", dtype=torch.float32
+        )  # for what is not packed; autocast lowers it as the precision says
     streamed, measured = StreamedModel(model, runner), {}
     for name, path in texts.items():
         text = load_text(path, "evaluation")
@@ -189,7 +223,10 @@ def perplexities(method: str, arguments: list[str], texts: Texts, folder: Path) 
 
 
 def keep(row: Row, file: Path) -> None:
-    """Put a row into the results, in the place of an earlier one of the same; of the same run, its texts stay."""
+    """Put a row into the results, in the place of a row of the same identity.
+
+    If both are of the same run, perplexities of other texts in the earlier row are kept.
+    """
     rows = json.loads(file.read_text())["rows"] if file.exists() else []
     kept = {identity(before): before for before in rows}
     before = kept.get(identity(row), row)

@@ -1,4 +1,8 @@
-"""Quantizing one transformer block: Hessians, bits, calibration, and the swap of its linear layers."""
+"""Quantization of one transformer block without training: Hessians, bit widths, integers.
+
+Every rank runs its share of the calibration windows. Each linear layer has an owner, the rank that inverts its Hessian
+and quantizes it; the result goes to all ranks.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +25,10 @@ class BlockResult:
     """A quantized block.
 
     Attributes:
-        weights: each linear layer, quantized.
-        remainders: of each layer, see `RoundedWeight`.
-        divergence: each layer's KL for 0, 1, 2, … pairs, where the bits were searched.
-        percdamp: the damping each layer's Hessian needed.
+        weights: layer → its quantized weight.
+        remainders: layer → what rounding left of its weights, `[out, in]`, see `RoundedWeight`.
+        divergence: layer → KL for 0, 1, 2, … pairs of groups, if SliM-LLM's search found the widths.
+        percdamp: layer → damping that its Hessian needed, as a part of the mean of its diagonal.
     """
 
     weights: dict[str, QuantizedWeight]
@@ -36,12 +40,15 @@ class BlockResult:
 def quantize_block(
     data: BlockData, config: QuantizationConfig, bits: Mapping[str, Tensor] | None = None
 ) -> BlockResult:
-    """Quantize every linear layer of a block, without training; each rank does some, and all get the same result.
+    """Quantize every linear layer of a block, without training; all ranks get the same result.
 
     Args:
         data: the block and its inputs.
         config: method and constants.
-        bits: widths of each layer's groups, if they are not to be searched.
+        bits: layer → widths of its groups; None leaves the choice to `config.allocation`.
+
+    Raises:
+        ValueError: if a Hessian cannot be inverted.
     """
     hessians = _hessians(data, config)
     inverses = {name: invert_hessian(hessian, config.percdamp) for name, hessian in hessians.items()}
@@ -63,9 +70,9 @@ def quantize_block(
 
 
 def _hessians(data: BlockData, config: QuantizationConfig) -> dict[str, Tensor]:
-    """By leader, those that this rank owns."""
+    """Return the Hessians that this rank owns, `[in, in]`, by the first layer that reads the same input."""
     columns = {name: data.layers[name].in_features for name in data.leader.values()}
-    if config.method == "rtn":  # rounding to nearest looks at no input
+    if config.method == "rtn":  # rounding to nearest does not depend on the inputs
         return {
             name: torch.eye(columns[name], device=data.runner.device) for name in columns if name in data.own_layers
         }
@@ -73,7 +80,7 @@ def _hessians(data: BlockData, config: QuantizationConfig) -> dict[str, Tensor]:
     data.capture_inputs({name: accumulator.add for name, accumulator in sums.items()})
     hessians = {}
     for name in columns:
-        accumulator = sums.pop(name)  # freed one by one
+        accumulator = sums.pop(name)  # so that each is freed once its Hessian is made
         data.ranks.sum_on(data.owner[name], accumulator.total)
         accumulator.tokens *= data.ranks.count
         if name in data.own_layers:
@@ -84,13 +91,18 @@ def _hessians(data: BlockData, config: QuantizationConfig) -> dict[str, Tensor]:
 def _search(
     data: BlockData, inverses: Mapping[str, InverseHessian], config: QuantizationConfig
 ) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
-    """Every rank tries the candidates of all layers on its share of the search's windows."""
+    """Return the widths that SliM-LLM's search finds for each layer, and the KL of every candidate.
+
+    Every rank tries the candidates of all layers on its share of the windows.
+    """
     size = config.group_size
     salience = {}
     for name, layer in data.layers.items():
         inverse = inverses.get(data.leader[name])
-        own = torch.empty(group_count(layer.in_features, size), device=data.runner.device)
-        own = own if inverse is None else group_salience(layer.weight, inverse, size)
+        if inverse is None:
+            own = torch.empty(group_count(layer.in_features, size), device=data.runner.device)
+        else:
+            own = group_salience(layer.weight, inverse, size)
         salience[name] = data.ranks.send(data.owner[name], own)
     searches = {
         name: AllocationSearch(layer.weight, salience[name], config.bits, size) for name, layer in data.layers.items()
@@ -109,7 +121,7 @@ def _search(
 def _broadcast_result(
     data: BlockData, name: str, bits: Tensor, own: RoundedWeight | None, config: QuantizationConfig
 ) -> tuple[QuantizedWeight, Tensor]:
-    """What the owner of a layer made of it, on every rank."""
+    """Return, on every rank, the quantized weight and the remainder of a layer that its owner gives as `own`."""
     weight = data.layers[name].weight
     if own is None:
         grid = weight.new_empty(len(weight), len(bits))
@@ -125,6 +137,7 @@ def _broadcast_result(
 
 
 def _percdamp(data: BlockData, inverses: Mapping[str, InverseHessian]) -> dict[str, float]:
+    """Return, on every rank, the damping that each layer's Hessian needed."""
     needed = {}
     for name, leader in data.leader.items():
         own = inverses[leader].percdamp if leader in inverses else 0.0

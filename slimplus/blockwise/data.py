@@ -1,4 +1,4 @@
-"""TODO."""
+"""A transformer block and its inputs, and which of its layers share a Hessian and belong to which rank."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from slimplus.distributed.ranks import Ranks
 from slimplus.models.architectures import find_linears
 from slimplus.models.streaming import BlockArguments, BlockRunner
-
-SEARCH_TOKENS = 8192  # the allocation search ranks a handful of candidates: more tokens cost time and change nothing
-
+from slimplus.quantization.salience_allocation import SEARCH_TOKENS
 
 InputHook = Callable[[Tensor], None]
+"""`(input of a layer) -> None`."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +22,11 @@ class BlockData:
     """A full-precision block and what it is calibrated on.
 
     Attributes:
-        block: float32, on the device; left as it is.
+        block: the block, float32, on the device; it is not changed.
         hidden: this rank's share of the block's inputs, `[windows, sequence_length, hidden]`; all shares are equal.
         arguments: the block's other arguments.
-        runner: runs the block.
-        ranks: those that quantize the block together.
+        runner: the runner of blocks on this process's device.
+        ranks: the processes that quantize the block together.
     """
 
     block: nn.Module
@@ -42,7 +41,12 @@ class BlockData:
         return find_linears(self.block)
 
     def capture_inputs(self, hooks: Mapping[str, InputHook], windows: int | None = None) -> None:
-        """Run the block on the first `windows` (default: all), calling `hooks[name]` with each input of that layer."""
+        """Run the block, and call `hooks[name]` with each input of the layer of that name.
+
+        Args:
+            hooks: layer → what to call with its inputs `[windows, sequence_length, in]`.
+            windows: how many of this rank's windows to run, the first ones; None runs all.
+        """
         handles = [
             self.layers[name].register_forward_pre_hook(lambda _, inputs, hook=hook: hook(inputs[0]))
             for name, hook in hooks.items()
@@ -60,7 +64,7 @@ class BlockData:
         leader: dict[str, str] = {}
 
         def note(name: str, inputs: Tensor) -> None:
-            seen[name] = inputs  # kept alive, so that no address is used twice
+            seen[name] = inputs  # kept alive, so that no other tensor gets its address
             leader[name] = next(other for other, tensor in seen.items() if tensor is inputs)
 
         self.capture_inputs({name: partial(note, name) for name in self.layers}, windows=1)
@@ -82,6 +86,6 @@ class BlockData:
         return {name: layer for name, layer in self.layers.items() if self.owner[name] == self.ranks.rank}
 
 
-def search_windows(ranks: Ranks, held: Tensor) -> int:
-    """How many of this rank's windows, `held` `[windows, sequence_length, …]`, a search for widths looks at."""
-    return min(ranks.windows(max(SEARCH_TOKENS // held.shape[1], 1)), len(held))
+def search_windows(ranks: Ranks, share: Tensor) -> int:
+    """Return how many of this rank's windows, `share` `[windows, sequence_length, …]`, a search for widths runs."""
+    return min(ranks.windows(max(SEARCH_TOKENS // share.shape[1], 1)), len(share))

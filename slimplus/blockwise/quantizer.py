@@ -1,4 +1,4 @@
-"""From a full-precision block to its quantized linear weights, trained if the method says so."""
+"""The quantizer of blocks: calibrates a full-precision block, and trains its quantizers if the method does so."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from slimplus.blockwise.calibrate import quantize_block
+from slimplus.blockwise.calibrate import BlockResult, quantize_block
 from slimplus.blockwise.data import BlockData
 from slimplus.blockwise.sensitivity import allocate_block
 from slimplus.blockwise.swap import fake_quantized_block, trained_weights
@@ -28,10 +28,10 @@ from slimplus.utils.errors import InputError
 
 @dataclass(frozen=True)
 class QuantizerConfig:
-    """What a block's quantizers learn.
+    """What the quantizers of a block learn.
 
     Attributes:
-        per_weight: what each weight has of its own beside the grid: its rounding, itself, or nothing.
+        per_weight: what is learned for each weight besides the grid: its rounding, its value, or nothing.
         width_rates: width → factor on the learning rates.
     """
 
@@ -39,7 +39,13 @@ class QuantizerConfig:
     width_rates: Mapping[int, float]
 
     def __call__(self, weight: QuantizedWeight, bias: Tensor | None, remainder: Tensor) -> FakeQuantizedLinear:
-        """A layer with such a quantizer."""
+        """Return a linear layer with a learnable quantizer.
+
+        Args:
+            weight: the quantized weight `[out, in]` that the quantizer starts from.
+            bias: the layer's bias, `[out]`.
+            remainder: what rounding left of each weight, `[out, in]`, see `RoundedWeight`.
+        """
         if self.per_weight is None:
             return FakeQuantizedLinear(weight, bias, self.width_rates)
         layer = LearnedRoundingLinear if self.per_weight == "rounding" else TrainedWeightLinear
@@ -51,15 +57,16 @@ class BlockTask:
     """One block and what it is quantized on.
 
     Attributes:
-        block: full precision, float32, on the device.
-        name: in logs.
+        block: the full-precision block, float32, on the device.
+        name: name of the block in logs and messages.
         arguments: the block's arguments besides its input.
-        hidden: this rank's inputs of the block, from the quantized blocks before it, `[windows, length, hidden]`.
-        targets: this rank's outputs of the block along the full-precision chain, the same shape.
-        auxiliary: this rank's outputs of the full-precision block for `hidden`, if the loss asks for them.
-        bits: widths of each layer's groups, if they are given rather than searched.
-        context: what the loss needs to know.
-        checkpoints: of its training.
+        hidden: this rank's inputs of the block, `[windows, sequence_length, hidden]`, given by the quantized blocks
+            before it.
+        targets: this rank's outputs of the block on what the full-precision blocks before it give, of the same shape.
+        auxiliary: this rank's outputs of the full-precision block on `hidden`, if the loss uses them.
+        bits: layer → widths of its groups, or None if the quantizer finds them.
+        context: what the loss needs to know of the block's place in the model.
+        checkpoints: checkpoints of the block's training.
     """
 
     block: nn.Module
@@ -75,7 +82,21 @@ class BlockTask:
 
 @dataclass(frozen=True)
 class BlockQuantizer:
-    """Quantizes one block after the other, the same way on every rank."""
+    """Quantizer of one block after the other, in the same way on every rank.
+
+    1. Find the widths, if the task gives none.
+    2. Calibrate: scales, zero points and integers.
+    3. Train the quantizers, if the method has that; what training made worse is dropped.
+
+    Attributes:
+        quantization: how weights are quantized.
+        quantizer: what the quantizers of a block learn.
+        reconstruction: how a block is trained.
+        fit: where and how the trainers of a job run.
+        runner: the runner of blocks on this process's device.
+        fabric: the processes of the job.
+        preemption: the handler of this process's signals.
+    """
 
     quantization: QuantizationConfig
     quantizer: QuantizerConfig
@@ -92,25 +113,18 @@ class BlockQuantizer:
 
     @property
     def ranks(self) -> Ranks:
-        """The processes of the job."""
+        """The collective operations among the processes of the job."""
         return Ranks(self.fabric.global_rank, self.fabric.world_size)
 
     def __call__(self, task: BlockTask) -> tuple[dict[str, QuantizedWeight], dict[str, Any]]:
-        """The quantized weights by the layers' names in the block, and a record of how they came about.
+        """Return the quantized weights by the layers' names in the block, and a record of how they were made.
 
         Raises:
-            InputError: if a Hessian cannot be inverted, or a window does not fit the device.
-            Preempted: in training, after a checkpoint.
+            InputError: if a Hessian cannot be inverted, or one window does not fit the device.
+            Preempted: if a signal ended the training, once a checkpoint is written.
         """
         start = time.perf_counter()
-        data = BlockData(task.block, task.hidden, task.arguments, self.runner, self.ranks)
-        bits = task.bits
-        try:
-            if bits is None and self.quantization.allocation == "block":
-                bits = allocate_block(data, self.quantization)
-            result = quantize_block(data, self.quantization, bits)
-        except ValueError as error:  # a Hessian beyond repair
-            raise InputError(f"{task.name}: {error}; finished blocks are kept") from error
+        result = self._calibrate(task)
         record: dict[str, Any] = {
             "divergence": result.divergence,
             "percdamp": result.percdamp,
@@ -121,8 +135,21 @@ class BlockQuantizer:
                 if percdamp > self.quantization.percdamp
             ],
         }
-        if not self.trains:
-            return result.weights, record
+        return (self._train(task, result, record) if self.trains else result.weights), record
+
+    def _calibrate(self, task: BlockTask) -> BlockResult:
+        """Find the widths if the task gives none, and quantize the block without training."""
+        data = BlockData(task.block, task.hidden, task.arguments, self.runner, self.ranks)
+        bits = task.bits
+        try:
+            if bits is None and self.quantization.allocation == "block":
+                bits = allocate_block(data, self.quantization)
+            return quantize_block(data, self.quantization, bits)
+        except ValueError as error:  # a Hessian that no damping makes invertible
+            raise InputError(f"{task.name}: {error}; finished blocks are kept") from error
+
+    def _train(self, task: BlockTask, result: BlockResult, record: dict[str, Any]) -> dict[str, QuantizedWeight]:
+        """Train a calibrated block, add the training to `record`, and return the better of both sets of weights."""
         start = time.perf_counter()
         module = BlockReconstruction(
             fake_quantized_block(task.block, result, self.quantizer),
@@ -137,7 +164,7 @@ class BlockQuantizer:
         record["seconds"]["training"] = time.perf_counter() - start
         record["events"] += fit.events
         if fit.helped:
-            return trained_weights(module.to(self.runner.device).block), record
+            return trained_weights(module.to(self.runner.device).block)
         if fit.loss is not None:
             record["events"].append("training ended above the calibrated loss; the calibrated quantizers are kept")
-        return result.weights, record
+        return result.weights

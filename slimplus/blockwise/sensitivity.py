@@ -1,4 +1,4 @@
-"""Sensitivity of groups to their width, measured backwards through one block at a time, and the widths it leads to."""
+"""Sensitivity of groups to their width, measured by a backward pass through one block, and the widths it leads to."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from slimplus.quantization.linear import QuantizationConfig
 from slimplus.quantization.sensitivity import GradientStatistics, group_sensitivity
 
 OutputGradient = Callable[[int, Tensor], Tensor]
-"""`(window, output of the block [1, sequence_length, hidden]) -> gradient of the loss`, the same shape."""
+"""`(window, output of the block [1, sequence_length, hidden]) -> gradient of the loss` of the same shape."""
 
 
 @contextmanager
 def _recorded(layers: Mapping[str, nn.Linear], statistics: Mapping[str, GradientStatistics]) -> Iterator[None]:
-    """Within this context every backward adds to the statistics of the layers."""
+    """Add every backward pass within this context to the statistics of the layers."""
 
     def record(name: str, _: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         source = inputs[0].detach()
@@ -40,15 +40,16 @@ def _recorded(layers: Mapping[str, nn.Linear], statistics: Mapping[str, Gradient
 def backward_statistics(
     data: BlockData, windows: int, output_gradient: OutputGradient
 ) -> tuple[dict[str, GradientStatistics], Tensor]:
-    """Statistics of every linear layer of a block over all ranks' windows, and the gradient of the block's input.
+    """Return statistics of every linear layer of a block over all ranks' windows, and the gradient of its input.
 
     Args:
         data: the block and its inputs.
-        windows: how many of this rank's.
-        output_gradient: of the loss, for one window's output.
+        windows: how many of this rank's windows to run, the first ones.
+        output_gradient: the gradient of the loss with respect to one window's output.
 
     Returns:
-        The statistics by layer, equal on all ranks, and `[windows, sequence_length, hidden]`, float32, on the CPU.
+        The statistics by layer, equal on all ranks; and the gradient of the block's input on this rank's windows,
+        `[windows, sequence_length, hidden]`, float32, on the CPU.
     """
     device = data.runner.device
     statistics = {
@@ -63,16 +64,25 @@ def backward_statistics(
             output.backward(output_gradient(window, output.detach()))
             assert hidden.grad is not None
             gradients[window] = hidden.grad[0]
-    for held in statistics.values():
-        data.ranks.sum(held.inputs.total)
-        data.ranks.sum(held.rows)
+    for layer_statistics in statistics.values():
+        data.ranks.sum(layer_statistics.inputs.total)
+        data.ranks.sum(layer_statistics.rows)
     return statistics, gradients
 
 
 def block_tables(
     data: BlockData, statistics: Mapping[str, GradientStatistics], widths: Sequence[int], config: QuantizationConfig
 ) -> dict[str, Tensor]:
-    """Sensitivity `[widths, groups]` of each layer of a block; each rank measures some layers, all get the result."""
+    """Return the sensitivity `[widths, groups]` of each layer of a block, on every rank.
+
+    Each rank measures some of the layers.
+
+    Args:
+        data: the block and its inputs.
+        statistics: layer → statistics of its backward pass.
+        widths: bit widths to measure.
+        config: group size and damping.
+    """
     tables = {}
     for number, (name, layer) in enumerate(data.layers.items()):
         table = torch.zeros(len(widths), group_count(layer.in_features, config.group_size), device=data.runner.device)
@@ -83,15 +93,19 @@ def block_tables(
 
 
 def allocate_block(data: BlockData, config: QuantizationConfig) -> dict[str, Tensor]:
-    """Widths of a block's groups that keep its output's error, token by token over the token's energy, the smallest.
+    """Return the widths of a block's groups that make the error of its output smallest.
 
-    The average over the block is `config.bits` exactly.
+    The error of each token counts in relation to the token's energy. The average width of the block is exactly
+    `config.bits`.
+
+    Raises:
+        ValueError: if a sensitivity is not finite, or no widths meet the average.
     """
     windows = search_windows(data.ranks, data.hidden)
     generator = torch.Generator()
 
     def probe(window: int, output: Tensor) -> Tensor:
-        # A random direction: its squared product with an error has the error's squared magnitude as its mean.
+        # The squared product of an error with a random direction is, on average, the error's squared magnitude.
         generator.manual_seed(window * data.ranks.count + data.ranks.rank)
         direction = torch.randn(output.shape, generator=generator).to(output.device)
         return (direction / output.float().norm(dim=-1, keepdim=True).clamp(min=1e-6)).to(output.dtype)

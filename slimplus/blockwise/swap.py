@@ -1,4 +1,4 @@
-"""TODO."""
+"""The swap of a block's linear layers: for layers with learnable quantizers, or for packed ones."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from slimplus.models.architectures import find_linears
 from slimplus.nn import FakeQuantizedLinear, PackedLinear
 
 MakeQuantizer = Callable[[QuantizedWeight, Tensor | None, Tensor], FakeQuantizedLinear]
-"""`(weight, bias, remainder) -> layer`."""
+"""`(weight, bias [out], remainder [out, in]) -> layer`."""
 
 
 def fake_quantized_block(block: nn.Module, result: BlockResult, make: MakeQuantizer) -> nn.Module:
-    """A copy of `block` whose linear layers carry learnable quantizers; nothing else in it requires a gradient."""
+    """Return a copy of a block whose linear layers have learnable quantizers; nothing else requires a gradient."""
     copy = deepcopy(block).requires_grad_(False)
     for name, layer in find_linears(copy).items():
         copy.set_submodule(name, make(result.weights[name], layer.bias, result.remainders[name]))
@@ -25,7 +25,7 @@ def fake_quantized_block(block: nn.Module, result: BlockResult, make: MakeQuanti
 
 
 def packed_block(block: nn.Module, weights: Mapping[str, QuantizedWeight]) -> nn.Module:
-    """A copy of `block` whose linear layers are packed."""
+    """Return a copy of a block whose linear layers are packed."""
     copy = deepcopy(block)
     for name, layer in find_linears(copy).items():
         copy.set_submodule(name, PackedLinear.from_quantized(weights[name], layer.bias))
@@ -33,7 +33,7 @@ def packed_block(block: nn.Module, weights: Mapping[str, QuantizedWeight]) -> nn
 
 
 def trained_weights(block: nn.Module) -> dict[str, QuantizedWeight]:
-    """What the trained quantizers of `block` give, ready to pack."""
+    """Return the quantized weights that the trained quantizers of a block give, by layer."""
     return {
         name: module.quantized_weight()
         for name, module in block.named_modules()
@@ -42,7 +42,7 @@ def trained_weights(block: nn.Module) -> dict[str, QuantizedWeight]:
 
 
 def packed_tensors(block: nn.Module) -> dict[str, Tensor]:
-    """The tensors of the packed layers of `block`, biases included, by name."""
+    """Return the tensors of a block's packed layers, biases included, by their names in the block."""
     return {
         f"{name}.{key}": tensor
         for name, layer in block.named_modules()
@@ -52,15 +52,15 @@ def packed_tensors(block: nn.Module) -> dict[str, Tensor]:
 
 
 def layer_tensors(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Those of one layer among what `packed_tensors` gave, by their names in the layer."""
+    """Return the tensors of one layer among those of `packed_tensors`, by their names in the layer."""
     return {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
 
 
 def load_packed_block(block: nn.Module, tensors: Mapping[str, Tensor], group_size: int) -> nn.Module:
-    """A copy of `block` with the packed layers that `packed_tensors` gave.
+    """Return a copy of a block with packed layers made from the tensors of `packed_tensors`.
 
     Raises:
-        ValueError: naming the layer whose tensors are no packed weight.
+        ValueError: if the tensors of a layer are no packed weight; the message names the layer.
     """
     copy = deepcopy(block)
     for name, layer in find_linears(copy).items():

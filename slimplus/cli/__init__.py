@@ -1,4 +1,5 @@
-"""The commands for using a packed checkpoint. Each module has `add_arguments(parser)` and `run(arguments)`.
+"""The command line: `slimplus train`, and the commands that use a packed checkpoint.
 
-They check their input before anything heavy is imported.
+Every command checks its input before anything heavy is imported. The modules of commands that use a checkpoint have
+`add_arguments(parser)` and `run(arguments)`.
 """

@@ -1,4 +1,4 @@
-"""Measures a packed checkpoint, beside the dense model if given: tokens/s, memory, load time."""
+"""Measure a packed checkpoint, and the dense model beside it if given: tokens/s, memory, load time."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from slimplus.evaluation.speed import benchmark, table
 from slimplus.evaluation.workload import Candidate, Workload
 from slimplus.hub.contents import read_contents
 from slimplus.models.location import resolve_model_folder
-from slimplus.recipe.preflight import check_model
-from slimplus.recipe.schema import ModelSection
 from slimplus.utils.errors import InputError
 from slimplus.utils.files import write_atomic
+from slimplus.utils.requirements import RECIPE, check_installed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's own arguments."""
+    """Add the arguments of `slimplus benchmark`."""
     parser.add_argument("path", help="folder of a packed checkpoint, or a hub id")
     parser.add_argument("--dense", metavar="MODEL", help="folder, hub id or package:NAME of the model it was made from")
     parser.add_argument("--gguf-file", metavar="NAME", help="the file in MODEL that holds the weights, if it is a GGUF")
@@ -37,15 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure, and write the table.
+    """Run `slimplus benchmark`: measure the models in turn, and write a table.
 
     Raises:
-        InputError: if a model or the device is not there.
+        InputError: if an argument is wrong, or a model or the device does not exist.
     """
     if arguments.new_tokens < 2:
         raise InputError("--new-tokens: give at least 2, since the first one counts as prefill")
     if arguments.gguf_file and not arguments.dense:
-        raise InputError("--gguf-file: names a file of --dense MODEL; give that as well")
+        raise InputError("--gguf-file: names a file of --dense MODEL; give --dense as well")
     if arguments.json and arguments.json.is_dir():
         raise InputError(f"--json: {arguments.json} is a folder; give a file")
     contents = read_contents(arguments.path)
@@ -69,17 +68,24 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check_length(config: Mapping[str, Any], tokens: int) -> None:
+    """Check that prompt and new tokens fit the model's context."""
     longest = config.get("max_position_embeddings")
     if isinstance(longest, int) and tokens > longest:
         raise InputError(
-            f"--prompt-tokens and --new-tokens: {tokens} tokens are more than the {longest} that the model takes"
+            f"--prompt-tokens and --new-tokens: {tokens} tokens are more than the model takes; give at most {longest} "
+            "together"
         )
 
 
 def _dense(path: str, gguf_file: str | None) -> Candidate:
+    """Return the dense model to measure, if it exists."""
+    check_installed("--dense", RECIPE)
+    from slimplus.recipe.preflight import check_model
+    from slimplus.recipe.schema import ModelSection
+
     try:
         check_model(ModelSection(path=path, gguf_file=gguf_file))
-    except InputError as error:  # which speaks of the keys of a recipe
+    except InputError as error:  # whose message names keys of a recipe
         raise InputError(
             str(error).replace("model.path", "--dense").replace("model.gguf_file", "--gguf-file")
         ) from None

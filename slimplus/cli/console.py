@@ -1,4 +1,4 @@
-"""What every command line of the package shares: writing, and one sentence for bad input."""
+"""What all commands share: writing, one sentence for wrong arguments, types of arguments, `--device` and `--dtype`."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ WIDTH = 110  # columns of the help text
 
 
 def write(text: str, stream: TextIO | None = None) -> None:
-    """Writes a line: all that the command line itself says goes through here."""
+    """Write a line to the standard output, or to another stream."""
     (stream or sys.stdout).write(f"{text}\n")
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without repeating the usage."""
+    """Parser that reports wrong arguments in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
+        """Write what is wrong, and exit with the status for bad input."""
         self.exit(BAD_INPUT, f"{self.prog}: {message}; `{self.prog} --help` shows the usage\n")
 
 
 def positive_integer(text: str) -> int:
-    """Type of an argument.
+    """Return the integer of at least 1 that an argument holds.
 
     Raises:
-        argparse.ArgumentTypeError: for anything else.
+        argparse.ArgumentTypeError: if it holds anything else.
     """
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
@@ -36,10 +37,10 @@ def positive_integer(text: str) -> int:
 
 
 def non_negative_number(text: str) -> float:
-    """Type of an argument.
+    """Return the finite number of at least 0 that an argument holds.
 
     Raises:
-        argparse.ArgumentTypeError: for anything else.
+        argparse.ArgumentTypeError: if it holds anything else.
     """
     try:
         number = float(text)
@@ -51,7 +52,7 @@ def non_negative_number(text: str) -> float:
 
 
 def add_placement(parser: argparse.ArgumentParser, dtype: str) -> None:
-    """Where the model goes, and in which dtype, by default `dtype`, it computes."""
+    """Add `--device` and `--dtype`, where and in which dtype the model computes; `dtype` is the default."""
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
     choices = ("auto", "bfloat16", "float16", "float32")
     parser.add_argument("--dtype", default=dtype, choices=choices, help="default: %(default)s; auto is the stored one")

@@ -1,4 +1,4 @@
-"""Continues a text with a packed checkpoint, and writes it as it is made."""
+"""Continue a text with a packed checkpoint, and write it word by word."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from slimplus.utils.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's own arguments."""
+    """Add the arguments of `slimplus generate`."""
     parser.add_argument("path", help="folder of a packed checkpoint, or a hub id")
     parser.add_argument("prompt", help="text to continue; with --chat, the message to answer")
     parser.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
@@ -32,10 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write the continuation, without the prompt, as it is made.
+    """Run `slimplus generate`: write the continuation, without the prompt, word by word.
 
     Raises:
-        InputError: if there is no packed checkpoint, no such device, or no chat template.
+        InputError: if an argument is wrong, or there is no packed checkpoint, no such device, or no chat template.
     """
     if not arguments.prompt:
         raise InputError("the prompt is empty; give some text to continue")
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.chat and not has_chat_template(contents.folder):
         raise InputError(f"--chat: the tokenizer in {contents.folder} has no chat template; leave --chat out")
 
-    from slimplus.evaluation.generation import Sampling, load_for_generation, stream  # only now: it loads PyTorch
+    from slimplus.evaluation.generation import Sampling, load_for_generation, stream  # this loads PyTorch
 
     loaded = load_for_generation(contents.folder, arguments.device, arguments.dtype)
     sampling = Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed)
@@ -53,10 +53,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def has_chat_template(folder: Path) -> bool:
-    """Whether the tokenizer saved in `folder` brings a chat template, in a file of its own or in its config.
+    """Return whether the tokenizer saved in `folder` has a chat template, in a file of its own or in its config.
 
     Raises:
-        InputError: if that is damaged.
+        InputError: if the tokenizer's config is damaged.
     """
     if any(folder.glob("chat_template.*")) or (folder / "additional_chat_templates").is_dir():
         return True

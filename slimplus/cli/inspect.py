@@ -1,4 +1,4 @@
-"""What a packed checkpoint holds: average bits, sizes against 16 bit, a table of its layers. Reads no weights."""
+"""Show what a packed checkpoint holds: average bits, sizes against 16 bit, a table of its layers. Reads no weights."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from typing import Any
 
 from slimplus.cli.console import write
 from slimplus.hub.contents import CheckpointContents, read_contents
+from slimplus.utils.units import format_bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's own arguments."""
+    """Add the arguments of `slimplus inspect`."""
     parser.add_argument("path", help="folder of a packed checkpoint, or a hub id")
     parser.add_argument("--json", action="store_true", help="write JSON instead of tables; sizes in bytes")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write the figures.
+    """Run `slimplus inspect`: write the figures as tables or as JSON.
 
     Raises:
-        InputError: if there is no packed checkpoint.
+        InputError: if there is no packed checkpoint, or it is damaged.
     """
     contents = read_contents(arguments.path)
     write(json.dumps(figures(contents), indent=2) if arguments.json else f"{overview(contents)}\n\n{table(contents)}")
 
 
 def figures(contents: CheckpointContents) -> dict[str, Any]:
-    """All that is known, under the names that metrics.json gives it."""
+    """Return all figures of a checkpoint, under the names that metrics.json gives them; sizes are in bytes."""
     quantization = contents.config["quantization_config"]
     return {
         "model_type": contents.config.get("model_type"),
@@ -37,7 +38,7 @@ def figures(contents: CheckpointContents) -> dict[str, Any]:
         "bits_per_weight": contents.bits_per_weight,
         "quantized_weights": contents.weights,
         "block_bytes": contents.block_bytes,
-        "outer_bytes": contents.outer_bytes,
+        "outer_bytes": contents.embedding_and_head_bytes,
         "other_bytes": contents.other_bytes,
         "size_bytes": contents.size_bytes,
         "full_size_bytes": contents.full_size_bytes,
@@ -56,25 +57,26 @@ def figures(contents: CheckpointContents) -> dict[str, Any]:
 
 
 def overview(contents: CheckpointContents) -> str:
-    """The figures of the whole checkpoint, a line each."""
+    """Return the figures of the whole checkpoint as text, a line each."""
     quantization = contents.config["quantization_config"]
+    extra = contents.embedding_and_head_bytes
     rows = {
         "checkpoint": str(contents.folder),
         "model": f"{contents.config.get('model_type')}, {len(contents.layers)} packed layers, "
         f"quantized by {quantization.get('method')} in groups of {quantization['group_size']}",
         "average bits": f"{contents.average_bits:.3f}",
         "bits per weight, all that is stored": f"{contents.bits_per_weight:.3f}",
-        "blocks": f"{_size(contents.block_bytes)} for {contents.weights:,} weights",
-        **({"embedding and head": f"{_size(contents.outer_bytes)}, packed"} if contents.outer_bytes else {}),
-        "everything else": f"{_size(contents.other_bytes)} in {len(contents.others)} tensors",
-        "size": f"{_size(contents.size_bytes)}, {contents.compression:.2f} times smaller than at 16 bit "
-        f"({_size(contents.full_size_bytes)})",
+        "blocks": f"{format_bytes(contents.block_bytes)} for {contents.weights:,} weights",
+        **({"embedding and head": f"{format_bytes(extra)}, packed"} if extra else {}),
+        "everything else": f"{format_bytes(contents.other_bytes)} in {len(contents.others)} tensors",
+        "size": f"{format_bytes(contents.size_bytes)}, {contents.compression:.2f} times smaller than at 16 bit "
+        f"({format_bytes(contents.full_size_bytes)})",
     }
     return "\n".join(f"{name:<{max(map(len, rows))}}  {value}" for name, value in rows.items())
 
 
 def table(contents: CheckpointContents) -> str:
-    """A line a packed layer."""
+    """Return a table with a line for each packed layer."""
     widths = sorted({width for layer in contents.layers for width in layer.groups})
     head = ["layer", "rows × columns", *(f"{width}-bit groups" for width in widths), "bits per weight", "size"]
     lines = [
@@ -85,7 +87,7 @@ def table(contents: CheckpointContents) -> str:
                 f"{layer.rows} × {layer.columns}",
                 *(str(layer.groups.get(width, 0)) for width in widths),
                 f"{layer.bits_per_weight:.3f}",
-                _size(layer.nbytes),
+                format_bytes(layer.nbytes),
             ]
             for layer in contents.layers
         ),
@@ -95,9 +97,3 @@ def table(contents: CheckpointContents) -> str:
         f"{name:<{sizes[0]}}  " + "  ".join(f"{cell:>{size}}" for cell, size in zip(cells, sizes[1:], strict=True))
         for name, *cells in lines
     )
-
-
-def _size(size: int) -> str:
-    if size >= 1e9:
-        return f"{size / 1e9:.2f} GB"
-    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"

@@ -1,5 +1,4 @@
-"""The command line: `slimplus train recipe=NAME key=value ...`, which `python train.py` runs as well, and the commands
-for using what it makes.
+"""The console script `slimplus`: its commands and their exit status.
 
 Nothing heavy is imported until the recipe, or the arguments, and their inputs have passed every check.
 """
@@ -10,19 +9,17 @@ import sys
 
 from slimplus.cli import benchmark, generate, inspect
 from slimplus.cli.console import Parser, write
-from slimplus.cli.train import train
 from slimplus.utils.errors import BAD_INPUT, INTERRUPTED, InputError
+from slimplus.utils.requirements import QUANTIZATION, check_installed
 
 COMMANDS = {"generate": generate, "inspect": inspect, "benchmark": benchmark}
 
 
 def parser() -> Parser:
-    """Of `slimplus COMMAND ...`. What follows `train` is no option, so `main` hands it on by itself."""
+    """Return the parser of `slimplus COMMAND ...`; what follows `train` is no option, and `main` passes it on."""
     top = Parser("slimplus", description="Mixed-precision quantization of language models, and use of the result.")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    commands.add_parser(
-        "train", help="Quantizes a model as a recipe says: recipe=NAME [key=value ...].", add_help=False
-    )
+    commands.add_parser("train", help="Quantize a model as a recipe says: recipe=NAME [key=value ...].", add_help=False)
     for name, module in COMMANDS.items():
         summary, _, _ = (module.__doc__ or "").partition("\n")
         module.add_arguments(commands.add_parser(name, help=summary, description=summary))
@@ -30,16 +27,22 @@ def parser() -> Parser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The console script `slimplus`; returns the exit status as `train` does.
+    """Run a command, and return its exit status, see `train`.
+
+    Args:
+        arguments: the command and its arguments; None takes those of the process.
 
     Raises:
-        SystemExit: from argparse, for help and for arguments that are wrong.
+        SystemExit: if the arguments ask for help or are wrong (raised by argparse).
     """
     given = sys.argv[1:] if arguments is None else arguments
-    if given[:1] == ["train"]:
-        return train(given[1:])
-    parsed = parser().parse_args(given or ["--help"])
     try:
+        if given[:1] == ["train"]:
+            check_installed("slimplus train", QUANTIZATION)
+            from slimplus.cli.train import train  # with libraries that using a checkpoint does not need
+
+            return train(given[1:])
+        parsed = parser().parse_args(given or ["--help"])
         COMMANDS[parsed.command].run(parsed)
     except InputError as error:
         write(str(error), sys.stderr)

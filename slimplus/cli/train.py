@@ -1,4 +1,4 @@
-"""TODO."""
+"""The command `train`: its help, the run of a recipe, and the exit status."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ HELP = ("-h", "--help")
 
 
 def help_text() -> str:
-    """Usage, the recipes, and every key with its meaning, type and default, taken from the models."""
+    """Return the help: usage, the recipes, and every key with its meaning, type and default."""
     return "\n".join(
         [
             "usage: python train.py recipe=NAME [key=value ...]",
             "       slimplus train recipe=NAME [key=value ...]    (the same, once installed)",
             "",
-            "Quantizes a language model as a recipe says. NAME is a recipe below or a YAML file of your own.",
+            "Quantize a language model as a recipe says. NAME is a recipe below or a YAML file of your own.",
             "Each key=value overrides one key of the recipe; the value is read as YAML.",
             "",
             "recipes:",
@@ -40,6 +40,7 @@ def help_text() -> str:
 
 
 def _recipe_lines() -> Iterator[str]:
+    """Yield a line for each recipe, with what it is for."""
     names = recipe_names()
     for name in names:
         lines = recipe_file(name).read_text(encoding="utf-8").splitlines()
@@ -48,6 +49,7 @@ def _recipe_lines() -> Iterator[str]:
 
 
 def _key_lines() -> Iterator[str]:
+    """Yield the lines on each key: its meaning, type and default."""
     known = keys()
     for key, field in known.items():
         default = "set by the recipe" if field.is_required() else _default(field.default)
@@ -59,12 +61,20 @@ def _key_lines() -> Iterator[str]:
 
 
 def _default(value: object) -> str:
+    """Return a default value as YAML on one line."""
     return yaml.safe_dump(value, default_flow_style=True).splitlines()[0]
 
 
 def train(arguments: list[str]) -> int:
-    """Runs a recipe; returns the exit status: 0, 2 for bad input, 75 for a failure that passes, 130 when interrupted,
-    143 when pre-empted."""
+    """Run the recipe that a command line names.
+
+    Args:
+        arguments: `recipe=NAME key=value ...`, or `--help`.
+
+    Returns:
+        The exit status: 0, 2 for bad input, 75 for a failure that passes, 130 after Ctrl-C, 143 after SIGTERM or
+        SIGUSR1.
+    """
     if any(argument in HELP for argument in arguments):
         write(help_text())
         return 0
@@ -89,12 +99,13 @@ def _pipeline(recipe: Recipe) -> Callable[[Recipe], str | None]:
 
 
 def _run(recipe: Recipe) -> int:
+    """Run a recipe that passed the checks, and return the exit status."""
     command = "the same command" if recipe.resume.start == "auto" else "the same command with resume=auto"
     go_on = f"{command} goes on from what {recipe.run_dir} holds."
     try:
         logging.basicConfig(format="%(message)s")
         result = _pipeline(recipe)(recipe)
-        if result is not None:  # only the first process of a job has something to say
+        if result is not None:  # on the first process of a job
             write(result)
     except KeyboardInterrupt:
         write(f"Interrupted; {go_on}", sys.stderr)

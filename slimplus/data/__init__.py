@@ -1,5 +1,5 @@
-"""Text sources and fixed token windows.
+"""Calibration and evaluation text, and the token windows that are cut from it.
 
-Nothing is imported here: ``slimplus.data.text`` must stay importable without torch, so that a wrong text
-source is reported before anything heavy is loaded.
+Importing this package imports nothing: `slimplus.data.text` must load without PyTorch, so that a wrong text source is
+reported before anything heavy is loaded.
 """

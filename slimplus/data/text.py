@@ -1,8 +1,10 @@
 """Calibration and evaluation text from the hub, from local files, or from Python's own documentation.
 
-``datasets`` and the hub client are imported inside the functions that need them: ``check_source`` is called
-while a command line is validated and has to answer at once.
+`datasets` and the hub client are imported inside the functions that need them: `check_source` is called while a command
+line is validated, and has to answer at once.
 """
+
+from __future__ import annotations
 
 import difflib
 import glob
@@ -20,12 +22,19 @@ Split = Literal["calibration", "evaluation"]
 
 
 class TextError(InputError):
-    """A text source is missing, unreadable, empty or too short; the message is one sentence for the user."""
+    """Error of a text source that is missing, unreadable, empty or too short."""
 
 
 @dataclass(frozen=True)
 class TextFormat:
-    """How a file becomes a text: the builder of ``datasets`` that reads it, the column, what joins rows."""
+    """How a file becomes a text.
+
+    Attributes:
+        builder: name of the builder of `datasets` that reads the file.
+        column: name of the column that holds the text.
+        separator: string put between rows.
+        options: further arguments of the builder.
+    """
 
     builder: str
     column: str
@@ -42,7 +51,15 @@ FILE_FORMATS: Mapping[str, TextFormat] = {
 
 @dataclass(frozen=True)
 class HubSource:
-    """A dataset on the hub: the file and, where not all are wanted, the number of rows for each split."""
+    """A dataset on the hub.
+
+    Attributes:
+        repository: hub id of the dataset.
+        files: path in the repository of the file for each split.
+        text_format: how the files become text.
+        revision: branch, tag or commit.
+        rows: number of rows to take for a split; all rows for a split without an entry.
+    """
 
     repository: str
     files: Mapping[Split, str]
@@ -60,8 +77,8 @@ HUB_SOURCES: Mapping[str, HubSource] = {
         },
         text_format=TextFormat("parquet", "text", "\n\n"),
     ),
-    # 5000 documents are as long as WikiText-2's train split (2.4M tokens); 1100 documents, joined with a
-    # space, are the evaluation text of GPTQ and its successors.
+    # 5000 documents are as long as the train split of WikiText-2 (2.4M tokens). 1100 documents, joined with a space,
+    # are the evaluation text of GPTQ and the papers after it.
     "c4": HubSource(
         repository="allenai/c4",
         files={
@@ -71,7 +88,7 @@ HUB_SOURCES: Mapping[str, HubSource] = {
         text_format=TextFormat("json", "text", " "),
         rows={"calibration": 5000, "evaluation": 1100},
     ),
-    # The main revision is a loading script, which `datasets` no longer runs; this one has its rows.
+    # The main revision is a loading script, which `datasets` does not run; the converted one holds the same rows.
     "ptb": HubSource(
         repository="ptb-text-only/ptb_text_only",
         files={
@@ -87,14 +104,17 @@ OFFLINE = "offline"
 
 
 def load_text(path: str, split: Split) -> str:
-    """The text of a source as one string.
+    """Return the text of a source as one string.
 
-    ``path`` is a name in ``HUB_SOURCES``, ``offline``, or a local file, the same text for both splits: a
-    whole ``.txt`` (UTF-8, line ends read as ``\\n``), or the column ``text`` of a ``.jsonl`` or ``.parquet``
-    with an empty line between rows.
+    Args:
+        path: a name in `HUB_SOURCES`, `offline`, or a local file, which gives the same text for both splits: a whole
+            `.txt` (UTF-8, with all line ends read as line feeds), or the column `text` of a `.jsonl` or `.parquet`, an
+            empty line between rows.
+        split: which part of a source in `HUB_SOURCES` or of `offline` to return.
 
-    Raises ``TextError`` where ``check_source`` does, and where the source cannot be reached, cannot be read,
-    or holds no text.
+    Raises:
+        TextError: if `check_source` refuses the source, or the source cannot be reached, cannot be read, or holds no
+            text.
     """
     check_source(path, split)
     if path == OFFLINE:
@@ -111,9 +131,12 @@ def load_text(path: str, split: Split) -> str:
 
 
 def check_source(path: str, split: Split) -> None:
-    """Raises ``TextError`` where ``path`` is neither a known source nor a file of a known format with text in it.
+    """Check that `path` is a known source, or a file of a known format with text in it.
 
-    Does not touch the network and imports nothing heavy, so it can run before any work.
+    The check does not touch the network and imports nothing heavy, so it can run before any work.
+
+    Raises:
+        TextError: if `path` is neither.
     """
     if path == OFFLINE or path in HUB_SOURCES:
         return
@@ -134,14 +157,15 @@ def check_source(path: str, split: Split) -> None:
 
 
 def _alternatives() -> str:
+    """Return the part of an error message that lists what a path may be."""
     return f"one of {', '.join(HUB_SOURCES)}, {OFFLINE}, or a local {', '.join(FILE_FORMATS)} file"
 
 
 def _download(path: str, split: Split) -> Path:
-    """The local copy of a hub source's file, from the hub's cache where it is there.
+    """Return the local copy of a hub source's file, downloading it if the hub's cache does not hold it.
 
-    The file is downloaded by the hub client and read like a local one, because ``load_dataset`` does not find
-    its own copy of a dataset without a network when files are named, and would convert all of a C4 shard.
+    The hub client downloads the file, and `_read` reads it like a local one. `load_dataset` would not find its own copy
+    of a dataset without a network when files are named, and would convert all of a C4 shard.
     """
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
@@ -159,10 +183,10 @@ def _download(path: str, split: Split) -> Path:
     except LocalEntryNotFoundError:
         pass
     try:
-        # Without a network the download is retried for half a minute; this request fails at once.
+        # Without a network, the download would be retried for half a minute; this request fails at once.
         HfApi().dataset_info(source.repository, revision=source.revision, timeout=10)
         return Path(download())
-    except (OSError, HTTPError) as error:  # HTTPError: of whichever httpx the hub client uses
+    except (OSError, HTTPError) as error:  # HTTPError comes from whichever httpx the hub client uses
         raise TextError(
             f"data.{split}.path: {path!r} could not be downloaded from the hub ({source.repository}: "
             f"{named_first_line(error)}); run once with a network, or give {OFFLINE} or a local "
@@ -171,13 +195,13 @@ def _download(path: str, split: Split) -> Path:
 
 
 def _read(path: str, split: Split, file: Path, text_format: TextFormat, limit: int | None = None) -> str:
-    """The text of a file, or of its first ``limit`` rows."""
+    """Return the text of a file, or of its first `limit` rows."""
     import pyarrow
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     try:
-        # Streaming reads the file as it is now: no converted copy is kept that could go stale.
+        # Streaming reads the file itself and keeps no converted copy, which could become stale.
         with TemporaryDirectory() as cache:
             stream = load_dataset(
                 text_format.builder,
@@ -197,7 +221,11 @@ def _read(path: str, split: Split, file: Path, text_format: TextFormat, limit: i
 
 
 def _column(rows: Iterable[Mapping[str, Any]], column: str, path: str, split: Split) -> Iterable[str]:
-    """The strings of a column; rows without a value are left out."""
+    """Yield the strings of a column; rows without a value are left out.
+
+    Raises:
+        TextError: if a row lacks the column, or the column holds other values than strings.
+    """
     for row in rows:
         if column not in row:
             raise TextError(
@@ -216,10 +244,10 @@ def _column(rows: Iterable[Mapping[str, Any]], column: str, path: str, split: Sp
 
 
 def _offline_text(split: Split) -> str:
-    """The language reference that every Python ships for ``help()``; every third topic is for evaluation.
+    """Return the language reference that every Python ships for `help()`; every third topic is for evaluation.
 
-    Topics quote each other, some entirely, so a paragraph is kept once, in the evaluation part if it occurs
-    there: the parts share no paragraph. Tokens by SmolLM2's tokenizer (windows of 2048):
+    Topics quote each other, some entirely. Each paragraph is kept once, in the evaluation part if it occurs in both, so
+    that the parts share no paragraph. Number of tokens by SmolLM2's tokenizer, and of windows of 2048 tokens:
 
     ======  ===========  ===========
     Python  calibration  evaluation
@@ -241,5 +269,5 @@ def _offline_text(split: Split) -> str:
 
 
 def _paragraphs(documents: Iterable[str]) -> dict[str, str]:
-    """The distinct paragraphs in order of appearance, keyed by their text without indentation."""
+    """Return the distinct paragraphs in order of appearance, keyed by their text without indentation."""
     return {p.strip(): p.strip("\n") for document in documents for p in document.split("\n\n") if p.strip()}

@@ -1,4 +1,6 @@
-"""Fixed token windows, tokenized once and kept in a file with the fingerprint of what they came from."""
+"""Fixed token windows, tokenized once and kept in a file with the fingerprint of what they were made from."""
+
+from __future__ import annotations
 
 import hashlib
 import json
@@ -18,10 +20,12 @@ from slimplus.utils.files import write_atomic
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Token windows.
+    """Windows of tokens, all of the same length.
 
-    ``tokens``: int64 [windows, sequence_length]. ``fingerprint``: SHA-256 over the text, the tokenizer, the
-    seed and the sizes, in hexadecimal; equal fingerprints mean equal tokens.
+    Attributes:
+        tokens: `[windows, sequence_length]`, int64.
+        fingerprint: SHA-256 over the text, the tokenizer, the seed and the sizes, in hexadecimal; equal fingerprints
+            mean equal tokens.
     """
 
     tokens: Tensor
@@ -36,10 +40,19 @@ def calibration_windows(
     seed: int,
     cache: Path | None = None,
 ) -> Windows:
-    """``samples`` windows in random order out of the consecutive, non-overlapping windows of the text.
+    """Return windows drawn at random from the consecutive, non-overlapping windows of a text.
 
-    Where ``cache`` holds the windows of the same fingerprint they are loaded without tokenizing; otherwise
-    they are built and written there. Raises ``TextError`` where the text holds fewer windows.
+    Args:
+        text: the calibration text.
+        tokenizer: the model's tokenizer.
+        samples: number of windows to draw.
+        sequence_length: tokens per window.
+        seed: seed of the draw and of the order.
+        cache: file that keeps the windows; they are loaded from it, without tokenizing, if its fingerprint is equal,
+            and otherwise built and written to it.
+
+    Raises:
+        TextError: if the text holds fewer windows.
     """
 
     def build() -> Tensor:
@@ -64,17 +77,25 @@ def evaluation_windows(
     sequence_length: int,
     cache: Path | None = None,
 ) -> Windows:
-    """The first ``windows`` consecutive windows of the text, or all where it holds fewer.
+    """Return the first consecutive windows of a text.
 
-    ``cache`` as for ``calibration_windows``. Raises ``TextError`` where the text holds no whole window.
+    Args:
+        text: the evaluation text.
+        tokenizer: the model's tokenizer.
+        windows: number of windows to return; all windows of the text if it holds fewer.
+        sequence_length: tokens per window.
+        cache: file that keeps the windows, as for `calibration_windows`.
+
+    Raises:
+        TextError: if the text does not hold one whole window.
     """
 
     def build() -> Tensor:
         candidates = _cut(text, tokenizer, sequence_length)
         if len(candidates) == 0:
             raise TextError(
-                f"the evaluation text is shorter than one window of {sequence_length} tokens; "
-                f"lower the evaluation's sequence length, or give a longer text in data.evaluation.path"
+                f"the evaluation text is shorter than one window of {sequence_length} tokens; lower "
+                f"data.evaluation.sequence_length, or give a longer text in data.evaluation.path"
             )
         return candidates[:windows].clone()  # a view would keep the whole text's tokens alive
 
@@ -83,8 +104,8 @@ def evaluation_windows(
 
 
 def _cut(text: str, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> Tensor:
-    """All whole windows of the text, int64 [windows, sequence_length]; a shorter tail is dropped."""
-    # verbose=False: that the text is longer than the model's context is the point here, not a mistake.
+    """Return all whole windows of a text, `[windows, sequence_length]`, int64; a shorter tail is dropped."""
+    # verbose=False silences the warning that the text is longer than the model's context, as it is meant to be.
     encoding = tokenizer(text, verbose=False, return_attention_mask=False)
     tokens = torch.tensor(encoding["input_ids"], dtype=torch.int64)
     count = len(tokens) // sequence_length
@@ -92,21 +113,23 @@ def _cut(text: str, tokenizer: PreTrainedTokenizerBase, sequence_length: int) ->
 
 
 def _fingerprint(text: str, tokenizer: PreTrainedTokenizerBase, sizes: dict[str, int]) -> str:
+    """Return the SHA-256 of all that decides the tokens of windows, in hexadecimal."""
     digest = hashlib.sha256()
     for part in (json.dumps(sizes), tokenizer_identity(tokenizer), text):
-        # Each part is hashed on its own, so that nothing can move from one part to the next unnoticed.
+        # Each part is hashed on its own: joined, two different splits into parts could give the same bytes.
         digest.update(hashlib.sha256(part.encode()).digest())
     return digest.hexdigest()
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """All that decides how a text becomes tokens: vocabulary, merges, normalization, special tokens."""
+    """Return all that decides how a text becomes tokens: vocabulary, merges, normalization, special tokens."""
     if tokenizer.is_fast:
         return str(tokenizer.backend_tokenizer.to_str())
     return repr(tokenizer) + json.dumps(tokenizer.get_vocab(), sort_keys=True)
 
 
 def _cached(path: Path | None, fingerprint: str, build: Callable[[], Tensor]) -> Windows:
+    """Return the windows that `path` holds, if made from the same parts, and those of `build` otherwise."""
     if path is None:
         return Windows(build(), fingerprint)
     tokens = _read(path, fingerprint)
@@ -117,7 +140,7 @@ def _cached(path: Path | None, fingerprint: str, build: Callable[[], Tensor]) ->
 
 
 def _read(path: Path, fingerprint: str) -> Tensor | None:
-    """The cached tokens, or None where the file is missing, damaged, or made from something else."""
+    """Return the tokens of a cache file, or None if it is missing, damaged, or has another fingerprint."""
     try:
         with safe_open(path, framework="pt") as file:
             if (file.metadata() or {}).get("fingerprint") != fingerprint:

@@ -1,0 +1,1 @@
+"""The processes of a job: how they start, share work and tensors, train together, and end together."""

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO for many small fits in one process, on GPUs and CPUs."""
+"""DeepSpeed ZeRO as Lightning strategies for many short trainings in one process, on GPUs and CPUs."""
 
 from __future__ import annotations
 
@@ -17,18 +17,22 @@ from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import nn
 
-# DeepSpeed allocates its communication buffers at this many elements up front: 0.8 GB each with Lightning's
-# 2e8. A parameter larger than this is reduced on its own.
+# Elements of each communication buffer, which DeepSpeed allocates before training; Lightning's default of 2e8 takes
+# 0.8 GB a buffer. DeepSpeed reduces a larger parameter on its own.
 BUCKET_SIZE = 2**24
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # an Adam's state
+MOMENTS = ("exp_avg", "exp_avg_sq")  # names of Adam's moments in its state
 
 
 def gathered(module: nn.Module, modify: bool = False) -> AbstractContextManager[Any]:
-    """Within this context every rank can read the full parameters of `module` during a fit; `modify` keeps changes.
+    """Return a context in which every rank holds the full parameters of a module that is being trained.
 
-    Only ZeRO stage 3 partitions parameters; for any other module this does nothing. Collective: all ranks
-    enter together.
+    Only ZeRO stage 3 partitions parameters; for any other module the context does nothing. It is collective: all ranks
+    enter it together.
+
+    Args:
+        module: the module, or a part of it.
+        modify: whether to keep what the first rank changes in the parameters.
     """
     parameters = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
     if not parameters:
@@ -39,10 +43,10 @@ def gathered(module: nn.Module, modify: bool = False) -> AbstractContextManager[
 
 
 class _Float32(DeepSpeedPrecision):
-    """Training in fp32 with dtypes and loss as they are.
+    """Precision plugin that leaves dtypes and loss unchanged.
 
-    The base class casts frozen bf16 weights and inputs to fp32, and has DeepSpeed divide the loss by the number of
-    accumulated batches although Lightning has done so.
+    The base class casts frozen bfloat16 weights and inputs to float32, and has DeepSpeed divide the loss by the number
+    of accumulated batches, which Lightning has done already.
     """
 
     def __init__(self) -> None:
@@ -61,22 +65,26 @@ class _Float32(DeepSpeedPrecision):
 
 
 class ZeROStrategy(DeepSpeedStrategy):
-    """DeepSpeed ZeRO whose engine is dismantled after `fit`, so that many fits can follow in one process.
+    """DeepSpeed ZeRO whose engine is dismantled after `fit`, so that many trainings can follow in one process.
 
-    Its checkpoints are ordinary ones of Lightning, not DeepSpeed's shards: any strategy on any number of processes goes
-    on from them, they appear whole or not at all, and loading them unpickles tensors and plain values only. What they
-    hold is small, since only quantizers are trained. The optimizer must be an Adam, or one without state.
+    Checkpoints are ordinary ones of Lightning, not DeepSpeed's shards: any strategy on any number of processes can
+    resume from them, they are whole or absent, and loading them unpickles tensors and plain values only. They are
+    small, since only quantizers are trained. The optimizer must be an Adam, or one without state.
+
+    Args:
+        stage: ZeRO stage, 1 to 3.
+        offload: part of the training to keep in main memory, as `build_strategy` takes it.
     """
 
     def __init__(self, stage: int, offload: str) -> None:
-        # Both warn at every step: DeepSpeed of PyTorch's new names for collectives, Lightning of its pytrees.
+        # Each step would show two warnings: on names of collectives that DeepSpeed uses, and on Lightning's pytrees.
         for origin in (r"torch\.distributed\.c10d_logger", r"lightning\.pytorch\.utilities\._pytree"):
             warnings.filterwarnings("ignore", category=FutureWarning, module=origin)
         super().__init__(
             stage=stage,
             precision_plugin=_Float32(),
             logging_level=logging.ERROR,
-            # Only DeepSpeed's throughput log reads this; unset, Lightning asks the loader's batch sampler.
+            # Only DeepSpeed's throughput log reads this value; without it, Lightning asks the loader's batch sampler.
             logging_batch_size_per_gpu=1,
             reduce_bucket_size=BUCKET_SIZE,
             allgather_bucket_size=BUCKET_SIZE,
@@ -85,30 +93,30 @@ class ZeROStrategy(DeepSpeedStrategy):
             pin_memory=True,
         )
         assert isinstance(self.config, dict)
-        # DeepSpeed's own Adam for the CPU takes a compiler; so few parameters do not need it.
+        # DeepSpeed's own Adam for the CPU needs a compiler, and brings nothing for so few parameters.
         self.config["zero_force_ds_cpu_optimizer"] = False
 
     def _setup_model_and_optimizer(self, model: nn.Module, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         before = {child: set(vars(child)) for child in model.modules()}
-        # DeepSpeed puts flat shards in their place.
+        # DeepSpeed replaces the parameters of the optimizer with flat shards.
         self._groups: list[list[nn.Parameter]] = [list(group["params"]) for group in optimizer.param_groups]
         engine_and_optimizer = super()._setup_model_and_optimizer(model, optimizer, *args, **kwargs)
         self._added_attributes = {child: vars(child).keys() - names for child, names in before.items()}
         return engine_and_optimizer
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Full parameters, as an ordinary module gives them."""
+        """Return the module's state with full parameters, as an ordinary module gives it; collective."""
         module = self._module
         with gathered(module):
             return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """The state of every trained parameter, as the optimizer of an ordinary fit gives it."""
+        """Return the optimizer's state for full parameters, as an optimizer without DeepSpeed gives it; collective."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         inner = self.deepspeed_engine.optimizer.optimizer
         state = {}
-        if any(inner.state.values()):  # to look for the state of a parameter leaves an empty one there
+        if any(inner.state.values()):  # empty before the first step; reading a parameter's state creates it
             if not self.zero_stage_3:
                 self._link_optimizer_state()
             step = next(iter(inner.state.values()))["step"]
@@ -123,21 +131,21 @@ class ZeROStrategy(DeepSpeedStrategy):
         return {"state": state, "param_groups": groups}
 
     def _link_optimizer_state(self) -> None:
-        """Have every parameter find its moments: DeepSpeed does that once, when only the first group has stepped."""
+        """Link every parameter to its moments; DeepSpeed links them once, when only the first group has stepped."""
         zero = self.deepspeed_engine.optimizer
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write an ordinary Lightning checkpoint, from the first rank."""
+        """Write an ordinary Lightning checkpoint; only the first rank writes."""
         super(DeepSpeedStrategy, self).save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read an ordinary Lightning checkpoint, whatever strategy and number of processes wrote it."""
+        """Read an ordinary Lightning checkpoint, written by any strategy on any number of processes."""
         return super(DeepSpeedStrategy, self).load_checkpoint(checkpoint_path, weights_only=True)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Put the full parameters of a checkpoint into their shards."""
+        """Distribute the full parameters of a checkpoint to the shards of this rank."""
         from deepspeed.utils import safe_set_full_fp32_param
 
         module = self._module
@@ -149,10 +157,11 @@ class ZeROStrategy(DeepSpeedStrategy):
 
     @property
     def lightning_restore_optimizer(self) -> bool:
+        """Whether Lightning restores the optimizer: it does, from its ordinary checkpoint."""
         return True
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Put the optimizer's state of a checkpoint into its shards, which DeepSpeed makes only at the first step."""
+        """Distribute the optimizer's state of a checkpoint to shards, which DeepSpeed would make at the first step."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
         (saved,) = checkpoint["optimizer_states"]
@@ -178,16 +187,16 @@ class ZeROStrategy(DeepSpeedStrategy):
 
     @property
     def _trained(self) -> list[nn.Parameter]:
-        """In the order in which an ordinary optimizer numbers them."""
+        """The trained parameters, in the order in which an ordinary optimizer numbers them."""
         return [parameter for group in self._groups for parameter in group]
 
     @property
     def takes_step(self) -> bool:
-        """Whether the optimizer will step; DeepSpeed's is called for every accumulated batch."""
+        """Whether the next call of the optimizer steps; DeepSpeed calls it for every accumulated batch."""
         return bool(self.deepspeed_engine.is_gradient_accumulation_boundary())
 
     def gradient_norm(self) -> float:
-        """Norm of the gradient that the optimizer is about to use, over all ranks; NaN for one that is not finite."""
+        """Return the norm, over all ranks, of the gradient that the optimizer is about to use; NaN if not finite."""
         from deepspeed.runtime.utils import combine_grad_norm_groups, is_invalid_grad_norm
 
         zero = self.deepspeed_engine.optimizer
@@ -196,19 +205,20 @@ class ZeROStrategy(DeepSpeedStrategy):
         return torch.nan if is_invalid_grad_norm(norm) else float(norm)
 
     def discard_gradient(self) -> None:
-        """Have the next step change nothing: DeepSpeed passes over one whose norm is not finite, and cleans up."""
+        """Make the next step change nothing: DeepSpeed skips a step whose norm is invalid, and cleans up after it."""
         zero = self.deepspeed_engine.optimizer
         name = "_get_norm_groups" if self.zero_stage_3 else "scaled_global_norm"
 
         def invalid() -> Any:
-            delattr(zero, name)  # for this step only
+            delattr(zero, name)  # the method of the class comes back after this step
             return [torch.tensor(-1.0)] if self.zero_stage_3 else torch.tensor(-1.0)
 
         setattr(zero, name, invalid)
 
     def teardown(self) -> None:
+        """Turn the module into an ordinary one with full parameters, and dismantle the engine; collective."""
         module = self.lightning_module
-        # When one rank fails the others are elsewhere, and a collective here would hang.
+        # After an interruption the other ranks may be elsewhere, and a collective here would hang.
         if module is not None and self.model is not module and not module.trainer.interrupted:
             with gathered(module):
                 _replace_parameters(module)
@@ -217,7 +227,7 @@ class ZeROStrategy(DeepSpeedStrategy):
         super().teardown()
 
     def _dismantle_engine(self) -> None:
-        """Destroy the engine and what that leaves behind, which would keep it and the module alive."""
+        """Destroy the engine, and remove all that it leaves behind and that would keep it and the module in memory."""
         from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
         from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
@@ -231,12 +241,17 @@ class ZeROStrategy(DeepSpeedStrategy):
         FWD_MODULE_STACK.clear()
         for method in vars(PartitionedParameterCoordinator).values():
             for cell in getattr(method, "__closure__", None) or ():
-                if hasattr(cell.cell_contents, "cache_clear"):  # a method's lru_cache, which holds modules
+                if hasattr(cell.cell_contents, "cache_clear"):  # the lru_cache of a method, which holds modules
                     cell.cell_contents.cache_clear()
 
 
 class CPUZeROStrategy(ZeROStrategy):
-    """The same between CPU processes over gloo, which DeepSpeed supports and Lightning refuses."""
+    """DeepSpeed ZeRO between CPU processes over gloo, which DeepSpeed supports and Lightning refuses.
+
+    Args:
+        stage: ZeRO stage, 1 to 3.
+        offload: part of the training to keep in main memory, as `build_strategy` takes it.
+    """
 
     def __init__(self, stage: int, offload: str) -> None:
         _set_deepspeed_accelerator_to_cpu()
@@ -244,26 +259,29 @@ class CPUZeROStrategy(ZeROStrategy):
 
     @property
     def root_device(self) -> torch.device:
-        return torch.device("cpu", 0)  # DeepSpeed wants an index
+        """The device of this process."""
+        return torch.device("cpu", 0)  # DeepSpeed requires an index
 
     def setup_environment(self) -> None:
-        super(DeepSpeedStrategy, self).setup_environment()  # past the check for CUDA
+        """Set up the processes without the base class's check for CUDA."""
+        super(DeepSpeedStrategy, self).setup_environment()
 
     def setup_distributed(self) -> None:
-        # The base class's steps without its check that device indices equal local ranks.
+        """Join the process group without the base class's check that device indices equal local ranks."""
         reset_seed()
         self.set_world_ranks()
         self._init_deepspeed_distributed()
 
 
 def _set_deepspeed_accelerator_to_cpu() -> None:
-    # DeepSpeed reads this while it is imported, so here and not above; the import takes seconds.
+    """Choose DeepSpeed's accelerator for the CPU, over plain gloo."""
+    # DeepSpeed reads the variable while it is imported, so that the import must follow here.
     os.environ["DS_ACCELERATOR"] = "cpu"
     from deepspeed.accelerator import set_accelerator
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
     class PlainGloo(CPU_Accelerator):
-        """Without DeepSpeed's shared-memory all-reduce: building it takes a C++ compiler and a minute."""
+        """Accelerator without DeepSpeed's shared-memory all-reduce, whose build takes a C++ compiler and a minute."""
 
         def create_op_builder(self, op_name: str) -> Any:
             return None if op_name == "ShareMemCommBuilder" else super().create_op_builder(op_name)
@@ -272,12 +290,12 @@ def _set_deepspeed_accelerator_to_cpu() -> None:
 
 
 def _replace_parameters(module: nn.Module) -> None:
-    """Give `module` new parameters of equal value: DeepSpeed's are shards, or keep its optimizer alive."""
+    """Give a module new parameters of equal values: DeepSpeed's are shards, or keep its optimizer in memory."""
     new = {old: nn.Parameter(old.detach().clone(), old.requires_grad) for old in module.parameters()}
     for child in module.modules():
         child._parameters = {name: None if old is None else new[old] for name, old in child._parameters.items()}
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A group of an optimizer without its parameters."""
+    """Return the settings of an optimizer's parameter group, without the parameters."""
     return {key: value for key, value in group.items() if key != "params"}

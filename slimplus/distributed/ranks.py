@@ -1,4 +1,4 @@
-"""The processes of a job between the fits: sums and hand-outs of tensors, and who does what."""
+"""What the processes of a job share outside of training: sums and copies of tensors, and the division of work."""
 
 from __future__ import annotations
 
@@ -11,42 +11,49 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the job; one process needs no process group.
+    """This process among the processes of the job; a single process needs no process group.
 
-    All methods but `owners` are collective: every rank calls them in the same order.
+    `sum`, `sum_on` and `send` are collective: every rank calls them in the same order.
 
     Attributes:
-        rank: of this process, from 0.
-        count: of processes.
+        rank: number of this process, from 0.
+        count: number of processes.
     """
 
     rank: int = 0
     count: int = 1
 
     def windows(self, total: int) -> int:
-        """How many of the job's first `total` windows are this rank's: it holds windows `rank`, `rank + count`, …"""
+        """Return how many of the job's first `total` windows this rank holds: `rank`, `rank + count`, and so on."""
         return len(range(self.rank, total, self.count))
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks, on each; in place."""
+        """Sum a tensor over all ranks, in place, and return it; every rank gets the sum."""
         if self.count > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
 
     def sum_on(self, owner: int, tensor: Tensor) -> Tensor:
-        """The sum over all ranks, on `owner`; what the others hold afterwards is of no use. In place."""
+        """Sum a tensor over all ranks, in place, and return it; only `owner` gets the sum, the others get garbage."""
         if self.count > 1:
             torch.distributed.reduce(tensor, dst=owner)
         return tensor
 
     def send(self, owner: int, tensor: Tensor) -> Tensor:
-        """The tensor of `owner`, on each rank; in place, so the others give one of the same shape and dtype."""
+        """Copy the tensor of `owner` into the tensor of every rank, of equal shape and dtype, and return it."""
         if self.count > 1:
             torch.distributed.broadcast(tensor, src=owner)
         return tensor
 
     def owners(self, costs: Mapping[str, int]) -> dict[str, int]:
-        """Who does each of the works of `costs`: the most costly first, each to the rank with the least so far."""
+        """Divide pieces of work among the ranks, the most costly first, each to the rank with the least work so far.
+
+        Args:
+            costs: name of a piece of work → its cost, in any unit.
+
+        Returns:
+            Name of a piece of work → rank that does it, the same on every rank.
+        """
         loads = [0] * self.count
         owners = {}
         for name in sorted(costs, key=lambda name: (-costs[name], name)):

@@ -1,0 +1,1 @@
+"""Measurements of a model: perplexity, generated text, speed and memory."""

@@ -1,4 +1,4 @@
-"""Text from a model: as one string, or streamed as it is made."""
+"""Text that a model writes: as one string, or streamed word by word."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Sampling:
     """How tokens are chosen.
 
     Attributes:
-        max_new_tokens: at most so many.
-        temperature: 0 takes the likeliest token.
-        top_p: probability mass to draw from.
-        seed: of the draws.
+        max_new_tokens: largest number of new tokens.
+        temperature: temperature of the draws; 0 takes the likeliest token.
+        top_p: probability mass of the tokens to draw from, the likeliest ones.
+        seed: seed of the draws.
     """
 
     max_new_tokens: int
@@ -32,7 +32,7 @@ class Sampling:
     seed: int = 0
 
     def arguments(self) -> dict[str, Any]:
-        """For `model.generate`. What the model's own generation config says about sampling does not count."""
+        """Return the arguments of `model.generate`, which override the sampling of the model's generation config."""
         if self.temperature == 0:
             greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
             return {"max_new_tokens": self.max_new_tokens, **greedy}
@@ -49,10 +49,10 @@ class LoadedModel:
 
 
 def find_device(name: str) -> torch.device:
-    """The device called `name`; `auto` is a GPU if there is one.
+    """Return the device called `name`; `auto` is a GPU if there is one, else the CPU.
 
     Raises:
-        InputError: if it is not there.
+        InputError: if there is no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -67,12 +67,12 @@ def find_device(name: str) -> torch.device:
 
 
 def load_for_generation(folder: Path, device: str, dtype: str) -> LoadedModel:
-    """The packed checkpoint in `folder`.
+    """Load the packed checkpoint in a folder, and its tokenizer.
 
     Args:
-        folder: of the checkpoint.
-        device: see `find_device`.
-        dtype: of what is not packed, and of the arithmetic; `auto` is as stored.
+        folder: folder of the checkpoint.
+        device: name of a device, see `find_device`.
+        dtype: dtype of what is not packed, and of the arithmetic; `auto` is the stored one.
 
     Raises:
         InputError: if there is no such device, or no tokenizer.
@@ -89,7 +89,14 @@ def load_for_generation(folder: Path, device: str, dtype: str) -> LoadedModel:
 
 
 def stream(loaded: LoadedModel, prompt: str, sampling: Sampling, chat: bool = False) -> None:
-    """Write what the model says after `prompt` to the standard output, word by word, and a newline."""
+    """Write the continuation of a prompt to the standard output, word by word, and a newline.
+
+    Args:
+        loaded: the model and its tokenizer.
+        prompt: text to continue, or the message to answer.
+        sampling: how tokens are chosen.
+        chat: whether to put the prompt into the tokenizer's chat template.
+    """
     model: Any = loaded.model
     tokenizer = loaded.tokenizer
     inputs: Any
@@ -111,7 +118,7 @@ def stream(loaded: LoadedModel, prompt: str, sampling: Sampling, chat: bool = Fa
 
 
 def continue_text(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int = 24) -> str:
-    """`prompt` and what `model` writes after it, greedily, on one line."""
+    """Return a prompt and its greedy continuation of at most `tokens` tokens, on one line."""
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     written = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     return " ".join(str(tokenizer.decode(written[0], skip_special_tokens=True)).split())

@@ -1,4 +1,4 @@
-"""Perplexity, one block on the device at a time, so that a model that fits no device can be measured."""
+"""Perplexity, with one block on the device at a time, so that models larger than the device can be measured."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from torchmetrics.text import Perplexity
 
 from slimplus.models.streaming import StreamedModel
 
-TOKENS_AT_A_TIME = 256  # the metric holds several copies of `tokens × vocabulary` probabilities
+TOKENS_AT_A_TIME = 256  # bounds memory: the metric holds several copies of `tokens × vocabulary` probabilities
 
 
 def perplexity(model: StreamedModel, tokens: Tensor, description: str) -> float:
-    """Return the perplexity of windows: of each token but a window's first, given those before it.
+    """Return the perplexity of a model on windows, for each token but a window's first, given those before it.
 
     Args:
         model: the model, run one block at a time.
-        tokens: this rank's windows, `[windows, sequence_length]`; the ranks' sums are joined by the metric.
-        description: of the progress bar.
+        tokens: this rank's windows, `[windows, sequence_length]`; the metric adds up the sums of all ranks.
+        description: text of the progress bar.
     """
     hidden = model.last_hidden(model.block_inputs(tokens), description)
     device = model.runner.device
-    # In float32 its softmax is 0 for a token 104 nats below the likeliest one, and the perplexity infinite.
+    # A float32 softmax is 0 for tokens 104 nats below the likeliest one, which would make the perplexity infinite.
     metric = Perplexity().to(device).set_dtype(torch.float64)
     for window, output in zip(tokens.split(1), hidden.split(1), strict=True):
         logits, expected = model.logits(window, output)[:, :-1], window[:, 1:].to(device)

@@ -1,7 +1,7 @@
-"""Models measured side by side, each in a process of its own, so that memory is each one's own.
+"""Speed and memory of models side by side, each in a process of its own, so that their memory can be told apart.
 
-Their rounds take turns: whatever else the machine does meanwhile meets all of them alike. The parent process imports
-nothing heavy, since a new process begins with the parent's peak memory as its own.
+The models take turns, round by round, so that other load of the machine affects them all alike. The parent process
+imports nothing heavy, because a new process starts with the peak memory of its parent.
 """
 
 from __future__ import annotations
@@ -18,21 +18,27 @@ from typing import Any
 from slimplus.evaluation.workload import Candidate, Workload
 from slimplus.utils.errors import InputError
 from slimplus.utils.machine import describe_machine
+from slimplus.utils.units import format_bytes
 
-SECONDS_TO_END = 5
+SECONDS_TO_END = 5  # for a process to end by itself
 
 
 class Worker:
-    """A process that has loaded one candidate and runs a round when told to."""
+    """A process that loads one model and runs a round when asked.
+
+    Args:
+        name: name of the model in messages.
+        connection: connection to the process.
+    """
 
     def __init__(self, name: str, connection: Connection) -> None:
         self.name, self._connection = name, connection
 
     def receive(self) -> dict[str, Any]:
-        """The next answer.
+        """Wait for the next answer of the process, and return it.
 
         Raises:
-            InputError: the worker's own, or that it ended.
+            InputError: if the process met one, or ended.
         """
         try:
             answer: dict[str, Any] = self._connection.recv()
@@ -46,29 +52,36 @@ class Worker:
         return answer
 
     def ask(self, question: str) -> dict[str, Any]:
-        """Have the worker do `round` or `memory`."""
+        """Ask the process for a `round` or its `memory`, and return the answer, see `TimedModel`."""
         self._connection.send(question)
         return self.receive()
 
 
 @contextmanager
 def start_worker(name: str, candidate: Candidate, workload: Workload) -> Iterator[Worker]:
-    """A worker that is loading; it ends with the context."""
+    """Start a process that loads a model, and end it with the context.
+
+    Args:
+        name: name of the model in messages.
+        candidate: the model.
+        workload: what a round is.
+    """
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, candidate, workload), daemon=True)
+    connection, process_end = context.Pipe()
+    process = context.Process(target=_serve, args=(process_end, candidate, workload), daemon=True)
     process.start()
-    theirs.close()
+    process_end.close()
     try:
-        yield Worker(name, ours)
+        yield Worker(name, connection)
     finally:
-        ours.close()
+        connection.close()
         process.join(SECONDS_TO_END)  # it sees the end of the pipe and cleans up, unless it is still loading
         process.terminate()
         process.join()
 
 
 def _serve(connection: Connection, candidate: Candidate, workload: Workload) -> None:
+    """Load a model in this process, send what is known of it, and answer questions until the pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     from slimplus.evaluation.timed_model import TimedModel  # PyTorch, in this process alone
 
@@ -87,10 +100,17 @@ def _serve(connection: Connection, candidate: Candidate, workload: Workload) -> 
 
 
 def benchmark(candidates: Mapping[str, Candidate], workload: Workload) -> dict[str, Any]:
-    """Measure the candidates, by name; seconds, bytes, and tokens/s by the median round.
+    """Measure models side by side.
+
+    Args:
+        candidates: name → model; the ratios of `packed` and `dense` are given as well if both are there.
+        workload: what a round is, and how many there are.
+
+    Returns:
+        The machine, the workload, and for each model seconds, bytes, tokens/s of the median round, and all rounds.
 
     Raises:
-        InputError: if a model or the device cannot be had.
+        InputError: if a model or the device does not exist, or a process ended, for example out of memory.
     """
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
@@ -111,10 +131,11 @@ def benchmark(candidates: Mapping[str, Candidate], workload: Workload) -> dict[s
 
 
 def _speeds(rounds: list[dict[str, float]], workload: Workload) -> dict[str, float]:
-    first, rest = (median(each[key] for each in rounds) for key in ("prefill_seconds", "decode_seconds"))
+    """Return the tokens/s of the median round, for reading the prompt and for writing the tokens after the first."""
+    prefill, decode = (median(each[key] for each in rounds) for key in ("prefill_seconds", "decode_seconds"))
     return {
-        "prefill_tokens_per_second": workload.prompt_tokens / first,
-        "decode_tokens_per_second": (workload.new_tokens - 1) / rest,
+        "prefill_tokens_per_second": workload.prompt_tokens / prefill,
+        "decode_tokens_per_second": (workload.new_tokens - 1) / decode,
     }
 
 
@@ -130,12 +151,13 @@ FIGURES = {
 
 
 def _ratios(models: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Return each figure of the packed model, divided by that of the dense one."""
     packed, dense = models["packed"], models["dense"]
     return {figure: packed[figure] / dense[figure] for figure in FIGURES if packed[figure] and dense[figure]}
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The figures, a line each, and the ratio where there are two models."""
+    """Return the figures as text, a line each, with the ratio of packed and dense if both were measured."""
     models, ratios = result["models"], result.get("packed_over_dense", {})
     lines = [["", *models, *(["packed / dense"] if ratios else [])]]
     for figure, name in FIGURES.items():
@@ -154,6 +176,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def _format(figure: str, value: float) -> str:
+    """Return a figure with its unit."""
     if figure.endswith("_bytes"):
-        return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
+        return format_bytes(value)
     return f"{value:.2f} s" if figure.endswith("_seconds") else f"{value:.1f}"

@@ -1,4 +1,4 @@
-"""One model, loaded and timed in this process."""
+"""A model that is loaded and timed in this process."""
 
 from __future__ import annotations
 
@@ -19,31 +19,35 @@ from slimplus.utils.machine import peak_resident_bytes, resident_bytes
 
 
 class Stopwatch(BaseStreamer):
-    """The moment at which `generate` hands over the prompt, and each token after it."""
+    """Streamer that notes when `generate` gives it the prompt, and each token after it.
+
+    Attributes:
+        times: seconds on the clock `time.perf_counter`, of the prompt and of each token.
+    """
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def put(self, value: Tensor) -> None:
-        """Called with tensors on the CPU: the device has computed them."""
+        """Note the time; the value lies on the CPU, so the device has computed it."""
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        """Nothing is left to write."""
+        """Do nothing, since nothing is held back."""
 
 
 class TimedModel:
-    """A loaded model that has been through one round.
+    """A loaded model that has run one round to warm up.
 
     Args:
-        candidate: which one.
+        candidate: the model to load.
         workload: what a round is.
 
     Attributes:
-        facts: what loading it told.
+        facts: path, device, threads, seconds to load, and bytes of the weights.
 
     Raises:
-        InputError: if the model or the device cannot be had.
+        InputError: if the model or the device does not exist.
     """
 
     def __init__(self, candidate: Candidate, workload: Workload) -> None:
@@ -66,10 +70,10 @@ class TimedModel:
         self.round()
 
     def round(self) -> dict[str, float]:
-        """Read the prompt and write the new tokens, greedily.
+        """Read the prompt and write the new tokens greedily.
 
         Returns:
-            Seconds to the first token, and from it to the last.
+            Seconds from the prompt to the first new token, and from the first to the last.
         """
         stopwatch, tokens = Stopwatch(), self.workload.new_tokens
         self.model.generate(
@@ -85,21 +89,22 @@ class TimedModel:
             streamer=stopwatch,
             **({"cache_implementation": "static"} if self.workload.static_cache else {}),
         )
-        before, first, *_, last = stopwatch.times
-        return {"prefill_seconds": first - before, "decode_seconds": last - first}
+        prompt, first, *_, last = stopwatch.times
+        return {"prefill_seconds": first - prompt, "decode_seconds": last - first}
 
     def memory(self) -> dict[str, int | None]:
-        """Of this process so far, libraries included; of the device, what PyTorch allocated there."""
+        """Return the bytes that this process takes, libraries included, and PyTorch's peak allocation on a GPU."""
         resident = resident_bytes()
         peak = peak_resident_bytes()
         return {
             "resident_bytes": resident,
-            "peak_resident_bytes": max(peak, resident or 0),  # the kernel brings the peak up to date only now and then
+            "peak_resident_bytes": max(peak, resident or 0),  # the kernel updates the peak only from time to time
             "peak_device_bytes": torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None,
         }
 
 
 def _load(candidate: Candidate, dtype: str, device: torch.device) -> PreTrainedModel:
+    """Return the model of a candidate on a device."""
     if candidate.packed:
         return load(candidate.path, dtype=dtype, device_map=str(device))
     model: Any = ModelSource(candidate.path, candidate.gguf_file, dtype).model()
@@ -107,7 +112,7 @@ def _load(candidate: Candidate, dtype: str, device: torch.device) -> PreTrainedM
 
 
 def _weight_bytes(model: PreTrainedModel) -> int:
-    """Parameters and buffers, and what packed layers were repacked to for the device."""
-    packed = (module.fused for module in model.modules() if isinstance(module, PackedLinear))
-    forms = {id(fused): fused.nbytes for fused in packed if fused is not None}
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) + sum(forms.values())
+    """Return the bytes of parameters and buffers, and of the copies that packed layers made for the device."""
+    fused = (module.fused for module in model.modules() if isinstance(module, PackedLinear))
+    copies = {id(layers): layers.nbytes for layers in fused if layers is not None}
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) + sum(copies.values())

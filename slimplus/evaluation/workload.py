@@ -1,4 +1,4 @@
-"""TODO."""
+"""What a measurement of speed is of: the models, and the work that each of them does."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ class Candidate:
     """A model to measure.
 
     Attributes:
-        path: folder or hub id.
-        packed: whether it is a packed checkpoint.
-        gguf_file: the file in `path` that holds the weights, if it is a GGUF.
+        path: folder or hub id of the model.
+        packed: whether the model is a packed checkpoint.
+        gguf_file: name of the GGUF file in `path` that holds the weights, if one does.
     """
 
     path: str
@@ -22,15 +22,15 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is measured: one prompt, one text.
+    """What each model does in a measurement: it reads one prompt and writes one text.
 
     Attributes:
-        prompt_tokens: length of the prompt.
-        new_tokens: tokens to make, at least 2; the first one counts as prefill.
-        rounds: timed ones, after one that is not.
+        prompt_tokens: number of tokens in the prompt.
+        new_tokens: number of tokens to write, at least 2; the first one counts as prefill.
+        rounds: number of timed rounds, after one to warm up.
         device: `auto`, or the name of a torch device.
         dtype: name of a torch dtype, or `auto` for the stored one.
-        static_cache: decode with a static cache, which transformers compiles for on a GPU.
+        static_cache: whether to decode with a static cache, for which transformers compiles the step on a GPU.
     """
 
     prompt_tokens: int

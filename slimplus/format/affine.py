@@ -1,11 +1,11 @@
 """Group-wise affine quantization of a linear weight, for 1 to 8 bits.
 
-Shapes, everywhere in `slimplus.quantization`: a weight is `[out, in]`; a group is `group_size` consecutive input
-columns (the last may be shorter); `bits` is `[groups]`; `scale` and `zero_point` are `[out, groups]`.
+Shapes, everywhere in slimplus: a weight is `[out, in]`; a group is `group_size` consecutive input columns (the last
+group may be shorter); `bits` is `[groups]`; `scale` and `zero_point` are `[out, groups]`.
 
-A level is `(q - zero_point) * scale` with `0 <= q < 2**bits`. The zero point is a real number on a grid of
-`2**(bits - 8)`, which is what the packed format stores (8-bit fixed point). So one formula serves every width: a
-1-bit group with levels `centre ± s` has `scale = 2 s` and `zero_point = 0.5 - centre / (2 s)`.
+The integer `q` of a weight, `0 <= q < 2**bits`, stands for the level `(q - zero_point) * scale`. The zero point is a
+real number on a grid of `2**(bits - 8)`, which the packed format stores in 8-bit fixed point. One formula thus serves
+every width: a 1-bit group with the levels `centre ± s` has `scale = 2 s` and `zero_point = 0.5 - centre / (2 s)`.
 """
 
 from __future__ import annotations
@@ -19,31 +19,33 @@ from torch import Tensor
 MAX_BITS = 8
 SMALLEST_SCALE = 2.0**-20  # representable in float16 with a few bits of precision left
 SCALE_BITS = (8, 16)
-# Of an 8-bit scale five bits are the upper ones of a float16's ten of mantissa, three are its exponent above the row's.
+# An 8-bit scale is a float16 without the lower 5 of its 10 mantissa bits: 32 steps an octave. Its 8 bits reach over 8
+# octaves; the exponent at which they begin is stored once for each row.
 _DROPPED, _OCTAVE, _OCTAVES = 5, 32, 8
-_LARGEST_STEPS = 0x7BFF >> _DROPPED  # of the largest float16
+_LARGEST_STEPS = 0x7BFF >> _DROPPED  # of the largest finite float16
 LARGEST_EXPONENT = _LARGEST_STEPS // _OCTAVE - (_OCTAVES - 1)
 
 
 def group_count(in_features: int, group_size: int) -> int:
-    """Number of groups that hold `in_features` columns."""
+    """Return the number of groups that hold `in_features` columns."""
     return math.ceil(in_features / group_size)
 
 
 def per_column(values: Tensor, group_size: int, in_features: int) -> Tensor:
-    """Spread per-group values `[..., groups]` over their columns: `[..., in_features]`."""
+    """Repeat per-group values `[..., groups]` for every column of their group, `[..., in_features]`."""
     return values[..., None].expand(*values.shape, group_size).flatten(-2)[..., :in_features]
 
 
 def weight_bits(bits: Tensor, group_size: int, out_features: int, in_features: int) -> int:
-    """Widths of all weights of a layer, summed; `bits` is `[groups]`."""
+    """Return the sum of the widths of all the weights of a layer; `bits` is `[groups]`."""
     return out_features * int(per_column(bits, group_size, in_features).sum())
 
 
 def minmax_qparams(tile: Tensor, bits: int, shrink: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
-    """Scale and zero point `[out]` that span `shrink * [min(w, 0), max(w, 0)]` of a tile `[out, columns]`.
+    """Return the scale and zero point `[out]` that span `shrink * [min(w, 0), max(w, 0)]` of a tile `[out, columns]`.
 
-    A row of zeros, which any scale represents, gets the smallest: it must not be the largest of the whole row.
+    Any scale represents a row of zeros. It gets the smallest one, since 8-bit scales are coded relative to the largest
+    scale of the weight's row.
     """
     low = tile.amin(dim=-1).clamp(max=0) * shrink
     high = tile.amax(dim=-1).clamp(min=0) * shrink
@@ -54,18 +56,18 @@ def minmax_qparams(tile: Tensor, bits: int, shrink: float | Tensor = 1.0) -> tup
 
 
 def binary_qparams(tile: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and zero point `[out]` of a 1-bit tile `[out, columns]`: levels `mean(w) ± mean|w|`."""
+    """Return the scale and zero point `[out]` of a 1-bit tile `[out, columns]`: levels `mean(w) ± mean|w|`."""
     half_step = tile.abs().mean(dim=-1).clamp(min=SMALLEST_SCALE)
     return 2 * half_step, 0.5 - tile.mean(dim=-1) / (2 * half_step)
 
 
 def tile_qparams(tile: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Round-to-nearest scale and zero point `[out]` of a tile: min-max, or mean ± mean magnitude at 1 bit."""
+    """Return the round-to-nearest scale and zero point `[out]` of a tile: min-max, or `mean ± mean|w|` at 1 bit."""
     return binary_qparams(tile) if bits == 1 else minmax_qparams(tile, bits)
 
 
 def choose_qparams(weight: Tensor, bits: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Round-to-nearest scale and zero point `[out, groups]`, group by group."""
+    """Return the round-to-nearest scale and zero point `[out, groups]` of a weight `[out, in]`."""
     pairs = [
         tile_qparams(tile, width) for tile, width in zip(weight.split(group_size, dim=1), bits.tolist(), strict=True)
     ]
@@ -73,17 +75,18 @@ def choose_qparams(weight: Tensor, bits: Tensor, group_size: int) -> tuple[Tenso
 
 
 def storable_scale(scale: Tensor, scale_bits: int = 16) -> Tensor:
-    """The nearest scales `[out, groups]` that the packed format holds, in the dtype given.
+    """Return the nearest scales `[out, groups]` that the packed format can hold, in the dtype of `scale`.
 
-    With 16 bits they are positive float16, with 8 those of 5 bits of mantissa within 8 octaves of a row's largest.
+    Scales of 16 bits are positive float16. Scales of 8 bits have 5 bits of mantissa and lie within 8 octaves of the
+    largest scale of their row.
     """
     if scale_bits == 8:
-        return scales_of(*scale_codes(scale)).to(scale.dtype)
+        return decode_scales(*encode_scales(scale)).to(scale.dtype)
     return _positive_half(scale).to(scale.dtype)
 
 
-def scale_codes(scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The two levels of 8-bit scales: the nearest codes `[out, groups]` and each row's exponent `[out, 1]`, uint8."""
+def encode_scales(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the nearest 8-bit codes `[out, groups]` and the exponents of the rows `[out, 1]`, both uint8."""
     steps = (_positive_half(scale).view(torch.int16).int() + (1 << _DROPPED) // 2) >> _DROPPED
     steps.clamp_(max=_LARGEST_STEPS)
     exponents = (steps.amax(dim=-1, keepdim=True) // _OCTAVE - (_OCTAVES - 1)).clamp_(min=0)
@@ -91,17 +94,18 @@ def scale_codes(scale: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.uint8), exponents.to(torch.uint8)
 
 
-def scales_of(codes: Tensor, exponents: Tensor) -> Tensor:
-    """The float16 scales of 8-bit `codes` under `exponents`, which broadcast."""
+def decode_scales(codes: Tensor, exponents: Tensor) -> Tensor:
+    """Return the float16 scales that 8-bit `codes` and the `exponents` of their rows stand for; both broadcast."""
     return ((codes.int() + _OCTAVE * exponents.int()) << _DROPPED).to(torch.int16).view(torch.float16)
 
 
 def _positive_half(scale: Tensor) -> Tensor:
+    """Round scales to positive, finite float16."""
     return scale.clamp(SMALLEST_SCALE, torch.finfo(torch.float16).max).to(torch.float16)
 
 
 def storable_zero_point(zero_point: Tensor, bits: Tensor) -> Tensor:
-    """The nearest zero point the packed format holds: 8-bit fixed point with `8 - bits` fraction bits.
+    """Return the nearest zero points that the packed format can hold: 8-bit fixed point with `8 - bits` fraction bits.
 
     `bits` must broadcast against `zero_point`.
     """
@@ -110,10 +114,11 @@ def storable_zero_point(zero_point: Tensor, bits: Tensor) -> Tensor:
 
 
 def nearest_integers(weight: Tensor, scale: Tensor, zero_point: Tensor, largest: Tensor | int) -> Tensor:
-    """Integers `0 … largest` nearest to `weight` on the grid, as floats; all arguments broadcast.
+    """Return the integers `0 … largest` whose levels are nearest to `weight`, as floats; all arguments broadcast.
 
-    The whole part of the zero point is added after rounding, so that weights half-way between two levels go where
-    the reference (`round(w / scale) + zero`) sends them: checkpoints that were quantized before are full of ties.
+    The whole part of the zero point is added after rounding, so that a weight half-way between two levels goes where
+    the reference code (`round(w / scale) + zero`) sends it. A model that was quantized once and is quantized again has
+    many such ties.
     """
     whole = zero_point.floor()
     rounded = torch.round(weight / scale + (zero_point - whole)).add_(whole)
@@ -121,7 +126,7 @@ def nearest_integers(weight: Tensor, scale: Tensor, zero_point: Tensor, largest:
 
 
 def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: Tensor, group_size: int) -> Tensor:
-    """Integers `[out, in]` (uint8) nearest to `weight` on the grid."""
+    """Return the integers `[out, in]`, uint8, whose levels are nearest to `weight`."""
     columns = weight.shape[1]
     scale, zero_point, largest = (
         per_column(t, group_size, columns) for t in (scale, zero_point, (2**bits - 1).to(weight.dtype))
@@ -130,7 +135,10 @@ def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: Tensor, gr
 
 
 def dequantize(integers: Tensor, scale: Tensor, zero_point: Tensor, group_size: int) -> Tensor:
-    """Weight `[out, in]` in the dtype of `scale`; exact in float32 for storable scales and zero points."""
+    """Return the weight `[out, in]` of `integers` `[out, in]`, in the dtype of `scale`.
+
+    The weight is exact in float32 for scales and zero points that the packed format can hold.
+    """
     in_features = integers.shape[1]
     if missing := -in_features % group_size:
         integers = torch.nn.functional.pad(integers, (0, missing))
@@ -143,12 +151,12 @@ class QuantizedWeight:
     """A quantized linear weight.
 
     Attributes:
-        integers: `[out, in]`, uint8.
-        scale: `[out, groups]`, storable.
-        zero_point: `[out, groups]`, storable.
-        bits: `[groups]`, int32.
+        integers: the integer of each weight, `[out, in]`, uint8.
+        scale: the scales, `[out, groups]`, as the packed format can hold them.
+        zero_point: the zero points, `[out, groups]`, as the packed format can hold them.
+        bits: the width of each group, `[groups]`, int32.
         group_size: columns a group.
-        scale_bits: 8 or 16, those that a scale takes in the packed format.
+        scale_bits: bits that a scale takes in the packed format, 8 or 16.
     """
 
     integers: Tensor
@@ -159,10 +167,10 @@ class QuantizedWeight:
     scale_bits: int = 16
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight `[out, in]`, exact in float32, rounded once to any other dtype.
+        """Return the weight `[out, in]`, exact in float32, rounded once to any other dtype.
 
-        It lies in memory column by column, as unpacked integers do, and is made group by group in one small buffer:
-        memory that is touched for the first time costs more than the arithmetic.
+        The result lies in memory column by column, as unpacked integers do. The groups share one small buffer for
+        their levels: touching fresh memory would cost more than the arithmetic.
         """
         columns = self.integers.T
         weight = torch.empty(columns.shape, dtype=dtype, device=columns.device)
@@ -177,5 +185,5 @@ class QuantizedWeight:
 
 
 def uniform_bits(in_features: int, group_size: int, target_bits: int) -> Tensor:
-    """`[groups]`, all at the target."""
+    """Return the widths of a weight whose groups all have `target_bits`, `[groups]`, int32."""
     return torch.full((group_count(in_features, group_size),), target_bits, dtype=torch.int32)

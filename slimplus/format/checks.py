@@ -1,4 +1,4 @@
-"""What a packed weight must be before anything computes with it: a kernel trusts indices and sizes."""
+"""Checks of a packed weight before anything computes with it, since kernels trust its indices and sizes."""
 
 from __future__ import annotations
 
@@ -16,36 +16,39 @@ LARGEST_GROUP_COUNT = 2**15 - 1  # group_index is int16
 
 
 def check_layout(shape: tuple[int, int], counts: BitCounts, group_size: int) -> None:
-    """Raise ValueError unless a weight of `shape` `[out, in]` can have `counts` groups of each width.
+    """Check that a weight of `shape` `[out, in]` can have `counts` groups of each width.
 
-    Nothing is allocated, however large the numbers are.
+    The check allocates nothing, however large the numbers are.
+
+    Raises:
+        ValueError: if it cannot.
     """
     if group_size not in GROUP_SIZES:
         raise ValueError(f"group_size is {group_size}, not one of {', '.join(map(str, GROUP_SIZES))}")
     if not all(1 <= size <= LARGEST_SIZE for size in shape):
-        raise ValueError(f"a weight of {shape[0]} x {shape[1]} is outside 1 to {LARGEST_SIZE}")
+        raise ValueError(f"a weight of {shape[0]} x {shape[1]} has a size outside 1 to {LARGEST_SIZE}")
     if group_count(shape[1], group_size) > LARGEST_GROUP_COUNT:
         raise ValueError(f"{shape[1]} columns in groups of {group_size} are more than {LARGEST_GROUP_COUNT} groups")
     if not all(count >= 1 for count in counts.values()):
-        raise ValueError(f"{dict(counts)} holds a count that is not positive")
+        raise ValueError(f"{dict(counts)} (groups by width) holds a count that is not positive")
     check_features(shape[1], counts, group_size)
 
 
 def check_packed(
     tensors: Mapping[str, Tensor], shape: tuple[int, int], group_size: int, counts: BitCounts | None = None
 ) -> None:
-    """Check the tensors of a packed weight, on whatever device they lie.
+    """Check the tensors of a packed weight, on any device.
 
     Args:
-        tensors: by their names in the format; others, such as a bias, are let alone.
-        shape: `[out, in]` of the weight.
+        tensors: the tensors by their names in the format; others, such as a bias, are ignored.
+        shape: shape of the weight, `[out, in]`.
         group_size: columns a group.
-        counts: number of groups of each width, where it is known from elsewhere.
+        counts: number of groups of each width; None takes it from `group_bits`.
 
     Raises:
         ValueError: naming the tensor, if one is missing, has another shape or dtype, or holds what the format excludes:
-            widths outside 1 to 8 or unsorted, a `group_index` that is no permutation, scales that are negative or not
-            finite, or whose exponents make them so. Planes and zero points may hold anything.
+            widths that are unsorted or outside 1 to 8, a `group_index` that is not a permutation, scales that are
+            negative or not finite, exponents that make scales infinite. Planes and zero points may hold anything.
     """
     try:
         counts = _counts(tensors) if counts is None else counts
@@ -65,7 +68,7 @@ def check_packed(
     if widths != sorted(width for width, count in counts.items() for _ in range(count)):
         raise ValueError(f"group_bits does not hold the widths {dict(sorted(counts.items()))} in rising order")
     if sorted(tensors["group_index"].tolist()) != list(range(len(widths))):
-        raise ValueError(f"group_index is no permutation of {len(widths)} groups")
+        raise ValueError(f"group_index is not a permutation of {len(widths)} groups")
     scales = tensors["scales"]
     if scale_bits == 8 and (scales[-1] > LARGEST_EXPONENT).any():
         raise ValueError(f"scales holds exponents above {LARGEST_EXPONENT}")
@@ -74,6 +77,7 @@ def check_packed(
 
 
 def _counts(tensors: Mapping[str, Tensor]) -> dict[int, int]:
+    """Return the number of groups of each width by `group_bits`."""
     if "group_bits" not in tensors:
         raise ValueError("missing")
     bits = tensors["group_bits"]

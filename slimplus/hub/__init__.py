@@ -1,1 +1,1 @@
-"""Packed checkpoints: writing them, and loading them through transformers."""
+"""Packed checkpoints: writing, checking, listing, and loading them through transformers or vLLM."""

@@ -1,4 +1,4 @@
-"""Packed checkpoints on disk, laid out as the hub does it."""
+"""Writing and loading of packed checkpoints, in the layout of the hub."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -16,19 +17,19 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, is_accelerate_available
 
 from slimplus.hub.checks import check_architecture, check_quantization
 from slimplus.hub.contents import METHOD
-from slimplus.hub.transformers_quantizer import SlimplusConfig, register
+from slimplus.hub.transformers_quantizer import SlimplusConfig  # which registers the method with transformers
 from slimplus.nn import prepare_inference
 from slimplus.utils.errors import InputError
 
-SHARD_BYTES = 2 * 2**30  # what is held in memory while a checkpoint is written
-# Of the arguments of `from_pretrained`, those that say where the files are.
-WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-# What transformers and PyTorch raise for values in config.json that they do not expect.
-FROM_STRANGERS = (
+SHARD_BYTES = 2 * 2**30  # of tensors in a file, held in memory until it is written
+# Arguments of `from_pretrained` that say where the files are.
+LOCATION_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# Errors of transformers and PyTorch for unexpected values in config.json.
+LOADING_ERRORS = (
     *(ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError),
     *(SafetensorError, StrictDataclassError),
 )
@@ -46,16 +47,20 @@ def write_checkpoint(
     """Write a checkpoint that `from_pretrained` loads.
 
     Args:
-        folder: where to; emptied if it exists.
-        tensors: names as in the model's state dict, in the order in which they are written; one shard is in memory.
-        config: of the full-precision model.
+        folder: folder of the checkpoint, which is emptied if it exists.
+        tensors: tensors by their names in the model's state dict, in the order in which they are written; one shard of
+            them is held in memory.
+        config: configuration of the full-precision model.
         quantization: which layers are packed, and how.
-        tokenizer: saved beside the weights.
-        generation: saved beside the weights.
+        tokenizer: tokenizer to save beside the weights.
+        generation: generation settings to save beside the weights, if there are any.
         model_card: content of README.md.
 
     Returns:
-        Bytes of all the tensors.
+        The size of all the tensors, in bytes.
+
+    Raises:
+        OSError: if the disk is full or cannot be written.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -67,13 +72,16 @@ def write_checkpoint(
     if generation is not None:
         generation.save_pretrained(folder)
     (folder / "README.md").write_text(model_card)
-    for file in folder.glob("*.safetensors"):  # which safetensors lets nobody but their owner read
+    for file in folder.glob("*.safetensors"):  # safetensors lets nobody but the owner read them
         shutil.copymode(folder / "README.md", file)
     return size
 
 
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> int:
-    """Greedy shards; their names hold their number, which is known only at the end."""
+    """Write the tensors into shards, and return their size in bytes.
+
+    A shard's name holds the number of shards, which is known only at the end: shards are renamed then.
+    """
     shards: list[list[str]] = []
     pending: dict[str, Tensor] = {}
     total = pending_bytes = 0
@@ -81,7 +89,7 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> int:
     def flush() -> None:
         try:
             save_file(pending, folder / f"{len(shards)}.part", metadata={"format": "pt"})
-        except SafetensorError as error:  # a full disk, for one, comes without its number
+        except SafetensorError as error:  # an error of the system, such as a full disk, whose number is in the text
             number = re.search(r"os error (\d+)", str(error))
             raise OSError(int(number[1]), str(error), str(folder)) if number else error from error
         shards.append(list(pending))
@@ -110,24 +118,24 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> int:
 
 
 def load(path: str | Path, *, fuse: bool = True, keep_dense: bool = False, **arguments: Any) -> PreTrainedModel:
-    """Load a packed checkpoint: a folder or a hub id; ready to run fast on the device it is loaded to.
+    """Load a packed checkpoint, ready to run fast on the device that it is loaded to.
 
-    `AutoModelForCausalLM.from_pretrained` does the same once `slimplus` has been imported, but for the options here,
-    and that the first forward makes ready. Without that import transformers does not know the method, and gives a
-    model with random linear layers.
+    `AutoModelForCausalLM.from_pretrained` loads packed checkpoints as well, once `slimplus` has been imported; it has
+    no `fuse` and `keep_dense`, and the first forward prepares the layers. Without the import, transformers does not
+    know the method and returns a model with random linear layers.
+
+    Only safetensors files are read, and no code of a checkpoint is run.
 
     Args:
-        path: folder or hub id.
+        path: folder or hub id of the checkpoint.
         fuse: whether layers that read the same input (q, k and v; gate and up) are multiplied in one launch.
-        keep_dense: whether dequantized weights are kept: many rows at once, and float32, are fast on a CPU then, at the
-            memory of the model before it was quantized.
-        arguments: passed on to `from_pretrained`.
+        keep_dense: whether dequantized weights are kept. Many rows at once, and float32, are then fast on a CPU, but
+            take as much memory as the model before it was quantized.
+        **arguments: further arguments of `from_pretrained`.
 
     Raises:
-        InputError: if what is there is no whole checkpoint of this package. Only safetensors files are read, and no
-            code that a checkpoint brings along is run.
+        InputError: if there is no complete packed checkpoint, or it is damaged.
     """
-    register()
     model = _read(path, arguments)
     for fused in tqdm(prepare_inference(model, fuse, keep_dense), "Preparing layers", leave=False, disable=None):
         if fused.supports(model.dtype, rows=1):
@@ -136,22 +144,32 @@ def load(path: str | Path, *, fuse: bool = True, keep_dense: bool = False, **arg
 
 
 def _read(path: str | Path, arguments: dict[str, Any]) -> PreTrainedModel:
+    """Check config.json, load the model with transformers, and raise InputError for anything that is wrong."""
     try:
-        where = {key: value for key, value in arguments.items() if key in WHERE}
-        config, _ = PretrainedConfig.get_config_dict(path, **where)
+        location = {key: value for key, value in arguments.items() if key in LOCATION_ARGUMENTS}
+        config, _ = PretrainedConfig.get_config_dict(path, **location)
         quantization = config.get("quantization_config")
         if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
             raise InputError(f"{path} is not a packed slimplus checkpoint; load it with transformers")
         check_quantization(quantization)
         check_architecture(config, quantization["modules"])
+        device = None if is_accelerate_available() else _only_device(arguments.get("device_map"))
         fixed: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
+        fixed |= {"device_map": None} if device else {}
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, **{"trust_remote_code": False} | arguments | fixed)
     except InputError:
         raise
-    except FROM_STRANGERS as error:
+    except LOADING_ERRORS as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise InputError(f"{path} cannot be loaded: {kind}{error}") from error
     model, found = loaded
     if missing := sorted(found["missing_keys"]):  # transformers gives them random values
-        raise InputError(f"{path} lacks {len(missing)} tensors, {missing[0]} among them; download it again")
-    return cast(PreTrainedModel, model)
+        raise InputError(f"{path} lacks {len(missing)} tensors, {missing[0]} among them; export or download it again")
+    return cast(PreTrainedModel, model.to(device) if device else model)
+
+
+def _only_device(device_map: Any) -> torch.device | None:
+    """Return the device that `device_map` names, if it names one; transformers needs accelerate even for that."""
+    several = ("auto", "balanced", "balanced_low_0", "sequential")
+    one = isinstance(device_map, str | int | torch.device) and device_map not in several
+    return torch.device(device_map) if one else None

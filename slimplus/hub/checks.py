@@ -1,7 +1,7 @@
-"""What a checkpoint claims, checked before transformers builds or reads anything by it.
+"""Checks of a checkpoint's claims, before transformers builds or reads anything by them.
 
-Checkpoints come from strangers: a wrong number must give a sentence, not an allocation or an endless loop. Sizes are
-bounded by each other, from the architecture down to the tensors that the files really hold.
+Checkpoints come from strangers: a wrong number must give an error message, not a huge allocation or an endless loop.
+Each size is checked against others, from the architecture down to the tensors that the files really hold.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ REQUIRED = ("bits", "group_size", "modules", "method", "shapes", "full_size_byte
 DTYPES = {torch.int16: "I16", torch.int32: "I32", torch.float16: "F16", torch.uint8: "U8"}
 LAYERS = "num_hidden_layers"
 WIDTHS = {str(width) for width in range(1, MAX_BITS + 1)}
-# What the supported architectures build tensors from.
+# Keys of config.json from which the supported architectures build tensors.
 SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "head_dim", "num_attention_heads", "num_key_value_heads"),
     *("ffn_dim", "word_embed_proj_dim", "max_position_embeddings"),
@@ -30,30 +30,34 @@ SIZES = (
 
 
 def check_quantization(values: object) -> None:
-    """Check the types and ranges of a `quantization_config`, as JSON gives it.
+    """Check the types and ranges of a `quantization_config` as read from JSON.
 
     Raises:
-        ValueError: naming the key.
+        ValueError: naming the key that is missing or wrong.
     """
     if not isinstance(values, Mapping):
-        raise ValueError(f"{KEY} is no mapping")
+        raise ValueError(f"{KEY} is not a mapping")
     if missing := [key for key in REQUIRED if key not in values]:
         raise ValueError(f"{KEY} lacks {', '.join(missing)}")
     if not _is_size(values["bits"]) or values["bits"] > MAX_BITS:
-        raise ValueError(f"{KEY}.bits: {_shown(values['bits'])} is no whole number from 1 to {MAX_BITS}")
+        raise ValueError(f"{KEY}.bits: {_shown(values['bits'])} is not a whole number from 1 to {MAX_BITS}")
     size = values["full_size_bytes"]
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise ValueError(f"{KEY}.full_size_bytes: {_shown(size)} is no number of bytes")
+        raise ValueError(f"{KEY}.full_size_bytes: {_shown(size)} is not a number of bytes")
     if not isinstance(values["method"], str):
-        raise ValueError(f"{KEY}.method: {_shown(values['method'])} is no text")
+        raise ValueError(f"{KEY}.method: {_shown(values['method'])} is not a string")
     if not _is_size(values["group_size"]):
-        raise ValueError(f"{KEY}.group_size: {_shown(values['group_size'])} is no size")
+        raise ValueError(f"{KEY}.group_size: {_shown(values['group_size'])} is not a size")
     if values.get("scale_bits", 16) not in SCALE_BITS:
         raise ValueError(f"{KEY}.scale_bits: {_shown(values['scale_bits'])} is neither 8 nor 16")
-    modules, shapes = values["modules"], values["shapes"]
+    _check_layers(values["modules"], values["shapes"], values["group_size"])
+
+
+def _check_layers(modules: Any, shapes: Any, group_size: int) -> None:
+    """Check the group counts and the shapes of the packed layers, and that the two describe the same layers."""
     for key, named in (("modules", modules), ("shapes", shapes)):
         if not isinstance(named, Mapping) or not all(isinstance(name, str) for name in named):
-            raise ValueError(f"{KEY}.{key} is no mapping from names of layers")
+            raise ValueError(f"{KEY}.{key} is not a mapping from names of layers")
     if modules.keys() != shapes.keys():
         name = sorted(modules.keys() ^ shapes.keys())[0]
         raise ValueError(f"{KEY}: {_shown(name)} is in one of modules and shapes, not in both")
@@ -62,14 +66,15 @@ def check_quantization(values: object) -> None:
         if not isinstance(shape, list | tuple) or len(shape) != 2 or not all(_is_size(size) for size in shape):
             raise ValueError(f"{KEY}.shapes: {_shown(name)}: {_shown(shape)} is not [rows, columns]")
         try:
-            check_layout((shape[0], shape[1]), _bit_counts(counts), values["group_size"])
+            check_layout((shape[0], shape[1]), _bit_counts(counts), group_size)
         except ValueError as error:
             raise ValueError(f"{KEY}.modules: {_shown(name)}: {error}") from error
 
 
 def _bit_counts(counts: object) -> dict[int, int]:
+    """Return the number of groups of each width, whose keys are text in JSON."""
     if not isinstance(counts, Mapping) or not all(str(width) in WIDTHS and _is_size(n) for width, n in counts.items()):
-        raise ValueError(f"{_shown(counts)} is no mapping from widths, 1 to {MAX_BITS}, to numbers of groups")
+        raise ValueError(f"{_shown(counts)} is not a mapping from widths, 1 to {MAX_BITS}, to numbers of groups")
     return {int(width): count for width, count in counts.items()}
 
 
@@ -78,37 +83,41 @@ def _is_size(value: object) -> bool:
 
 
 def _shown(value: object) -> str:
-    """Short, whatever a stranger put there."""
+    """Return the value as text of at most 80 characters, however long it is."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def check_architecture(values: Mapping[str, Any], modules: Iterable[str]) -> None:
-    """Check that a model built from config.json is no larger than what its packed layers, by name, can be part of.
+    """Check that the architecture is supported, and that config.json describes no more blocks than are packed.
+
+    Args:
+        values: content of config.json.
+        modules: names of the packed layers.
 
     Raises:
-        ValueError: naming the key.
+        ValueError: naming the key that is wrong.
     """
     kind = values.get("model_type")
-    if not isinstance(kind, str) or kind not in BLOCKS:  # of others, nobody knows what they build tensors from
+    if not isinstance(kind, str) or kind not in BLOCKS:  # the keys from which others build tensors are not known
         raise ValueError(f"config.json: model_type: {_shown(kind)} is not supported; supported are {', '.join(BLOCKS)}")
     for key in SIZES:
         if values.get(key) is not None and not _is_size(values[key]):
-            raise ValueError(f"config.json: {key}: {_shown(values[key])} is no size")
+            raise ValueError(f"config.json: {key}: {_shown(values[key])} is not a size from 1 to {LARGEST_SIZE}")
     layers, packed = values.get(LAYERS), len(list(modules))
     if not isinstance(layers, int) or not 1 <= layers <= packed:
         raise ValueError(f"config.json: {LAYERS}: {_shown(layers)} does not fit the {packed} packed layers")
 
 
 Headers = Mapping[str, tuple[str, list[int]]]
-"""Name of every stored tensor → dtype, as safetensors calls it, and shape."""
+"""Dtype, as safetensors calls it, and shape of every stored tensor, by the tensor's name."""
 
 
 def read_headers(files: Iterable[str]) -> Headers:
-    """What the files hold.
+    """Read the dtype and shape of every tensor in safetensors files.
 
     Raises:
-        ValueError: naming the file; one that is not safetensors is never opened.
+        ValueError: naming the file, if it is damaged or not a safetensors file; the latter is never opened.
     """
     return {name: header for file in files for name, header in _headers(file)}
 
@@ -120,17 +129,24 @@ def check_packed_tensors(
     shapes: Mapping[str, list[int]],
     scale_bits: int = 16,
 ) -> None:
-    """Check that every packed tensor is stored with the shape and dtype that config.json says.
+    """Check that every packed tensor is stored with the shape and dtype that config.json tells.
+
+    Args:
+        stored: dtype and shape of the stored tensors.
+        group_size: columns a group.
+        modules: number of groups of each width, by the layer's name.
+        shapes: `[out, in]` of each layer's weight, by the layer's name.
+        scale_bits: bits that a scale takes.
 
     Raises:
-        ValueError: naming the tensor.
+        ValueError: naming the tensor that is missing or differs.
     """
     for layer, counts in modules.items():
         for name, (shape, dtype) in packed_shapes(shapes[layer][0], counts, group_size, scale_bits).items():
             expected = (DTYPES[dtype], list(shape))
             found = stored.get(f"{layer}.{name}")
             if found is None:
-                raise ValueError(f"the checkpoint lacks the tensor {layer}.{name}")
+                raise ValueError(f"the checkpoint lacks the tensor {layer}.{name}; export or download it again")
             if found != expected:
                 raise ValueError(
                     f"{layer}.{name} is {found[0]} {found[1]} in the files, and {expected[0]} {expected[1]} "
@@ -139,29 +155,29 @@ def check_packed_tensors(
 
 
 def check_other_tensors(stored: Headers, shapes: Mapping[str, Sequence[int]], tied: Mapping[str, str]) -> None:
-    """Check that what the model needs is stored in its shape; transformers makes room for it before it looks.
+    """Check that every tensor of the model is stored in its shape, before transformers allocates memory for it.
 
     Args:
-        stored: what the files hold.
-        shapes: of every tensor of the model, by its name.
-        tied: name of a tensor → that of the one which it is, so that one of them is enough.
+        stored: dtype and shape of the stored tensors.
+        shapes: shape of every tensor of the model, by its name.
+        tied: name of the tensor that a tied tensor shares, by the tied tensor's name; one of the two must be stored.
 
     Raises:
-        ValueError: naming the tensor.
+        ValueError: naming the tensor that is missing or differs.
     """
     held = {tied.get(name, name): shape for name, (_, shape) in stored.items()}
     for name, shape in shapes.items():
         found = held.get(tied.get(name, name))
         if found is None:
-            raise ValueError(f"the checkpoint lacks the tensor {name}")
+            raise ValueError(f"the checkpoint lacks the tensor {name}; export or download it again")
         if found != list(shape):
             raise ValueError(f"{name} is {found} in the files, and {list(shape)} by config.json")
 
 
 def _headers(file: str) -> Iterator[tuple[str, tuple[str, list[int]]]]:
-    """Name, dtype and shape of every tensor of a file."""
+    """Yield the name, dtype and shape of every tensor of a file."""
     if not file.endswith(".safetensors"):
-        raise ValueError(f"{file} is no safetensors file; packed checkpoints are read from nothing else")
+        raise ValueError(f"{file} is not a safetensors file, and packed checkpoints are read from no others")
     try:
         with safe_open(file, framework="pt") as stored:
             for name in stored.keys():  # noqa: SIM118

@@ -1,4 +1,4 @@
-"""What a packed checkpoint holds, read from its config and the headers of its files: no weights, no PyTorch."""
+"""Contents of a packed checkpoint, read from its config and the headers of its files without weights or PyTorch."""
 
 from __future__ import annotations
 
@@ -25,28 +25,34 @@ INDEX_FILE = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a safetensors file; `dtype` as its header names it, such as `F16`."""
+    """One tensor of a safetensors file.
+
+    Attributes:
+        dtype: the dtype by its name in the header, such as `F16`.
+        shape: the sizes of all dimensions.
+    """
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
+        """Size of the tensor, in bytes."""
         bits = re.search(r"\d+", self.dtype)  # BOOL has none, and takes a byte
         return prod(self.shape) * (int(bits[0]) if bits else 8) // 8
 
 
 @dataclass(frozen=True)
 class PackedLayer:
-    """One packed layer.
+    """One packed layer of a checkpoint.
 
     Attributes:
-        name: its name in the model.
-        rows: of its weight.
-        columns: of its weight.
-        widths: width of each group, in column order.
-        group_size: columns a group; the last one may have fewer.
-        nbytes: all that is stored for the weight, so no bias.
+        name: name of the layer in the model.
+        rows: rows of the weight.
+        columns: columns of the weight.
+        widths: width of each group, in the order of the columns.
+        group_size: columns a group; the last group may have fewer.
+        nbytes: bytes stored for the weight, without a bias.
     """
 
     name: str
@@ -58,39 +64,40 @@ class PackedLayer:
 
     @property
     def weights(self) -> int:
+        """Number of weights."""
         return self.rows * self.columns
 
     @property
     def weight_bits(self) -> int:
-        """Widths of all the weights, summed."""
+        """Sum of the widths of all the weights."""
         sizes = [min(self.group_size, self.columns - start) for start in range(0, self.columns, self.group_size)]
         return self.rows * sum(width * size for width, size in zip(self.widths, sizes, strict=True))
 
     @property
     def bits_per_weight(self) -> float:
-        """Everything stored for the weight, over its elements."""
+        """Bits stored for the weight, scales and all, over the number of its weights."""
         return 8 * self.nbytes / self.weights
 
     @property
     def in_block(self) -> bool:
-        """Whether it belongs to a transformer block, which a number names; embedding and head do not."""
+        """Whether the layer belongs to a transformer block, whose name holds a number; embedding and head do not."""
         return re.search(r"\.\d+\.", self.name) is not None
 
     @property
     def groups(self) -> dict[int, int]:
-        """Width → number of groups that have it."""
+        """Number of groups of each width."""
         return dict(sorted(Counter(self.widths).items()))
 
 
 @dataclass(frozen=True)
 class CheckpointContents:
-    """A packed checkpoint on this machine.
+    """The contents of a packed checkpoint on this machine.
 
     Attributes:
-        folder: where it lies.
+        folder: folder of the checkpoint.
         config: content of config.json.
-        layers: the packed layers, blocks by number.
-        others: the tensors that are not packed, by name.
+        layers: packed layers, in the order of the blocks.
+        others: tensors that are not packed, by name.
     """
 
     folder: Path
@@ -100,54 +107,60 @@ class CheckpointContents:
 
     @cached_property
     def block_layers(self) -> tuple[PackedLayer, ...]:
-        """The packed layers of the transformer blocks, which the averages below are of."""
+        """Packed layers of the transformer blocks."""
         return tuple(layer for layer in self.layers if layer.in_block)
 
     @property
     def weights(self) -> int:
+        """Number of weights in the packed layers of the blocks."""
         return sum(layer.weights for layer in self.block_layers)
 
     @property
     def average_bits(self) -> float:
+        """Average width of the weights in the blocks."""
         return sum(layer.weight_bits for layer in self.block_layers) / self.weights
 
     @property
     def block_bytes(self) -> int:
+        """Bytes stored for the packed layers of the blocks."""
         return sum(layer.nbytes for layer in self.block_layers)
 
     @property
     def bits_per_weight(self) -> float:
-        """Everything stored for the packed layers of the blocks, over their weights."""
+        """Bits stored for the packed layers of the blocks, scales and all, over the number of their weights."""
         return 8 * self.block_bytes / self.weights
 
     @property
-    def outer_bytes(self) -> int:
-        """Everything stored for an embedding and a head that are packed as well."""
+    def embedding_and_head_bytes(self) -> int:
+        """Bytes stored for a packed embedding and a packed head."""
         return sum(layer.nbytes for layer in self.layers) - self.block_bytes
 
     @property
     def other_bytes(self) -> int:
+        """Bytes stored for the tensors that are not packed."""
         return sum(tensor.nbytes for tensor in self.others.values())
 
     @property
     def size_bytes(self) -> int:
-        return self.block_bytes + self.outer_bytes + self.other_bytes
+        """Bytes of all the tensors of the checkpoint."""
+        return self.block_bytes + self.embedding_and_head_bytes + self.other_bytes
 
     @property
     def full_size_bytes(self) -> int:
-        """The model at 16 bit, as it was before."""
+        """Bytes of the full-precision model at 16 bits."""
         return int(self.config["quantization_config"]["full_size_bytes"])
 
     @property
     def compression(self) -> float:
+        """Size of the full-precision model at 16 bits over that of the checkpoint."""
         return self.full_size_bytes / self.size_bytes
 
 
 def checkpoint_folder(path: str) -> Path:
-    """The folder that `path` names; what is no folder here is taken for a hub id, and downloaded.
+    """Return the folder of a checkpoint; a path that is not a folder is taken as a hub id and downloaded.
 
     Raises:
-        InputError: if there is no such folder, and no such repository either.
+        InputError: if there is neither such a folder nor such a repository on the hub, or the download fails.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -156,11 +169,12 @@ def checkpoint_folder(path: str) -> Path:
         raise InputError(f"{path} is a file; give the folder of a packed checkpoint")
     if not re.fullmatch(HUB_ID, path):
         raise InputError(f"{path} does not exist; give the folder of a packed checkpoint, or a hub id org/name")
-    from huggingface_hub import hf_hub_download, snapshot_download  # takes a while, and a local folder does not need it
+    from huggingface_hub import hf_hub_download, snapshot_download  # slow to import, and not needed for a local folder
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        _read_config(Path(hf_hub_download(path, "config.json")).parent)  # a dense model may have a hundred gigabytes
+        # The config comes first: a model that is not packed may have a hundred gigabytes.
+        _read_config(Path(hf_hub_download(path, "config.json")).parent)
         return Path(snapshot_download(path, ignore_patterns=["*.bin", "*.pt", "*.pth"]))
     except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         if is_full(error):
@@ -169,16 +183,16 @@ def checkpoint_folder(path: str) -> Path:
             ) from error
         reason = first_line(error)
         raise InputError(
-            f"{path} is no folder here and cannot be had from the hub ({reason}); "
+            f"{path} is not a folder on this machine and cannot be downloaded from the hub ({reason}); "
             "check the path, the hub id, the network and your login"
         ) from error
 
 
 def read_contents(path: str) -> CheckpointContents:
-    """What the checkpoint at `path`, a folder or a hub id, holds.
+    """Read the contents of the checkpoint at `path`, a folder or a hub id.
 
     Raises:
-        InputError: if it is no packed checkpoint, or a damaged one.
+        InputError: if it is not a packed checkpoint, or a damaged one.
     """
     folder = checkpoint_folder(path)
     config = _read_config(folder)
@@ -203,6 +217,7 @@ def read_contents(path: str) -> CheckpointContents:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
+    """Return the content of config.json, or raise InputError if it is not that of a packed checkpoint."""
     file = folder / "config.json"
     if not file.is_file():
         inner = folder / "packed"
@@ -219,7 +234,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _file_names(folder: Path) -> list[str]:
-    """The safetensors files, from the index if there is one: other files in the folder are not the model's."""
+    """Return the names of the model's safetensors files, from the index if there is one."""
     index = folder / INDEX_FILE
     if not index.is_file():
         return ["model.safetensors"]
@@ -230,15 +245,16 @@ def _file_names(folder: Path) -> list[str]:
     if wrong := [
         name for name in names if not (isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*\.safetensors", name))
     ]:
-        raise InputError(f"{index} names {wrong[0]!r}, which is no safetensors file; download the checkpoint again")
+        raise InputError(f"{index} names {wrong[0]!r}, which is not a safetensors file; download the checkpoint again")
     return sorted(names)
 
 
 def _open(file: Path) -> safe_open:
+    """Open a safetensors file, or raise InputError with a remedy."""
     if not file.is_file():
         raise InputError(f"{file} is missing; export or download the checkpoint again")
     if not os.access(file, os.R_OK):
-        raise InputError(f"{file} cannot be read: its permissions do not let you")
+        raise InputError(f"{file} cannot be read: you lack the permission; change the file's mode or owner")
     try:
         return safe_open(file, framework="numpy")
     except (OSError, SafetensorError) as error:
@@ -246,6 +262,7 @@ def _open(file: Path) -> safe_open:
 
 
 def _header(file: safe_open, key: str) -> StoredTensor:
+    """Return the dtype and shape of a tensor of an open file."""
     view = file.get_slice(key)
     return StoredTensor(view.get_dtype(), tuple(view.get_shape()))
 
@@ -253,6 +270,13 @@ def _header(file: safe_open, key: str) -> StoredTensor:
 def _read_layers(
     quantization: Mapping[str, Any], stored: Mapping[str, StoredTensor], places: Mapping[str, safe_open]
 ) -> Iterator[PackedLayer]:
+    """Yield the packed layers, or raise an error if config.json and the stored tensors do not fit together.
+
+    Args:
+        quantization: the `quantization_config` of config.json.
+        stored: all tensors of the files by name.
+        places: the open file that holds each tensor, by the tensor's name.
+    """
     for key in ("group_size", "full_size_bytes"):
         if int(quantization[key]) < 1:
             raise ValueError(f"{key} is {quantization[key]}")
@@ -282,5 +306,5 @@ def _read_layers(
 
 
 def _natural_order(name: str) -> list[str | int]:
-    """`layers.10` after `layers.9`. Numbers and text alternate, so that only like meets like."""
+    """Return a sort key that puts `layers.10` after `layers.9`: text and numbers in turn."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

@@ -1,7 +1,7 @@
-"""The `slimplus` quantization method of transformers: `from_pretrained` builds packed layers.
+"""The `slimplus` quantization method of transformers, by which `from_pretrained` builds packed layers.
 
-Imported while `transformers` itself is being imported (see `slimplus/__init__.py`): from transformers it may import
-only what `transformers.quantizers` itself rests on.
+This module is imported while `transformers` itself is being imported (see `slimplus/__init__.py`). Of transformers it
+may import only what `transformers.quantizers` imports as well.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ if TYPE_CHECKING:
 
 
 class SlimplusConfig(QuantizationConfigMixin):
-    """`quantization_config` of a packed checkpoint.
+    """The `quantization_config` of a packed checkpoint.
 
     Args:
-        bits: average bits of the groups, as they were asked for; what they are is in `modules`.
+        bits: average width that the recipe asked for; `modules` holds the actual widths.
         group_size: columns a group.
-        modules: name of each packed layer → number of its groups of each width. Shapes follow from it, and they are
-            needed before any tensor is read. An embedding is packed if it is named; a head that is tied to it then
-            shares its packed weight.
-        method: how the weights were quantized.
-        shapes: name of each packed layer → rows and columns of its weight, which the packed tensors hold only rounded
-            up; for what reads a checkpoint without building the model.
-        full_size_bytes: of the full-precision model at 16 bit.
-        scale_bits: 8 or 16, those that a scale takes in every packed layer.
+        modules: number of groups of each width, by the name of each packed layer. It fixes the shapes of the packed
+            tensors before any is read. An embedding is packed if it is named here; a head that is tied to it shares
+            its packed weight.
+        method: name of the method that quantized the weights.
+        shapes: rows and columns of the weight, by the name of each packed layer, for readers that do not build the
+            model; the packed tensors have them only rounded up.
+        full_size_bytes: bytes of the full-precision model at 16 bits.
+        scale_bits: bits that a scale takes in every packed layer, 8 or 16.
     """
 
     def __init__(
@@ -73,23 +73,29 @@ class SlimplusConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """From JSON.
+        """Return the configuration that JSON values describe.
 
         Raises:
-            ValueError: naming the key, for what no packed checkpoint can say.
+            ValueError: naming the key that is missing or wrong.
         """
         check_quantization(config_dict)
         return super().from_dict(config_dict, *args, **kwargs)
 
 
 class SlimplusQuantizer(HfQuantizer):
-    """Swaps packed layers in before the weights are loaded, and checks what a checkpoint says before it is used."""
+    """The quantizer that transformers calls around the loading of a packed checkpoint.
+
+    1. Before the model is built, the architecture in config.json is checked.
+    2. Before weights are loaded, packed layers take the place of ordinary ones, and the stored tensors are checked
+       against the model by their headers.
+    3. After loading, the values of the packed tensors are checked, and the layers are made ready to multiply.
+    """
 
     requires_calibration = True
     quantization_config: SlimplusConfig
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Check the architecture; no other method sees it before the model is built."""
+        """Check the architecture, since no other hook of transformers runs before the model is built."""
         check_architecture(config.to_dict(), self.quantization_config.modules)
         return super().update_attn_implementation(config)
 
@@ -109,31 +115,32 @@ class SlimplusQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:
-        """Packed tensors are ordinary tensors."""
+        """Return True: packed tensors are saved as ordinary tensors."""
         return True
 
     @property
     def is_trainable(self) -> bool:
+        """Whether the model can be trained: packed layers have no gradients."""
         return False
 
     @property
     def is_compileable(self) -> bool:
-        """Packed products are operators of their own: with a static cache, transformers may compile the decoding."""
+        """Whether transformers may compile the decoding: packed products are operators that `torch.compile` knows."""
         return True
 
 
 def swap_packed_layers(model: PreTrainedModel, config: SlimplusConfig) -> None:
-    """Replace the linear layers and embeddings that `config` names by empty packed ones, on the meta device.
+    """Replace the linear layers and embeddings that `config` names by packed ones without data, on the meta device.
 
     Raises:
-        ValueError: where the model has no such layer, or its size does not fit.
+        ValueError: naming the layer, if the model has no such layer, or the layer has another shape.
     """
     for name, counts in config.modules.items():
         try:
             with torch.device("meta"):
                 packed = _empty_packed(model.get_submodule(name), config, counts)
             if packed.shape != (rows_and_columns := tuple(config.shapes[name])):
-                raise ValueError(f"the model has {packed.shape} there, and shapes {rows_and_columns}")
+                raise ValueError(f"the layer's weight is {packed.shape} in the model, but {rows_and_columns} in shapes")
         except AttributeError:
             raise ValueError(f"quantization_config.modules: the model has no layer {name}") from None
         except ValueError as error:
@@ -142,20 +149,20 @@ def swap_packed_layers(model: PreTrainedModel, config: SlimplusConfig) -> None:
     embedding = model.get_input_embeddings()
     if model.config.tie_word_embeddings and isinstance(embedding, PackedEmbedding):
         model.set_output_embeddings(TiedHead(embedding, model.get_output_embeddings().bias))
-        model._tied_weights_keys, model.all_tied_weights_keys = {}, {}  # transformers' tying needs weights
+        model._tied_weights_keys, model.all_tied_weights_keys = {}, {}  # transformers can tie only ordinary weights
 
 
 def check_packed_layers(model: nn.Module) -> None:
-    """Check the tensors of all packed layers, those that accelerate keeps elsewhere included.
+    """Check the tensors of all packed layers, including those that accelerate has offloaded.
 
     Raises:
-        ValueError: naming the layer and the tensor.
+        ValueError: naming the layer and the tensor that is wrong.
     """
     for name, layer in model.named_modules():
         if isinstance(layer, PackedLinear | PackedEmbedding):
             tensors = layer.packed_tensors()
             if layer.scales.is_meta:
-                if (hook := offloading_hook(layer)) is None:  # nothing has been loaded, or it is that of another layer
+                if (hook := offloading_hook(layer)) is None:  # nothing is loaded yet, or the layer shares a weight
                     continue
                 tensors = {key: hook.weights_map[key] for key in tensors}
             try:
@@ -167,6 +174,7 @@ def check_packed_layers(model: nn.Module) -> None:
 def _empty_packed(
     layer: nn.Module, config: SlimplusConfig, counts: Mapping[int, int]
 ) -> PackedLinear | PackedEmbedding:
+    """Return a packed layer of the same shape as `layer`, with `counts` groups of each width."""
     group_size, scale_bits = config.group_size, config.scale_bits
     if isinstance(layer, nn.Embedding):
         rows, columns = layer.num_embeddings, layer.embedding_dim
@@ -178,8 +186,11 @@ def _empty_packed(
 
 
 def register() -> None:
-    """Make transformers know the method; a second call does nothing."""
+    """Register the method with transformers; a second call does nothing."""
     if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(METHOD)(SlimplusConfig)
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantizer(METHOD)(SlimplusQuantizer)
+
+
+register()

@@ -1,10 +1,11 @@
-"""vLLM serves packed checkpoints: a quantization method outside its tree.
+"""The `slimplus` quantization method of vLLM, by which vLLM serves packed checkpoints.
 
-vLLM finds `register` by the entry point group `vllm.general_plugins` in each of its processes. Interfaces as of vLLM
-0.33: https://docs.vllm.ai/en/stable/design/plugin_system/ and `register_quantization_config`.
+vLLM calls `register` in each of its processes, through the entry point group `vllm.general_plugins`. The interfaces are
+those of vLLM 0.33: https://docs.vllm.ai/en/stable/design/plugin_system/ and `register_quantization_config`.
 
-vLLM multiplies q, k and v, and gate and up, as one layer each. Ours keep widths and an order of groups of their own:
-the tensors of such shards lie end to end in one flat parameter, and become packed layers once all are loaded.
+vLLM multiplies q, k and v in one layer, and gate and up in another, while each packed layer has its own widths and its
+own order of groups. The packed tensors of these layers are therefore loaded end to end into one flat parameter, and
+become packed layers when all of them are loaded.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from slimplus.hub.contents import METHOD
 from slimplus.nn import PackedLinear
 from slimplus.nn.fusion import FusedLinears
 
-SHARD_NAMES = {"q": 0, "k": 1, "v": 2}
-"""vLLM's id of a shard of the fused attention input → its position; other shards have their position as id."""
+SHARD_IDS = {"q": 0, "k": 1, "v": 2}
+"""Positions in vLLM's fused attention input by vLLM's shard ids; elsewhere a shard id is the position itself."""
 
 
 class PackedConfig(QuantizationConfig):
@@ -37,8 +38,8 @@ class PackedConfig(QuantizationConfig):
 
     Args:
         group_size: columns a group.
-        modules: name of each packed layer → number of its groups of each width.
-        scale_bits: that a scale takes.
+        modules: number of groups of each width, by the name of each packed layer.
+        scale_bits: bits that a scale takes, 8 or 16.
     """
 
     def __init__(self, group_size: int, modules: Mapping[str, BitCounts], scale_bits: int = 16) -> None:
@@ -46,29 +47,29 @@ class PackedConfig(QuantizationConfig):
         self.group_size, self.modules, self.scale_bits = group_size, dict(modules), scale_bits
 
     def get_name(self) -> Any:
-        """Name of the method."""
+        """Return the name of the method."""
         return METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """What the kernels multiply."""
+        """Return the dtypes of activations that the kernels multiply."""
         return [torch.bfloat16, torch.float16]
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Ampere: the first with bfloat16."""
+        """Return the compute capability of Ampere, the first with bfloat16."""
         return 80
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        """None beside config.json."""
+        """Return the files to read beside config.json: none."""
         return []
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> PackedConfig:
-        """From the `quantization_config` of config.json.
+        """Return the configuration that the `quantization_config` of config.json describes.
 
         Raises:
-            ValueError: if it is not what this package writes.
+            ValueError: naming the key that is missing or wrong.
         """
         check_quantization(config)
         modules = {
@@ -78,14 +79,14 @@ class PackedConfig(QuantizationConfig):
         return cls(int(config["group_size"]), modules, int(config.get("scale_bits", 16)))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        """Follow a model that names its layers otherwise than transformers does."""
+        """Rename the packed layers for a model of vLLM that names its layers otherwise than transformers does."""
         self.modules = hf_to_vllm_mapper.apply_dict(self.modules)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
-        """The method for the layer called `prefix`; None for what is no linear layer.
+        """Return the method for the layer called `prefix`, or None for a layer that is not linear.
 
         Raises:
-            ValueError: for a packed layer that vLLM cannot be given.
+            ValueError: naming the layer, if it is packed and vLLM cannot use it so.
         """
         if not isinstance(layer, LinearBase):
             if prefix in self.modules:
@@ -94,42 +95,50 @@ class PackedConfig(QuantizationConfig):
                     "quantization.embedding_bits=null quantization.head_bits=null"
                 )
             return None
-        names = self._shard_names(prefix)
+        names = self._layer_names(prefix)
         packed = [name for name in names if name in self.modules]
         if not packed:
             return UnquantizedLinearMethod()
         if packed != names:
-            raise ValueError(f"{prefix}: of {', '.join(names)} only {', '.join(packed)} is packed; vLLM fuses them")
+            raise ValueError(
+                f"{prefix}: of {', '.join(names)} only {', '.join(packed)} is packed, but vLLM multiplies them in one "
+                "layer; quantize all of them or none"
+            )
         counts = [self.modules[name] for name in names]
         return PackedLinearMethod(prefix, names, counts, self.group_size, self.scale_bits)
 
-    def _shard_names(self, prefix: str) -> list[str]:
-        """The layers of the checkpoint that vLLM's layer `prefix` holds."""
+    def _layer_names(self, prefix: str) -> list[str]:
+        """Return the names of the checkpoint's layers that vLLM's layer `prefix` holds."""
         parent, dot, own = prefix.rpartition(".")
         return [f"{parent}{dot}{name}" for name in self.packed_modules_mapping.get(own, [own])]
 
 
 @dataclass(frozen=True)
 class Part:
-    """Where one shard's tensor lies in a flat parameter."""
+    """The place of one layer's tensor in a flat parameter.
+
+    Attributes:
+        start: position of the first element.
+        shape: shape of the tensor.
+    """
 
     start: int
     shape: tuple[int, ...]
 
     def view(self, flat: Tensor) -> Tensor:
-        """The shard's tensor, in place."""
+        """Return a view of the layer's tensor in `flat`."""
         return flat[self.start : self.start + prod(self.shape)].view(self.shape)
 
 
 class PackedLinearMethod(LinearMethodBase):
-    """How vLLM makes, loads and applies one packed layer.
+    """The way vLLM creates, loads and applies one of its layers, which holds one or more packed layers.
 
     Args:
         prefix: vLLM's name of the layer.
-        names: of the checkpoint's layers in it, in vLLM's order.
-        bit_counts: of each of them.
+        names: names of the checkpoint's layers in it, in vLLM's order.
+        bit_counts: number of groups of each width in each of these layers.
         group_size: columns a group.
-        scale_bits: that a scale takes.
+        scale_bits: bits that a scale takes, 8 or 16.
     """
 
     def __init__(
@@ -153,6 +162,15 @@ class PackedLinearMethod(LinearMethodBase):
     ) -> None:
         """Give `layer` a flat parameter for each tensor of the packed format.
 
+        Args:
+            layer: vLLM's layer.
+            input_size_per_partition: columns of the weight on this device.
+            output_partition_sizes: rows of each packed layer on this device.
+            input_size: columns of the weight.
+            output_size: rows of all the packed layers.
+            params_dtype: dtype of the activations.
+            **_: further arguments of vLLM, which have no meaning here.
+
         Raises:
             ValueError: under tensor parallelism.
         """
@@ -164,10 +182,10 @@ class PackedLinearMethod(LinearMethodBase):
         self._features, self._dtype = (input_size, list(output_partition_sizes)), params_dtype
         sizes: dict[str, int] = {}
         dtypes: dict[str, torch.dtype] = {}
-        for shard, (rows, counts) in enumerate(zip(output_partition_sizes, self.bit_counts, strict=True)):
+        for position, (rows, counts) in enumerate(zip(output_partition_sizes, self.bit_counts, strict=True)):
             for name, (shape, dtype) in packed_shapes(rows, counts, self.group_size, self.scale_bits).items():
                 start = sizes.get(name, 0)
-                self._parts.setdefault(name, {})[shard] = Part(start, shape)
+                self._parts.setdefault(name, {})[position] = Part(start, shape)
                 sizes[name], dtypes[name] = start + prod(shape), dtype
         for name, size in sizes.items():
             parameter = nn.Parameter(torch.empty(size, dtype=dtypes[name]), requires_grad=False)
@@ -176,15 +194,15 @@ class PackedLinearMethod(LinearMethodBase):
         get_current_vllm_config().compilation_config.static_forward_context[self.prefix] = layer
 
     def _loader(self, name: str) -> Any:
-        """What vLLM calls with each tensor of the checkpoint that belongs to the parameter `name`."""
+        """Return the function that vLLM calls with each tensor of the checkpoint for the parameter `name`."""
 
-        def load(parameter: Tensor, loaded: Tensor, shard: int | str | None = None) -> None:
-            position = SHARD_NAMES[shard] if isinstance(shard, str) else shard or 0
+        def load(parameter: Tensor, loaded: Tensor, shard_id: int | str | None = None) -> None:
+            position = SHARD_IDS[shard_id] if isinstance(shard_id, str) else shard_id or 0
             part = self._parts[name].get(position)
             if part is None or part.shape != tuple(loaded.shape):
                 raise ValueError(
-                    f"{self.names[position]}.{name}: config.json asks for {part and part.shape}, the checkpoint holds "
-                    f"{tuple(loaded.shape)}; export or download it again"
+                    f"{self.names[position]}.{name}: config.json asks for {part and part.shape}, but the checkpoint "
+                    f"holds {tuple(loaded.shape)}; export or download it again"
                 )
             part.view(parameter.data).copy_(loaded)
 
@@ -195,27 +213,31 @@ class PackedLinearMethod(LinearMethodBase):
         in_features, out_features = self._features
         flat = {name: layer.get_parameter(name).data for name in self._parts}
         layers = []
-        for shard, rows in enumerate(out_features):
-            # Copies, so that each tensor is aligned as the kernels want it; the flat parameters are freed below.
-            own = {name: parts[shard].view(flat[name]).clone() for name, parts in self._parts.items() if shard in parts}
+        for position, rows in enumerate(out_features):
+            # Copies, since the kernels need aligned tensors; the flat parameters are freed below.
+            own = {
+                name: parts[position].view(flat[name]).clone()
+                for name, parts in self._parts.items()
+                if position in parts
+            }
             layers.append(PackedLinear.from_tensors(own, in_features, rows, self.group_size))
         for name in self._parts:
             delattr(layer, name)
-        layer.shards = PackedShards(layers, self._dtype)
+        layer.packed = PackedLinears(layers, self._dtype)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`x` `[..., in]` → `[..., sum of out]`."""
+        """Multiply `x` `[..., in]` by the packed layers, `[..., sum of out]`."""
         _, out_features = self._features
         outputs = vllm_linear(x, self.prefix, sum(out_features))
         return outputs if bias is None else outputs + bias
 
 
-class PackedShards(nn.Module):
-    """Packed layers that read the same input, their outputs side by side.
+class PackedLinears(nn.Module):
+    """Packed layers that read the same input, with their outputs side by side.
 
     Args:
-        layers: without biases, on the device where they are used.
-        dtype: of the inputs.
+        layers: packed layers without biases, on the device where they are used.
+        dtype: dtype of the inputs.
     """
 
     def __init__(self, layers: Sequence[PackedLinear], dtype: torch.dtype) -> None:
@@ -226,7 +248,7 @@ class PackedShards(nn.Module):
             self._fused.warm_up(dtype)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """`inputs` `[..., in]` → `[..., sum of out]`."""
+        """Multiply `inputs` `[..., in]` by all the layers, `[..., sum of out]`."""
         if self._fused.supports(inputs.dtype, inputs.numel() // inputs.shape[-1]):
             return self._fused.linear(inputs)
         return torch.cat([layer(inputs) for layer in self.layers], dim=-1)
@@ -234,9 +256,12 @@ class PackedShards(nn.Module):
 
 @torch.library.custom_op("slimplus::vllm_linear", mutates_args=())
 def vllm_linear(inputs: Tensor, prefix: str, out_features: int) -> Tensor:
-    """The shards of the layer called `prefix`; vLLM's compiler must not see that few rows go another way than many."""
+    """Multiply `inputs` `[..., in]` by the packed layers in vLLM's layer `prefix`, `[..., out_features]`.
+
+    It is one operator because vLLM's compiler must not see that few rows are multiplied otherwise than many.
+    """
     layer = get_forward_context().no_compile_layers[prefix]
-    outputs: Tensor = layer.shards(inputs)
+    outputs: Tensor = layer.packed(inputs)
     return outputs
 
 
@@ -246,6 +271,6 @@ def _(inputs: Tensor, prefix: str, out_features: int) -> Tensor:
 
 
 def register() -> None:
-    """Make vLLM know the method; a second call does nothing."""
+    """Register the method with vLLM; a second call does nothing."""
     if METHOD not in QUANTIZATION_METHODS:
         register_quantization_config(METHOD)(PackedConfig)

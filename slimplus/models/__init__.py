@@ -1,1 +1,1 @@
-"""Loading transformers and finding their blocks and linear layers."""
+"""Causal language models of transformers: finding, loading and taking them apart, and running them block by block."""

@@ -1,4 +1,7 @@
-"""Where each supported architecture keeps its transformer blocks: data, looked up by `config.model_type`."""
+"""The parts of a causal language model: blocks, linear layers, norms, embedding and head.
+
+Supporting another architecture takes one entry in `BLOCKS`.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +22,15 @@ BLOCKS = {
     "qwen2": "model.layers",
     "qwen3": "model.layers",
 }
-"""`model_type` → path of the list of blocks inside the causal language model."""
+"""`config.model_type` → dotted path of the list of blocks inside the causal language model."""
 
 
 class UnsupportedModelError(InputError):
-    """The model cannot be quantized here."""
+    """Error of a model whose architecture cannot be quantized."""
 
 
 def blocks_path(config: PretrainedConfig) -> str:
-    """Dotted path of the list of blocks.
+    """Return the dotted path of the list of blocks inside the causal language model.
 
     Raises:
         UnsupportedModelError: for a `model_type` that is not in `BLOCKS`.
@@ -41,40 +44,50 @@ def blocks_path(config: PretrainedConfig) -> str:
 
 
 def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """The transformer blocks of `model`, in order."""
+    """Return the transformer blocks of a model, in order.
+
+    Raises:
+        UnsupportedModelError: for a `model_type` that is not in `BLOCKS`.
+    """
     blocks = model.get_submodule(blocks_path(model.config))
     assert isinstance(blocks, nn.ModuleList)
     return blocks
 
 
 def find_linears(block: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers of one block by their dotted name in it: everything that gets quantized."""
+    """Return the linear layers of one block, all of which get quantized, by their dotted names in the block."""
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
 
 
 def quantized_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """The linear layers of all blocks by their names in the model."""
+    """Return the linear layers of all blocks by their dotted names in the model."""
     path = blocks_path(model.config)
     return {f"{path}.{name}": layer for name, layer in find_linears(find_blocks(model)).items()}
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a normalization; transformers has a class of its own for every architecture."""
+    """Return whether a module is a normalization, judged by its class's name: every architecture has its own class."""
     return type(module).__name__.endswith("Norm")
 
 
 def following_norm(model: PreTrainedModel, index: int) -> nn.Module:
-    """The normalization that reads the output of block `index`: the next block's first one, or the model's last.
+    """Return the normalization that reads a block's output: the first one of the next block, or the model's last one.
+
+    Args:
+        model: a causal language model.
+        index: number of the block, from 0.
 
     Raises:
-        UnsupportedModelError: if there is none.
+        UnsupportedModelError: if no normalization follows the block.
     """
     blocks, path = find_blocks(model), blocks_path(model.config)
     reader = blocks[index + 1] if index + 1 < len(blocks) else model.get_submodule(path.rpartition(".")[0])
     for child in reader.children():
         if is_norm(child):
             return child
-    raise UnsupportedModelError(f"model.path: no normalization follows block {index}; give another training.loss.error")
+    raise UnsupportedModelError(
+        f"model.path: no normalization follows block {index}; give training.loss.error=normalized or mse"
+    )
 
 
 @dataclass(frozen=True)
@@ -84,7 +97,7 @@ class EmbeddingAndHead:
     Attributes:
         embedding: name of the token embedding.
         head: name of the output head.
-        tied: whether they share one weight.
+        tied: whether embedding and head share one weight.
     """
 
     embedding: str
@@ -93,13 +106,13 @@ class EmbeddingAndHead:
 
 
 def find_embedding_and_head(model: PreTrainedModel) -> EmbeddingAndHead:
-    """Embedding and head of `model`.
+    """Return the names of a model's embedding and head.
 
     Raises:
-        UnsupportedModelError: if they are no plain embedding and linear layer.
+        UnsupportedModelError: if the two are not a plain embedding and a plain linear layer.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    # A subclass may scale what it looks up, and max_norm changes it: the packed embedding does neither.
+    # A subclass may scale the rows that it looks up, and max_norm rescales them: the packed embedding does neither.
     plain = type(embedding) is nn.Embedding and embedding.max_norm is None and type(head) is nn.Linear
     if not plain:
         raise UnsupportedModelError(
@@ -113,21 +126,27 @@ def find_embedding_and_head(model: PreTrainedModel) -> EmbeddingAndHead:
 def embedding_and_head_bits(
     model: PreTrainedModel, embedding_bits: int | None, head_bits: int | None
 ) -> dict[str, int]:
-    """Name → bits of the layers outside the blocks that get packed.
+    """Return the bits of the layers outside the blocks that get packed, by the layers' names.
 
-    A head tied to the embedding is packed with it, once, unless it has bits of its own: then the two are stored apart.
+    A head that is tied to the embedding is packed with it, once, unless `head_bits` is given too: then embedding and
+    head are stored apart.
+
+    Args:
+        model: a causal language model.
+        embedding_bits: width of the embedding, or None to leave the embedding as it is.
+        head_bits: width of the head, or None.
 
     Raises:
-        InputError: if the model has no such layers, or `head_bits` alone would split a tied weight for nothing.
+        InputError: if the layers cannot be packed, or `head_bits` alone would split a tied weight for nothing.
     """
     if embedding_bits is None and head_bits is None:
         return {}
     layers = find_embedding_and_head(model)
     if layers.tied and embedding_bits is None:
         raise InputError(
-            "quantization.head_bits: the head of this model is its embedding; packed apart from a 16-bit one it would "
-            "only add to the checkpoint; set quantization.embedding_bits, alone to pack the two as one, "
-            "or with head_bits to store them apart"
+            "quantization.head_bits: the head of this model is its embedding; a packed copy beside the 16-bit weight "
+            "would make the checkpoint larger; set quantization.embedding_bits, alone to pack the two as one, or with "
+            "head_bits to store them apart"
         )
     bits = {layers.embedding: embedding_bits, layers.head: head_bits}
     return {name: width for name, width in bits.items() if width is not None}

@@ -1,4 +1,4 @@
-"""Models, their configuration and tokenizers from the hub, a folder, or a folder with a GGUF file."""
+"""Loading of models, configurations and tokenizers from the hub, a folder, or a folder with a GGUF file."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ UNREADABLE = (OSError, ValueError, SafetensorError, StrictDataclassError)  # wha
 
 
 class ModelLoadError(InputError):
-    """The model or its tokenizer cannot be had."""
+    """Error of a model, a configuration or a tokenizer that cannot be loaded."""
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from.
+    """The place that a model is loaded from, and how it is loaded.
 
     Attributes:
         path: hub id or local folder.
-        gguf_file: name of a GGUF file in it, if that is what holds the weights.
+        gguf_file: name of the GGUF file in `path` that holds the weights, if one does.
         dtype: `auto` (as stored; bfloat16 for a GGUF file), or the name of a torch dtype.
-        trust_remote_code: run code that ships with the model.
-        revision: of a hub id: branch, tag or commit.
+        trust_remote_code: whether to run code that ships with the model.
+        revision: branch, tag or commit of a hub id; None for `main`.
     """
 
     path: str
@@ -51,10 +51,14 @@ class ModelSource:
     revision: str | None = None
 
     def pinned(self) -> ModelSource:
-        """The same source at the commit that its hub id names now: its files are read more than once, for days.
+        """Return this source with its revision set to the commit that the hub holds at the moment.
+
+        A job reads the files more than once, for days, and all of them must come from one commit. A local folder is
+        returned unchanged.
 
         Raises:
-            ModelLoadError: if it cannot be had.
+            ModelLoadError: if the hub does not give the model's files.
+            TemporaryFailure: if the disk is full.
         """
         if Path(self.path).is_dir():
             return self
@@ -66,10 +70,12 @@ class ModelSource:
         return replace(self, revision=Path(file).parents[len(Path(name).parts) - 1].name)  # …/snapshots/COMMIT/NAME
 
     def _arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments that every `from_pretrained` of this source takes."""
         arguments: dict[str, Any] = {"trust_remote_code": self.trust_remote_code, "revision": self.revision or "main"}
         return arguments | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
 
     def _explain(self, error: Exception) -> ModelLoadError | TemporaryFailure:
+        """Return the error to raise in the place of one that the hub client or transformers raised."""
         if is_full(error):
             return TemporaryFailure(
                 f"model.path: no space is left to download {self.path}; free some, or set HF_HOME to another disk"
@@ -80,10 +86,11 @@ class ModelSource:
         )
 
     def config(self) -> PretrainedConfig:
-        """The model's configuration.
+        """Return the model's configuration.
 
         Raises:
-            ModelLoadError: if it cannot be had, or is that of a quantized model.
+            ModelLoadError: if the configuration cannot be loaded, or belongs to a quantized model.
+            TemporaryFailure: if the disk is full.
         """
         try:
             config: PretrainedConfig = AutoConfig.from_pretrained(self.path, **self._arguments())
@@ -93,16 +100,19 @@ class ModelSource:
             values = quantized if isinstance(quantized, Mapping) else quantized.to_dict()
             raise ModelLoadError(
                 f"model.path: '{self.path}' is quantized already ({values.get('quant_method')}); give the "
-                "full-precision model that it was made from"
+                "full-precision model instead"
             )
         return config
 
     @staticmethod
     def config_of(values: Mapping[str, Any]) -> PretrainedConfig:
-        """A configuration from the defaults of `values["model_type"]` and the other values.
+        """Build a configuration from values, and from the defaults of their architecture for all others.
+
+        Args:
+            values: `model_type` and any other fields of the configuration.
 
         Raises:
-            ModelLoadError: for an unknown architecture, or values that it does not take.
+            ModelLoadError: for an unknown architecture, or values that the architecture does not take.
         """
         others = dict(values)
         model_type = others.pop("model_type", None)
@@ -114,10 +124,11 @@ class ModelSource:
             raise ModelLoadError(f"model.config: no {model_type} has such values ({first_line(error)})") from error
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer.
+        """Return the model's tokenizer.
 
         Raises:
-            ModelLoadError: if it cannot be had.
+            ModelLoadError: if the tokenizer cannot be loaded.
+            TemporaryFailure: if the disk is full.
         """
         try:
             check_tokenizer_file(self.path)
@@ -126,15 +137,16 @@ class ModelSource:
             raise self._explain(error) from error
 
     def model(self) -> PreTrainedModel:
-        """The model on the CPU, in its stored dtype (or `dtype`), in evaluation mode, frozen.
+        """Load the model on the CPU, in its stored dtype (or `dtype`), in evaluation mode, frozen.
 
         Raises:
-            ModelLoadError: if it cannot be had.
+            ModelLoadError: if the model cannot be loaded.
+            TemporaryFailure: if the disk is full.
         """
-        # A GGUF file stores blocks of integers; bfloat16 is what its dequantized weights are served in.
+        # A GGUF file stores blocks of integers, not a dtype; bfloat16 is what dequantized weights are served in.
         dtype = "bfloat16" if self.dtype == "auto" and self.gguf_file else self.dtype
         arguments = self._arguments()
-        if self.gguf_file and hasattr(transformers, "GgufConfig"):  # since 5.2x the integers would be kept instead
+        if self.gguf_file and hasattr(transformers, "GgufConfig"):  # newer versions keep the integers by default
             arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
         try:
             model = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype, **arguments)
@@ -144,10 +156,12 @@ class ModelSource:
 
 
 def check_tokenizer_file(folder: str | Path) -> None:
-    """Look into tokenizer.json, where a local folder holds one: of half a copy, tokenizers says so in a bare Exception.
+    """Check that tokenizer.json is whole, if a local folder holds one.
+
+    The library tokenizers raises a bare Exception for half a copy of the file, which nothing should have to catch.
 
     Raises:
-        ValueError: if it is no JSON.
+        ValueError: if tokenizer.json is not JSON.
     """
     file = Path(folder, "tokenizer.json")
     if file.is_file():
@@ -158,6 +172,6 @@ def check_tokenizer_file(folder: str | Path) -> None:
 
 
 def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:
-    """The model without weights: shapes only, no memory."""
+    """Build a model on the meta device: its weights have shapes and take no memory."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)

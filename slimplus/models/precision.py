@@ -1,4 +1,4 @@
-"""Which arithmetic the blocks run in."""
+"""The floating-point precision that blocks run in."""
 
 from __future__ import annotations
 
@@ -7,32 +7,36 @@ from contextlib import AbstractContextManager
 import torch
 
 AUTOCAST_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": None}
-"""Lightning's name of a precision → dtype of autocast, None for none."""
-
+"""Lightning's name of a precision → dtype that autocast uses; None turns autocast off."""
 
 LOSS_SCALES = {"16-mixed": 2.0**16}
-"""Precision → factor on a loss before its backward; 1 for the others.
+"""Lightning's name of a precision → factor on a loss before its backward; 1 for the others.
 
-A mean over thousands of tokens has gradients that float16 rounds to zero. As with PyTorch's GradScaler, this is what it
-begins with, and an overflow halves it. No optimizer depends on it: one takes signs, the other divides by the gradient's
-size.
+The gradients of a mean over thousands of tokens are so small that float16 rounds them to zero. As in PyTorch's
+GradScaler, the factor is a first value, and each overflow halves it. No optimizer depends on the factor: SignSGD takes
+signs, and AdamW divides by the gradient's size.
 """
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """`auto` is bfloat16 where the processor multiplies it natively (else it is emulated, and slower than float32)."""
+    """Return `precision`, with `auto` resolved to what `device` multiplies natively.
+
+    Args:
+        precision: Lightning's name of a precision, or `auto`.
+        device: where blocks run.
+    """
     if precision != "auto":
         return precision
     if device.type == "cuda":
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
-    # Emulated bfloat16 is several times slower than float32. There is no public question for native support.
+    # Emulated bfloat16 is several times slower than float32. PyTorch has no public function that tells native support.
     return "bf16-mixed" if torch.cpu._is_avx512_bf16_supported() else "32-true"
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """Autocast of `precision` on `device`; it is the same in training, in calibration and in evaluation.
+    """Return the autocast context of a precision on a device, for training, calibration and evaluation alike.
 
-    The modules autocast themselves, instead of Lightning's precision plugin, because DeepSpeed's would turn the
+    Modules enter it themselves instead of using Lightning's precision plugin: DeepSpeed's plugin would turn the
     quantizers' parameters into bfloat16 as well.
     """
     dtype = AUTOCAST_DTYPES[precision]

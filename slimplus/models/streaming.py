@@ -1,4 +1,4 @@
-"""A causal language model run one block at a time, so that only one block need be on the device."""
+"""Running a causal language model one block at a time, so that only one block need be on the device."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ from slimplus.nn.packed_linear import PackedModule
 from slimplus.utils.progress import track
 
 BlockArguments = dict[str, Any]
+"""Keyword arguments of a block's forward besides the hidden states, such as the mask."""
 
 ReplaceBlock = Callable[[int, nn.Module], nn.Module]
-"""`(index, block) -> block`"""
+"""Function from a block's index and the block to the block that runs in its place."""
 
-GPU_TOKENS = 8192  # at a time: with fewer a GPU waits for its next kernel most of the time
+GPU_TOKENS = 8192  # tokens at a time: with fewer, a GPU waits for its next kernel most of the time
 
 
 @dataclass(frozen=True)
 class BlockInputs:
-    """What the blocks of a model are fed.
+    """Inputs of a model's blocks.
 
     Attributes:
-        hidden: inputs of the first block, `[windows, sequence_length, hidden]`.
-        arguments: of each block, the other arguments (mask, position embeddings, …) for one window; they broadcast
-            over a batch, since all windows have the same length and none is padded.
+        hidden: hidden states that the first block reads, `[windows, sequence_length, hidden]`.
+        arguments: other arguments of each block (mask, position embeddings, …) for one window; they broadcast over a
+            batch, since all windows have the same length and none is padded.
     """
 
     hidden: Tensor
@@ -41,23 +42,23 @@ class BlockInputs:
 
 
 class _Captured(Exception):
-    """Ends the forward once the last block has been reached."""
+    """Signal that ends a model's forward once what it is run for has been captured."""
 
 
 def windows_at_a_time(device: torch.device, sequence_length: int) -> int:
-    """How many windows to run at once where no gradient is kept; a CPU gains nothing from more than one."""
+    """Return how many windows to run at once without gradients; a CPU gains nothing from more than one."""
     return max(GPU_TOKENS // sequence_length, 1) if device.type == "cuda" else 1
 
 
 def run_block(block: nn.Module, hidden: Tensor, arguments: BlockArguments) -> Tensor:
-    """Output of `block` for a batch `[windows, sequence_length, hidden]`."""
+    """Return a block's output for a batch `[windows, sequence_length, hidden]`, in the same shape."""
     output = block(hidden, **arguments)
     return output[0] if isinstance(output, tuple) else output
 
 
 @dataclass(frozen=True)
 class BlockRunner:
-    """Runs blocks over windows that stay on the CPU, in the precision of the job.
+    """Runner of blocks over windows that stay on the CPU, in the precision of the job.
 
     Attributes:
         device: where blocks run.
@@ -69,11 +70,11 @@ class BlockRunner:
 
     @property
     def hidden_dtype(self) -> torch.dtype:
-        """Of the hidden states kept on the CPU; float16 could not hold massive activations."""
+        """Dtype of the hidden states kept on the CPU; float16 could not hold massive activations."""
         return torch.bfloat16 if self.precision == "bf16-mixed" else torch.float32
 
     def load(self, block: nn.Module) -> nn.Module:
-        """A float32 copy of `block` on the device, its packed layers dequantized."""
+        """Return a float32 copy of a block on the device, its packed layers dequantized."""
         copy = deepcopy(block)
         for name, layer in list(copy.named_modules()):
             if isinstance(layer, PackedLinear):
@@ -82,9 +83,18 @@ class BlockRunner:
 
     @torch.no_grad()
     def run(self, block: nn.Module, hidden: Tensor, arguments: BlockArguments) -> Tensor:
-        """Outputs for `hidden` `[windows, sequence_length, hidden]`, on the CPU in the dtype of `hidden`."""
+        """Run a loaded block over windows, a few at a time.
+
+        Args:
+            block: the block, as `load` gives it.
+            hidden: the block's inputs on the CPU, `[windows, sequence_length, hidden]`.
+            arguments: the block's other arguments.
+
+        Returns:
+            The outputs on the CPU, in the shape and dtype of `hidden`.
+        """
         outputs = torch.empty_like(hidden)
-        if not len(hidden):  # a rank may have no share of a few windows
+        if not len(hidden):  # with few windows, a rank's share may be empty
             return outputs
         windows = windows_at_a_time(self.device, hidden.shape[1])
         for source, destination in zip(hidden.split(windows), outputs.split(windows), strict=True):
@@ -94,20 +104,24 @@ class BlockRunner:
 
 
 def _float32(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`, as float32 if it holds real numbers."""
+    """Return a tensor on the device, as float32 if it holds floating-point numbers."""
     return tensor.data.to(device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
 
 
 class StreamedModel:
-    """Splits the forward of `model` into embedding, blocks, and head, whatever the architecture.
+    """A model whose forward is split into embedding, blocks and head, whatever the architecture.
 
-    The blocks' forward is replaced while the model's own forward runs around them, so that masks and positions are
-    made by the model's own code. All but the blocks becomes float32 on `device`, where autocast makes of it what the
-    precision says; packed tensors keep their dtypes. The blocks stay on the CPU in their stored dtype.
+    The blocks' forward is replaced while the model's own forward runs around them, so that the model's own code makes
+    masks and positions. All parts but the blocks become float32 on the runner's device, where autocast applies the
+    precision; packed tensors keep their dtypes. The blocks stay on the CPU in their stored dtype.
 
     Args:
-        model: a causal language model, on the CPU.
-        runner: runs the blocks, and says where and in which precision.
+        model: a causal language model on the CPU; it is changed.
+        runner: runs the blocks, and holds device and precision.
+
+    Attributes:
+        dtype: dtype that the model is stored in.
+        blocks: the transformer blocks, in order.
     """
 
     def __init__(self, model: PreTrainedModel, runner: BlockRunner) -> None:
@@ -126,7 +140,7 @@ class StreamedModel:
 
     @contextmanager
     def _replaced(self, forward: Callable[..., Tensor]) -> Iterator[None]:
-        """Every block calls `forward(index, hidden, **arguments)` instead of its own."""
+        """Have every block call `forward(index, hidden, **arguments)` instead of its own forward."""
         for index, block in enumerate(self.blocks):
 
             def call(hidden_states: Tensor, index: int = index, **arguments: Any) -> Tensor:
@@ -140,7 +154,7 @@ class StreamedModel:
                 del block.forward
 
     def outer_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and value of all that is saved outside the blocks, in the dtype it was stored in; tied tensors once."""
+        """Yield names and values of the tensors outside the blocks, in their stored dtype; tied tensors come once."""
         prefix, seen = f"{blocks_path(self.model.config)}.", set()
         for name, tensor in self.model.state_dict().items():
             if not name.startswith(prefix) and tensor.data_ptr() not in seen:
@@ -149,19 +163,19 @@ class StreamedModel:
 
     @property
     def head(self) -> nn.Linear:
-        """The output head."""
+        """The output head, from hidden states to logits."""
         head = self.model.get_output_embeddings()
         assert isinstance(head, nn.Linear)
         return head
 
     @property
     def full_bytes(self) -> int:
-        """Size of the model at 16 bit, tied weights counted once."""
+        """Bytes that the model takes at 16 bit, tied weights counted once."""
         return 2 * sum(parameter.numel() for parameter in self.model.parameters())
 
     @torch.no_grad()
     def block_inputs(self, tokens: Tensor) -> BlockInputs:
-        """Embed `tokens` `[windows, sequence_length]`; the hidden states are kept on the CPU."""
+        """Return the blocks' inputs for tokens `[windows, sequence_length]`, the hidden states on the CPU."""
         runner, first = self.runner, list[Tensor]()
         arguments: list[BlockArguments] = []
 
@@ -186,9 +200,9 @@ class StreamedModel:
         """Run the blocks in order, and yield the outputs of each, `[windows, sequence_length, hidden]`, on the CPU.
 
         Args:
-            inputs: what `block_inputs` gives.
-            description: of a progress bar; none is shown without it.
-            replace: gives the block to run in the place of each one.
+            inputs: inputs of the blocks, as `block_inputs` gives them.
+            description: text before a progress bar; no bar is shown if it is empty.
+            replace: returns the block to run in the place of each block.
         """
         hidden, steps = inputs.hidden, list(enumerate(zip(self.blocks, inputs.arguments, strict=True)))
         for index, (block, arguments) in track(steps, description) if description else steps:
@@ -197,7 +211,7 @@ class StreamedModel:
             yield hidden
 
     def last_hidden(self, inputs: BlockInputs, description: str = "", replace: ReplaceBlock | None = None) -> Tensor:
-        """Return the last block's outputs, see `forward_blocks`; those of the others are not kept."""
+        """Return the last block's outputs, keeping no other block's; the arguments are those of `forward_blocks`."""
         hidden = inputs.hidden
         for outputs in self.forward_blocks(inputs, description, replace):
             hidden = outputs
@@ -205,13 +219,30 @@ class StreamedModel:
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """Return the logits `[windows, sequence_length, vocabulary]` that the last block's outputs lead to."""
+        """Return the logits for the last block's outputs.
+
+        Args:
+            tokens: `[windows, sequence_length]`, from which masks and positions follow.
+            hidden: the last block's outputs, `[windows, sequence_length, hidden]`.
+
+        Returns:
+            `[windows, sequence_length, vocabulary]` on the device.
+        """
         return self._logits(tokens, hidden)
 
     def sampled_gradient(self, tokens: Tensor, hidden: Tensor, seed: int) -> Tensor:
-        """Gradient of `-log p(y)`, summed over the tokens, for the last block's output `hidden`.
+        """Return the gradient of `-log p(y)`, summed over the tokens, with respect to the last block's outputs.
 
-        Each `y` is drawn from the model's own prediction: the mean of the gradient's square is the Fisher information.
+        Each `y` is drawn from the model's own prediction `p`, so that the mean of the gradient's square is the Fisher
+        information.
+
+        Args:
+            tokens: `[windows, sequence_length]`.
+            hidden: the last block's outputs, `[windows, sequence_length, hidden]`.
+            seed: seed of the draw.
+
+        Returns:
+            The gradient on the device, in the shape of `hidden`, float32.
 
         Raises:
             ValueError: if the prediction holds NaN or infinity.
@@ -229,6 +260,7 @@ class StreamedModel:
         return gradient
 
     def _logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """Return the logits, with a gradient if one is recorded: every block passes on the last block's outputs."""
         runner = self.runner
 
         def replay(index: int, passed: Tensor, **_: Any) -> Tensor:
@@ -238,7 +270,13 @@ class StreamedModel:
             return self.model(input_ids=tokens.to(runner.device), use_cache=False).logits
 
     def capture_head_inputs(self, tokens: Tensor, hidden: Tensor, hook: Callable[[Tensor], None]) -> None:
-        """Call `hook` with the head's input for each window of `tokens`; `hidden` are the last block's outputs."""
+        """Call a function with the head's inputs, `[1, sequence_length, hidden]`, for one window after the other.
+
+        Args:
+            tokens: `[windows, sequence_length]`.
+            hidden: the last block's outputs, `[windows, sequence_length, hidden]`.
+            hook: function to call.
+        """
 
         def stop(_: nn.Module, inputs: tuple[Tensor]) -> None:
             hook(inputs[0])

@@ -1,7 +1,7 @@
-"""Linear layers whose quantizers learn: the grid alone, or what lies on it as well.
+"""Fake-quantized linear layers, which learn their grid alone, or the place of each weight on it as well.
 
-All of them start from calibrated integers. Every forward uses scale and zero point as they will be stored, so that the
-trained layer and the packed one agree bit for bit.
+All of them start from calibrated integers. Every forward uses scales and zero points as the packed format will hold
+them, so that the trained layer and the packed one agree bit for bit.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from slimplus.format.affine import QuantizedWeight, storable_scale, storable_zero_point
 
-LARGEST_OFFSET = 0.5  # in steps: enough for a weight to take the other one of its two nearest levels
+LARGEST_OFFSET = 0.5  # in steps of the grid: enough for a weight to take the other one of its two nearest levels
 
 
 def _straight_through(real: Tensor, stored: Tensor) -> Tensor:
-    """Value of `stored`, to the bit, however large `real` is; gradient of `real` (arXiv 1308.3432)."""
+    """Return `stored`, exact to the bit, with the gradient of `real` (straight-through estimator, arXiv 1308.3432)."""
     return stored.detach() + (real - real.detach())
 
 
 def _rounded_to_grid(position: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
-    """Nearest of the integers `0 … largest`, and which positions lie between the ends of the grid."""
+    """Return the nearest of the integers `0 … largest`, and the mask of positions between the ends of the grid."""
     rounded = position.round()
     integers = rounded.clamp(min=0)
     torch.minimum(integers, largest, out=integers)
@@ -32,7 +32,7 @@ def _rounded_to_grid(position: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]
 
 
 class _NearestLevel(torch.autograd.Function):
-    """One function for what autograd would do in a chain, in half the passes over memory that such a chain makes."""
+    """The nearest levels, in one function: half the passes over memory that a chain of operators takes."""
 
     @staticmethod
     def forward(ctx: Any, position: Tensor, largest: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class _NearestLevel(torch.autograd.Function):
 
 
 class _FrozenLevel(torch.autograd.Function):
-    """`(integers - zero_point) * scale`, of which nothing the size of the weight is kept for its gradients."""
+    """The levels `(integers - zero_point) * scale`, which keeps nothing of the weight's size for its gradients."""
 
     @staticmethod
     def forward(ctx: Any, integers: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -63,19 +63,21 @@ class _FrozenLevel(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor | None]:
         integers, scale, zero_point = ctx.saved_tensors
         (gradient,) = gradients
-        # Not the sum of integers, less that of zero points: each is much larger than their difference.
+        # The difference is summed, not the two sums subtracted: each of them is much larger than their difference.
         of_scale = (integers - zero_point).mul_(gradient).sum(-1, keepdim=True)
         of_zero_point = -(gradient * scale).sum(-1, keepdim=True) if ctx.needs_input_grad[2] else None
         return None, of_scale, of_zero_point
 
 
 def nearest_level(position: Tensor, largest: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """Levels `[out, groups, group_size]` nearest to a `position` of that shape, in steps from level 0.
+    """Return the levels nearest to positions on the grid, `[out, groups, group_size]`, differentiable.
 
     Args:
-        position: gets the gradient of the levels, times the scale, where it lies between the ends of the grid.
-        largest: `[groups, 1]`, the largest integers.
-        scale, zero_point: `[out, groups, 1]`.
+        position: positions in steps from level 0, `[out, groups, group_size]`. Those between the ends of the grid get
+            the gradient of the levels times the scale; those beyond get none.
+        largest: largest integer of each group, `[groups, 1]`.
+        scale: `[out, groups, 1]`.
+        zero_point: `[out, groups, 1]`.
     """
     return cast(Tensor, _NearestLevel.apply(position, largest, scale, zero_point))
 
@@ -83,21 +85,21 @@ def nearest_level(position: Tensor, largest: Tensor, scale: Tensor, zero_point: 
 class FakeQuantizedLinear(nn.Module):
     """Mixed-bit linear layer with frozen integers and a learnable grid: SliM-LLM+ (arXiv 2405.14917, section 3.3).
 
-    Trained are, per row and group, both ends of the grid, as shifts in steps of the calibrated scale: level `q = 0`
-    lies at `low + low_shift * scale`, the largest one at `high + high_shift * scale`. At 1 bit they are the two levels.
+    Both ends of each row's grid in each group are trained, as shifts in steps of the calibrated scale: the lowest level
+    lies at `low + low_shift * scale`, the highest at `high + high_shift * scale`. At 1 bit they are the two levels.
 
-    The integers stay as calibration left them. The paper rounds again at every step, which undoes the compensation of
-    one column's rounding error by the others: from the calibrated start, re-rounding raised SmolLM2's first block error
-    by 14 % in 128 steps, where moving the grid alone lowered it by 27 %. It also makes every gradient exact.
+    The integers stay as calibrated. The paper rounds again at every step, which undoes the compensation of one column's
+    rounding error by the others: from the calibrated start, re-rounding raised the error of SmolLM2's first block by
+    14 % in 128 steps; moving the grid alone lowered it by 27 %. Frozen integers also make every gradient exact.
 
     Args:
         weight: the calibrated weight.
-        bias: `[out]` or None, frozen.
-        width_rates: width → factor on the learning rates of its groups; 1 for those not named. It is a factor on the
-            parameters, which is the same for a sign step and an Adam; what bounds a parameter is scaled with it.
+        bias: the bias, `[out]`, frozen, or None.
+        width_rates: factor on the learning rates of the groups of each width; 1 for widths without one. It multiplies
+            the parameters, which has the same effect for sign descent and for Adam, and scales their bounds as well.
 
     Attributes:
-        bound: of `per_weight`.
+        bound: largest magnitude that the optimizer should allow the parameters in `per_weight`.
     """
 
     integers: Tensor
@@ -126,21 +128,21 @@ class FakeQuantizedLinear(nn.Module):
         self.high_shift = nn.Parameter(weight.scale.new_zeros(weight.scale.shape))
 
     def _grouped(self, weight: Tensor) -> Tensor:
-        """`[out, in]` → `[out, groups, group_size]`, the last group filled up with zeros."""
+        """Reshape values `[out, in]` to `[out, groups, group_size]`, the last group filled up with zeros."""
         return nn.functional.pad(weight, (0, -self.in_features % self.group_size)).unflatten(1, (-1, self.group_size))
 
     @property
     def grid(self) -> list[nn.Parameter]:
-        """The parameters that place the grid."""
+        """The parameters that place the grid, each `[out, groups]`."""
         return [self.low_shift, self.high_shift]
 
     @property
     def per_weight(self) -> list[nn.Parameter]:
-        """The parameters that each weight has of its own."""
+        """The parameters with a value for each weight, each `[out, groups, group_size]`."""
         return []
 
     def qparams(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero point `[out, groups]` as they will be stored, differentiable in the shifts."""
+        """Return the scale and zero point `[out, groups]` as they will be stored, differentiable in the shifts."""
         steps = (2**self.bits - 1).to(self.scale.dtype)
         low, high = self.low_shift * self.rates, self.high_shift * self.rates
         scale = self.scale * (1 + (high - low) / steps)
@@ -149,45 +151,55 @@ class FakeQuantizedLinear(nn.Module):
         return scale, _straight_through(zero_point, storable_zero_point(zero_point, self.bits))
 
     def levels(self, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """What the weights become, `[out, groups, group_size]`, on the grid of both, `[out, groups, 1]`."""
+        """Return the levels of the weights `[out, groups, group_size]` on the grid of a scale and zero point.
+
+        Args:
+            scale: `[out, groups, 1]`.
+            zero_point: `[out, groups, 1]`.
+        """
         return cast(Tensor, _FrozenLevel.apply(self.integers, scale, zero_point))
 
     def rounded(self, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """The integers of those levels."""
+        """Return the integers of the levels `[out, groups, group_size]`; the arguments are those of `levels`."""
         return self.integers
 
     def fake_quantized_weight(self) -> Tensor:
-        """`[out, in]`, float32."""
+        """Return the weight on its grid, `[out, in]`, float32, differentiable in the parameters."""
         scale, zero_point = (values[..., None] for values in self.qparams())
         return self.levels(scale, zero_point).flatten(1)[:, : self.in_features]
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """`inputs` `[..., in]` → `[..., out]`."""
+        """Multiply `inputs` `[..., in]` by the fake-quantized weight, `[..., out]`."""
         return nn.functional.linear(inputs, self.fake_quantized_weight(), self.bias)
 
     @torch.no_grad()
     def quantized_weight(self) -> QuantizedWeight:
-        """What is packed: exactly the levels that `fake_quantized_weight` gives."""
+        """Return the weight to pack, whose levels are exactly those of `fake_quantized_weight`."""
         scale, zero_point = self.qparams()
         integers = self.rounded(scale[..., None], zero_point[..., None]).flatten(1)[:, : self.in_features]
         return QuantizedWeight(integers.to(torch.uint8), scale, zero_point, self.bits, self.group_size, self.scale_bits)
 
 
 class ScaledLinear(FakeQuantizedLinear):
-    """Learns the scales alone: integers and zero points stay."""
+    """Linear layer that learns its scales alone: integers and zero points stay as calibrated.
+
+    It takes the arguments of `FakeQuantizedLinear`.
+    """
 
     @property
     def grid(self) -> list[nn.Parameter]:
+        """The parameter that sets the scales, `[out, groups]`."""
         return [self.high_shift]
 
     def qparams(self) -> tuple[Tensor, Tensor]:
+        """Return the scale, differentiable in the shift, and the calibrated zero point, both `[out, groups]`."""
         steps = (2**self.bits - 1).to(self.scale.dtype)
         scale = self.scale * (1 + self.high_shift * self.rates / steps)
         return _straight_through(scale, storable_scale(scale, self.scale_bits)), self.zero_point
 
 
 class _RoundingLinear(FakeQuantizedLinear):
-    """Base of the layers that round at every step; what each weight has of its own is `change`."""
+    """Base of the layers that round at every step, by a trained `change` of each weight."""
 
     largest: Tensor
     position: Tensor
@@ -212,11 +224,14 @@ class _RoundingLinear(FakeQuantizedLinear):
 
     @property
     def scaled_change(self) -> Tensor:
-        """`change` at the rates of its groups' widths."""
+        """The change of each weight, times the rate of its group's width."""
         return self.change * self.rates[:, None] if self.rated else self.change
 
     def place(self, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """Where on the grid each weight lies, in steps from level 0, before it is rounded."""
+        """Return each weight's position on the grid before it is rounded, in steps from level 0.
+
+        The shapes are those of `levels`.
+        """
         raise NotImplementedError
 
     def levels(self, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -227,29 +242,32 @@ class _RoundingLinear(FakeQuantizedLinear):
 
 
 class LearnedRoundingLinear(_RoundingLinear):
-    """Learns which of its two nearest levels each weight takes, beside the grid (AutoRound, arXiv 2309.05516).
+    """Linear layer that learns its grid and which of its two nearest levels each weight takes.
 
-    A weight's place on the grid is frozen where error compensation left it, and an offset is trained, of at most half a
-    step where the optimizer keeps `bound`. So the integers start as calibrated, and moving the grid moves no weight to
-    another level, as it does in AutoRound.
+    AutoRound (arXiv 2309.05516) trains offsets of this kind. Here each weight's position on the grid is frozen where
+    error compensation left it, and its offset is at most half a step if the optimizer keeps to `bound`. The integers
+    thus start as calibrated, and moving the grid moves no weight to another level, which it does in AutoRound.
 
     Args:
         weight: the calibrated weight.
-        bias: `[out]` or None, frozen.
-        width_rates: as in `FakeQuantizedLinear`.
-        remainder: `[out, in]`, how far above its integer each weight lay, in steps; see `quantize_weight`.
+        bias: the bias, `[out]`, frozen, or None.
+        width_rates: factor on the learning rates of the groups of each width, as in `FakeQuantizedLinear`.
+        remainder: how far each weight lay above its integer before it was rounded, in steps, `[out, in]`; see
+            `slimplus.quantization.gptq.RoundedWeight`.
     """
 
     bound = LARGEST_OFFSET
 
     def place(self, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Return each weight's calibrated position plus its offset, in steps from level 0."""
         return self.position + self.scaled_change
 
 
 class TrainedWeightLinear(_RoundingLinear):
-    """Trains the weights themselves beside the grid, through the straight-through estimator (arXiv 2407.11062).
+    """Linear layer that learns its grid and its weights (block-wise training of EfficientQAT, arXiv 2407.11062).
 
-    Takes what `LearnedRoundingLinear` takes; weights beyond the ends of the grid start half a step beyond.
+    Gradients pass the rounding by the straight-through estimator. It takes the arguments of `LearnedRoundingLinear`;
+    a weight beyond the ends of the grid starts half a step beyond them.
     """
 
     start: Tensor
@@ -267,4 +285,5 @@ class TrainedWeightLinear(_RoundingLinear):
         self.register_buffer("start", start, persistent=False)
 
     def place(self, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Return each trained weight's position on the grid, in steps from level 0."""
         return (self.start + self.scaled_change) / scale + zero_point

@@ -13,35 +13,36 @@ from slimplus.nn.backends.triton import OLDEST, TritonWeight
 from slimplus.nn.packed_linear import PackedLinear, offloading_hook
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Layers of one module that every architecture we know feeds the same tensor."""
+"""Names of the layers in a module that all supported architectures call with the same input."""
 
 Backend = Int4Weight | Int8Weight | TritonWeight
 BACKENDS: dict[str, tuple[type[Backend], ...]] = {"cpu": (Int4Weight, Int8Weight), "cuda": (TritonWeight,)}
-"""Device → how packed weights are multiplied there while rows are few; which one depends on their widths."""
+"""Backends of each type of device, for few rows of input; the first one that supports the widths is taken."""
 
 
 class FusedLinears:
-    """One or more packed layers with the same input.
+    """One or more packed layers that read the same input, multiplied together.
 
-    The layers stay what they are: each holds its own packed tensors, in its own order of groups, and is called as
-    before. The first one called multiplies for all; the others, called with the very same tensor, find their part.
+    Each layer keeps its own packed tensors, in its own order of groups, and is called on its own. The first call
+    multiplies for all the layers; the others, called with the very same tensor, get their part of that product.
 
     Args:
-        layers: of equal `in_features` and `group_size`.
+        layers: packed layers with the same `in_features` and `group_size`.
     """
 
     def __init__(self, layers: Sequence[PackedLinear]) -> None:
         self.layers = tuple(layers)
         self._widths = frozenset(width for layer in layers for width in layer.bit_counts)
         self._backend: Backend | None = None
-        self._pending: tuple[Tensor, int, list[Tensor | None]] | None = None
+        self._pending: tuple[Tensor, int, list[Tensor | None]] | None = None  # input, its version, outputs
 
     def supports(self, dtype: torch.dtype, rows: int) -> bool:
-        """Whether so many rows of input are multiplied faster here, in `dtype`, than by dequantized weights."""
-        return self._kind(dtype, rows) is not None
+        """Return whether a backend multiplies `rows` rows in `dtype` faster than a dequantized weight does."""
+        return self._backend_type(dtype, rows) is not None
 
-    def _kind(self, dtype: torch.dtype, rows: int) -> type[Backend] | None:
-        if dtype not in (torch.float16, torch.bfloat16):  # wider ones are left to the exact product
+    def _backend_type(self, dtype: torch.dtype, rows: int) -> type[Backend] | None:
+        """Return the backend for `rows` rows of input in `dtype`, or None where a dequantized weight is better."""
+        if dtype not in (torch.float16, torch.bfloat16):  # float32 keeps the exact product
             return None
         first = self.layers[0]
         device = first.scales.device
@@ -51,7 +52,10 @@ class FusedLinears:
         return next((backend for backend in backends if backend.supports(rows, self._widths, first.group_size)), None)
 
     def __call__(self, inputs: Tensor, layer: PackedLinear, dtype: torch.dtype) -> Tensor:
-        """Output of one of the layers, computed in `dtype`; see `takes`."""
+        """Return the output of one of the layers for `inputs` `[..., in]`, computed in `dtype`.
+
+        `supports` must hold for the dtype and the rows of the inputs.
+        """
         position = next(index for index, member in enumerate(self.layers) if member is layer)
         pending = self._pending
         version = _version(inputs)
@@ -64,28 +68,32 @@ class FusedLinears:
         return output
 
     def linear(self, inputs: Tensor) -> Tensor:
-        """`inputs` `[..., in]` → `[..., sum of out]`: the outputs of all the layers side by side; see `takes`."""
+        """Return the outputs of all the layers side by side, `[..., sum of out]`, for `inputs` `[..., in]`.
+
+        `supports` must hold for the dtype and the rows of the inputs.
+        """
         if self._backend is None:
             self.prepare()
         assert self._backend is not None
         return self._backend.linear(inputs)
 
     def _multiply(self, inputs: Tensor) -> list[Tensor | None]:
+        """Return the output of each layer."""
         return list(self.linear(inputs).split([layer.out_features for layer in self.layers], dim=-1))
 
     @torch.compiler.disable
     def prepare(self) -> None:
-        """Make the backend for the device on which the layers lie; otherwise the first use does."""
-        kind = self._kind(torch.bfloat16, rows=1)
-        assert kind is not None
-        if issubclass(kind, TritonWeight):
+        """Make the backend's weight on the device of the layers; otherwise the first product does."""
+        backend_type = self._backend_type(torch.bfloat16, rows=1)
+        assert backend_type is not None
+        if issubclass(backend_type, TritonWeight):
             self._backend = triton_weight(self.layers)
         else:
             weights = [layer.quantized_weight() for layer in self.layers]
-            self._backend = kind.from_quantized(weights, _stacked_bias(self.layers))
+            self._backend = backend_type.from_quantized(weights, _stacked_bias(self.layers))
 
     def warm_up(self, dtype: torch.dtype) -> None:
-        """`prepare`, and compile what products of any size with inputs of `dtype` need."""
+        """Prepare the backend, and compile its kernels for inputs of `dtype` with any number of rows."""
         self.prepare()
         if isinstance(self._backend, TritonWeight):
             self._backend.warm_up(dtype)
@@ -94,16 +102,16 @@ class FusedLinears:
 
     @property
     def nbytes(self) -> int:
-        """Memory that the form takes beside the packed tensors."""
+        """Memory that the backend takes beside the packed tensors, in bytes."""
         return self._backend.nbytes if self._backend is not None else 0
 
     def forget(self) -> None:
-        """Drop the form: the layers have been moved or changed."""
+        """Drop the backend's weight and pending outputs: the layers have been moved or changed."""
         self._backend = self._pending = None
 
 
 def triton_weight(layers: Sequence[PackedLinear]) -> TritonWeight:
-    """Lay the packed tensors of layers with the same input end to end; what the layers hold become views of that."""
+    """Lay the packed tensors of layers with the same input end to end; the layers' own tensors become views of them."""
     weight, views = TritonWeight.from_packed(
         [layer.packed_tensors() for layer in layers],
         [layer.bit_counts for layer in layers],
@@ -117,7 +125,7 @@ def triton_weight(layers: Sequence[PackedLinear]) -> TritonWeight:
 
 
 def _stacked_bias(layers: Sequence[PackedLinear]) -> Tensor | None:
-    """The biases of layers that are multiplied together, zeros where there is none; None if no layer has one."""
+    """Return the layers' biases end to end, `[sum of out]`, zeros for a layer without one; None if there is none."""
     if all(layer.bias is None for layer in layers):
         return None
     return torch.cat(
@@ -131,7 +139,7 @@ def _stacked_bias(layers: Sequence[PackedLinear]) -> Tensor | None:
 
 
 def _version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place, where PyTorch counts it."""
+    """Return how often a tensor was changed in place, where PyTorch counts that; otherwise 0."""
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
@@ -139,35 +147,38 @@ def prepare_inference(model: nn.Module, fuse: bool = True, keep_dense: bool = Fa
     """Give every packed layer of `model` its fast way to multiply; a second call replaces the first.
 
     Args:
-        model: with packed layers, on any device.
+        model: a model with packed layers, on any device.
         fuse: whether layers that read the same input are multiplied in one launch.
         keep_dense: whether dequantized weights are kept, which makes many rows at once fast on a CPU and takes as much
             memory as the model had before it was quantized.
+
+    Returns:
+        The fused layers, one entry for each product.
     """
-    made = []
+    products = []
     for parent in model.modules():
         layers = {
             name: child
             for name, child in parent.named_children()
             if isinstance(child, PackedLinear) and not _is_offloaded(child)
         }
-        for names in _together(layers) if fuse else [(name,) for name in layers]:
+        for names in _group_siblings(layers) if fuse else [(name,) for name in layers]:
             members = [layers[name] for name in names]
-            made.append(FusedLinears(members))
+            products.append(FusedLinears(members))
             for member in members:
                 member.forget()
-                member.fused, member.keep_dense = made[-1], keep_dense
-    return made
+                member.fused, member.keep_dense = products[-1], keep_dense
+    return products
 
 
 def _is_offloaded(layer: PackedLinear) -> bool:
-    """Whether accelerate brings in something of the layer for each of its forwards, and only for these."""
+    """Return whether accelerate loads tensors of the layer for each of its forwards and drops them afterwards."""
     hook = offloading_hook(layer)
     return hook is not None and (hook.offload_buffers or layer.bias is not None)
 
 
-def _together(layers: Mapping[str, PackedLinear]) -> list[tuple[str, ...]]:
-    """The names of `layers`, those of siblings that can be fused in one tuple."""
+def _group_siblings(layers: Mapping[str, PackedLinear]) -> list[tuple[str, ...]]:
+    """Return the names of `layers`, those of siblings that can be fused in one tuple, all others alone."""
     fused = [
         names
         for names in SIBLINGS

@@ -1,4 +1,4 @@
-"""An embedding that keeps its weight bit-packed, and the output head tied to one."""
+"""An embedding that keeps its weight bit-packed, and the output head that is tied to it."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from slimplus.nn.packed_linear import PackedLinear, PackedModule, dequantize_pac
 
 
 class PackedEmbedding(PackedModule):
-    """`nn.Embedding` for inference over the packed format of `slimplus.format.planes`: a row a token.
+    """`nn.Embedding` for inference over the packed format of `slimplus.format.planes`: a row of the weight a token.
 
-    A lookup gathers the packed columns of the tokens asked for and dequantizes nothing else. Rows are innermost in the
-    format, so that a gather of its last dimension gives a small packed weight with those rows.
+    A lookup dequantizes only the rows of its tokens. Rows are the last dimension of packed tensors, so that gathering
+    along it gives a small packed weight with those rows.
 
     Args:
-        num_embeddings: tokens.
+        num_embeddings: tokens of the vocabulary.
         embedding_dim: values a token.
         group_size: values a group.
         bit_counts: number of groups of each width; it fixes the shape of every buffer.
-        dtype: of what a lookup gives; the default one if None.
-        scale_bits: that a scale takes.
+        dtype: dtype of the values that a lookup returns; None takes PyTorch's default.
+        scale_bits: bits that a scale takes, 8 or 16.
 
     Raises:
         ValueError: if `bit_counts` does not describe `embedding_dim` values.
@@ -51,7 +51,7 @@ class PackedEmbedding(PackedModule):
 
     @classmethod
     def from_quantized(cls, weight: QuantizedWeight, dtype: torch.dtype | None = None) -> Self:
-        """Pack `weight` `[num_embeddings, embedding_dim]`. The module lies on the CPU."""
+        """Return an embedding on the CPU with the packed `weight` `[num_embeddings, embedding_dim]`."""
         tensors, (rows, columns) = pack(weight), weight.integers.shape
         with torch.device("meta"):
             counts = count_bits(tensors["group_bits"])
@@ -61,68 +61,69 @@ class PackedEmbedding(PackedModule):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the weight, `[num_embeddings, embedding_dim]`."""
+        """Shape of the weight, `[num_embeddings, embedding_dim]`."""
         return self.num_embeddings, self.embedding_dim
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight `[num_embeddings, embedding_dim]`; exact in float32, rounded once to any other dtype."""
+        """Return the weight `[num_embeddings, embedding_dim]`, exact in float32, rounded once to any other dtype."""
         return self._dequantize(self.packed_tensors(), self.num_embeddings, dtype)
 
     def _dequantize(self, tensors: Mapping[str, Tensor], rows: int, dtype: torch.dtype) -> Tensor:
         return dequantize_packed(tensors, self.bit_counts, (rows, self.embedding_dim), self.group_size, dtype)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """`tokens` `[...]` → `[..., embedding_dim]`, bit for bit the rows of `dequantize`.
+        """Look up `tokens` `[...]`: their rows `[..., embedding_dim]`, bit for bit those of `dequantize`.
 
         Raises:
-            IndexError, RuntimeError: on the CPU, for a token outside the vocabulary.
+            RuntimeError: for a token outside the vocabulary, on the CPU.
         """
         count = tokens.numel()
-        asked = nn.functional.pad(tokens.flatten(), (0, -count % ROW_MULTIPLE))
+        padded = nn.functional.pad(tokens.flatten(), (0, -count % ROW_MULTIPLE))
         gathered = {
-            name: tensor[:, : self.num_embeddings].index_select(1, asked) if tensor.dim() == 2 else tensor
+            name: tensor[:, : self.num_embeddings].index_select(1, padded) if tensor.dim() == 2 else tensor
             for name, tensor in self.packed_tensors().items()
         }
         rows = self._dequantize(gathered, count, self.dtype)
         return rows.contiguous().view(*tokens.shape, self.embedding_dim)
 
     def _apply(self, function: Any, recurse: bool = True) -> Self:
-        self.dtype = function(torch.empty(0, dtype=self.dtype)).dtype  # what a cast would make of an ordinary weight
+        self.dtype = function(torch.empty(0, dtype=self.dtype)).dtype  # a cast changes it as it changes a dense weight
         return super()._apply(function, recurse)
 
     def extra_repr(self) -> str:
+        """Return the sizes and widths that `repr` of the module shows."""
         widths = ", ".join(f"{count}×{width}-bit" for width, count in self.bit_counts.items())
         return f"{self.num_embeddings}, {self.embedding_dim}, group_size={self.group_size}, groups=({widths})"
 
 
 class TiedHead(PackedLinear):
-    """The output head of a model whose head is its embedding, packed: it stores nothing of its own but a bias.
+    """The output head of a model that ties it to a packed embedding; the head stores nothing but a bias.
 
     Args:
-        embedding: whose packed tensors it multiplies by.
-        bias: `[num_embeddings]` or None.
+        embedding: the embedding whose packed weight the head shares.
+        bias: the bias, `[num_embeddings]`, or None.
     """
 
     def __init__(self, embedding: PackedEmbedding, bias: nn.Parameter | None = None) -> None:
         nn.Module.__init__(self)
-        self._embedding = (embedding,)  # in a tuple it is no submodule: saved and moved where it is, and only there
+        self._embedding = (embedding,)  # in a tuple, so that it is not a submodule, which would be saved twice
         self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
         self.group_size, self.bit_counts = embedding.group_size, embedding.bit_counts
         self.bias = bias
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """As of any packed layer, on the embedding's device, which a `device_map` may have made another one."""
+        """Multiply `inputs` `[..., in]` as any packed layer does, on the embedding's device, if it is another one."""
         return super().forward(inputs.to(self.scales.device)).to(inputs.device)
 
     @property
     def scales(self) -> Tensor:  # type: ignore[override]
-        """The embedding's."""
+        """The scales of the embedding."""
         return self._embedding[0].scales
 
     def packed_tensors(self) -> dict[str, Tensor]:
-        """The embedding's."""
+        """Return the packed tensors of the embedding by name."""
         return self._embedding[0].packed_tensors()
 
     def replace_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replace the embedding's."""
+        """Replace the packed tensors of the embedding by others of the same values."""
         self._embedding[0].replace_tensors(tensors)

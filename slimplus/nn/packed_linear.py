@@ -12,11 +12,11 @@ from slimplus.format.affine import QuantizedWeight
 from slimplus.format.checks import check_packed
 from slimplus.format.planes import BitCounts, check_features, count_bits, pack, packed_shapes, stored_scale_bits, unpack
 
-KEPT_DENSE_ROWS = 32  # from here on a dequantized weight that was kept beats int4 on a CPU
+KEPT_DENSE_ROWS = 32  # rows of input from which a kept dequantized weight is faster than int4 on a CPU
 
 
 class _InferenceOnly(torch.autograd.Function):
-    """Gives `outputs`, computed from `inputs` elsewhere; its gradient is refused in words that help."""
+    """The identity of `outputs`, computed from `inputs` elsewhere, with a backward pass that raises a helpful error."""
 
     @staticmethod
     def forward(context: Any, inputs: Tensor, outputs: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ class _InferenceOnly(torch.autograd.Function):
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         raise RuntimeError(
             "packed layers are for inference only and give no gradients; call the model under torch.inference_mode(), "
-            "or replace them by ordinary ones with to_linear()"
+            "or replace its packed layers by ordinary ones with to_linear()"
         )
 
 
@@ -37,7 +37,15 @@ def dequantize_packed(
     group_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The weight of `shape` `[out, in]` that packed tensors hold; exact in float32, rounded once to any other dtype."""
+    """Return the weight that packed tensors hold, exact in float32, rounded once to any other dtype.
+
+    Args:
+        packed: the tensors of the packed format by name.
+        bit_counts: number of groups of each width.
+        shape: shape of the weight, `[out, in]`.
+        group_size: columns a group.
+        dtype: dtype of the result.
+    """
     tensors = [packed[name] for name in packed_shapes(shape[0], bit_counts, group_size)]
     return _dequantize(tensors, list(bit_counts), list(bit_counts.values()), *shape, group_size, dtype)
 
@@ -52,7 +60,7 @@ def _dequantize(
     group_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """An operator of its own for `torch.compile`; the tensors come in the order of `packed_shapes`."""
+    """Dequantize a weight as one operator for `torch.compile`; the tensors are in the order of `packed_shapes`."""
     bit_counts = dict(zip(widths, counts, strict=True))
     packed = dict(zip(packed_shapes(rows, bit_counts, group_size), tensors, strict=True))
     if packed["scales"].is_cuda:
@@ -82,16 +90,16 @@ class PackedModule(nn.Module):
     """A module whose buffers are the tensors of a packed weight."""
 
     def packed_tensors(self) -> dict[str, Tensor]:
-        """The tensors of the packed format, by name."""
+        """Return the tensors of the packed format by name."""
         return dict(self.named_buffers(recurse=False))
 
     def replace_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put the same values, lying elsewhere, in the place of the packed tensors."""
+        """Replace the packed tensors by others of the same values, such as views of fused tensors."""
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
 
     def _apply(self, function: Any, recurse: bool = True) -> Self:
-        """Move the module; the packed tensors keep their dtypes, whatever the model is cast to."""
+        """Apply `function` as `nn.Module` does; packed tensors move to other devices but keep their dtypes."""
         packed = {id(buffer) for buffer in self.buffers()}
 
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -102,16 +110,19 @@ class PackedModule(nn.Module):
 
 
 class FusedProduct(Protocol):
-    """Multiplies for a packed layer, perhaps together with others that read the same input; see `nn.fusion`."""
+    """What multiplies for a packed layer, alone or together with layers that read the same input.
+
+    `slimplus.nn.fusion.FusedLinears` is the implementation.
+    """
 
     def supports(self, dtype: torch.dtype, rows: int) -> bool:
-        """Return whether it multiplies so many rows of input in `dtype`."""
+        """Return whether `rows` rows of input are multiplied in `dtype`."""
 
     def __call__(self, inputs: Tensor, layer: PackedLinear, dtype: torch.dtype) -> Tensor:
-        """Return the output of `layer`, computed in `dtype`."""
+        """Return the output of `layer` for `inputs` `[..., in]`, computed in `dtype`."""
 
     def forget(self) -> None:
-        """Drop what was made of the packed tensors."""
+        """Drop everything that was derived from the packed tensors."""
 
     @property
     def nbytes(self) -> int:
@@ -121,22 +132,22 @@ class FusedProduct(Protocol):
 class PackedLinear(PackedModule):
     """`nn.Linear` for inference over the packed format of `slimplus.format.planes`.
 
-    Few rows of input are multiplied by the `fused` the layer belongs to, if `prepare_inference` gave it some: by
-    Triton kernels on a GPU, by PyTorch's int4 operator on a CPU. Otherwise the forward dequantizes the whole weight to
-    the dtype of the input and uses the library's matmul.
-
-    Attributes:
-        fused: the layers that are multiplied together with this one, or None.
-        keep_dense: whether a weight, once dequantized, is kept.
+    After `prepare_inference`, few rows of input are multiplied by `fused`: by Triton kernels on a GPU, by PyTorch's
+    weight-only operators on a CPU. Otherwise the forward dequantizes the whole weight to the dtype of the input and
+    uses PyTorch's matmul.
 
     Args:
         in_features: columns of the weight.
         out_features: rows of the weight.
         group_size: columns a group.
         bit_counts: number of groups of each width; it fixes the shape of every buffer.
-        bias: whether there is one.
-        dtype: of the bias.
-        scale_bits: that a scale takes.
+        bias: whether the layer has a bias.
+        dtype: dtype of the bias.
+        scale_bits: bits that a scale takes, 8 or 16.
+
+    Attributes:
+        fused: product of this layer and those with the same input, or None before `prepare_inference`.
+        keep_dense: whether the dequantized weight is kept after its first use.
 
     Raises:
         ValueError: if `bit_counts` does not describe `in_features` columns.
@@ -167,7 +178,7 @@ class PackedLinear(PackedModule):
 
     @classmethod
     def from_quantized(cls, weight: QuantizedWeight, bias: Tensor | None) -> Self:
-        """Pack `weight`; the bias keeps its dtype. The layer lies on the CPU."""
+        """Return a layer on the CPU with the packed `weight`; the bias `[out]` keeps its dtype."""
         out_features, in_features = weight.integers.shape
         tensors = pack(weight)
         if bias is not None:
@@ -176,10 +187,16 @@ class PackedLinear(PackedModule):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], in_features: int, out_features: int, group_size: int) -> Self:
-        """A layer that holds the tensors of a packed weight, and its bias if there is one.
+        """Return a layer that holds the tensors of a packed weight, and a `bias` if they include one.
+
+        Args:
+            tensors: the tensors of the packed format by name.
+            in_features: columns of the weight.
+            out_features: rows of the weight.
+            group_size: columns a group.
 
         Raises:
-            ValueError: if the tensors are no such weight.
+            ValueError: naming the tensor, if the tensors are not a packed weight of this shape.
         """
         check_packed(tensors, (out_features, in_features), group_size)
         if (bias := tensors.get("bias")) is not None and bias.shape != (out_features,):
@@ -192,19 +209,19 @@ class PackedLinear(PackedModule):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the weight, `[out, in]`."""
+        """Shape of the weight, `[out, in]`."""
         return self.out_features, self.in_features
 
     def quantized_weight(self) -> QuantizedWeight:
-        """Integers, scales and zero points in the original order of columns."""
+        """Return the integers, scales and zero points, in the original order of columns."""
         return unpack(self.packed_tensors(), self.out_features, self.in_features, self.group_size)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight `[out, in]`; exact in float32, rounded once to any other dtype."""
+        """Return the weight `[out, in]`, exact in float32, rounded once to any other dtype."""
         return dequantize_packed(self.packed_tensors(), self.bit_counts, self.shape, self.group_size, dtype)
 
     def to_linear(self) -> nn.Linear:
-        """An ordinary float32 layer with the same weight."""
+        """Return an ordinary float32 layer with the same weight and bias."""
         with torch.device("meta"):
             linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
         tensors = {"weight": self.dequantize()} | ({} if self.bias is None else {"bias": self.bias.float()})
@@ -212,20 +229,20 @@ class PackedLinear(PackedModule):
         return linear.requires_grad_(False)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """`inputs` `[..., in]` → `[..., out]`, in the dtype of the input (of autocast where it is on).
+        """Multiply `inputs` `[..., in]` by the weight, `[..., out]`, in their dtype or in that of autocast.
 
         Raises:
-            ValueError: for inputs of another width.
+            ValueError: if the inputs do not have `in_features` columns.
             RuntimeError: in the backward pass.
         """
         if inputs.shape[-1] != self.in_features:
-            raise ValueError(f"the inputs have {inputs.shape[-1]} columns, and this layer takes {self.in_features}")
+            raise ValueError(f"the inputs have {inputs.shape[-1]} columns, but this layer takes {self.in_features}")
         device = inputs.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs.dtype
         rows = inputs.numel() // self.in_features
         kept = self.keep_dense and rows >= KEPT_DENSE_ROWS
         refused = torch.is_grad_enabled() and inputs.requires_grad
-        with torch.no_grad():  # or every dequantized weight would be kept for a backward pass that is refused
+        with torch.no_grad():  # else every dequantized weight would be kept for a backward pass, which is refused
             if self.fused is not None and not kept and self.fused.supports(dtype, rows):
                 outputs = self.fused(inputs, self, dtype)
             else:
@@ -234,6 +251,7 @@ class PackedLinear(PackedModule):
         return _InferenceOnly.apply(inputs, outputs) if refused else outputs
 
     def _dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """Return the dequantized weight, from the last call if it was kept in this dtype."""
         if self._dense is not None and self._dense.dtype == dtype:
             return self._dense
         weight = self.dequantize(dtype)
@@ -250,12 +268,13 @@ class PackedLinear(PackedModule):
         super()._load_from_state_dict(*arguments, **options)
 
     def forget(self) -> None:
-        """Drop what was made of the packed tensors."""
+        """Drop everything that was derived from the packed tensors: they have moved or changed."""
         self._dense = None
         if self.fused is not None:
             self.fused.forget()
 
     def extra_repr(self) -> str:
+        """Return the sizes and widths that `repr` of the module shows."""
         widths = ", ".join(f"{count}×{width}-bit" for width, count in self.bit_counts.items())
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
@@ -264,6 +283,6 @@ class PackedLinear(PackedModule):
 
 
 def offloading_hook(layer: nn.Module) -> Any:
-    """accelerate's hook that brings in the layer's parameters, and buffers if asked to, for each forward; or None."""
+    """Return the hook of accelerate that loads the layer's offloaded tensors for each forward, or None."""
     hook = getattr(layer, "_hf_hook", None)
     return next((one for one in getattr(hook, "hooks", (hook,)) if getattr(one, "offload", False)), None)

@@ -1,4 +1,4 @@
-"""From the recipe to what quantizes blocks: algorithms take small frozen configurations, never the whole recipe."""
+"""Translation of a recipe into the small frozen configurations that the algorithms take."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from slimplus.training.losses import LossConfig
 from slimplus.training.optimizers import Name, RateConfig, Schedule
 from slimplus.training.reconstruction import ReconstructionConfig
 
-WARMUP = 4  # steps: Adam's first moments are those of single batches
+WARMUP = 4  # steps over which the rates rise, since Adam's first moments come from a few batches
 
 
 def block_quantizer(
     recipe: Recipe, fabric: Fabric, runner: BlockRunner, logs: Path, preemption: Preemption
 ) -> BlockQuantizer:
-    """The quantizer of blocks that `recipe` asks for.
+    """Return the quantizer of blocks that a recipe asks for.
 
     Args:
-        recipe: the whole recipe.
+        recipe: the resolved recipe.
         fabric: the processes of the job.
-        runner: runs blocks on this process's device.
+        runner: the runner of blocks on this process's device.
         logs: folder of the TensorBoard and CSV logs.
-        preemption: the signals of this process.
+        preemption: the handler of this process's signals.
     """
     quantization, trainer = recipe.quantization, recipe.trainer
-    search = quantization.allocates_by
+    allocation = quantization.allocates_by
     per_weight = recipe.training.parametrization if quantization.method == "qat" else None
     return BlockQuantizer(
         quantization=QuantizationConfig(
@@ -42,7 +42,7 @@ def block_quantizer(
             quantization.bits,
             quantization.group_size,
             quantization.percdamp,
-            search if search in ("slimllm", "block") else "uniform",  # the others' widths are given
+            allocation if allocation in ("slimllm", "block") else "uniform",  # the others give a block its widths
             tuple(quantization.widths),
             quantization.scale_bits,
         ),
@@ -64,14 +64,17 @@ def block_quantizer(
 
 
 def _reconstruction(training: TrainingSection, per_weight: str | None) -> ReconstructionConfig:
-    """The training of a block, `auto` and null resolved."""
-    usual_optimizer: Name = "sign_sgd" if per_weight == "rounding" else "adamw"
-    optimizer = usual_optimizer if training.optimizer == "auto" else training.optimizer
-    signs = optimizer == "sign_sgd"
+    """Return the configuration of a block's training, with `auto` and null resolved."""
+    default_optimizer: Name = "sign_sgd" if per_weight == "rounding" else "adamw"
+    optimizer = default_optimizer if training.optimizer == "auto" else training.optimizer
+    is_sign_sgd = optimizer == "sign_sgd"
 
-    def rate(peak: float | None, usual: float, schedule: Schedule | Literal["auto"]) -> RateConfig:
-        falls = ("linear" if signs else "cosine") if schedule == "auto" else schedule
-        return RateConfig(usual if peak is None and not signs else peak, falls)
+    def rate(peak: float | None, default: float, schedule: Schedule | Literal["auto"]) -> RateConfig:
+        if schedule == "auto":
+            schedule = "linear" if is_sign_sgd else "cosine"
+        if peak is None and not is_sign_sgd:  # the default of sign_sgd depends on the number of steps
+            peak = default
+        return RateConfig(peak, schedule)
 
     return ReconstructionConfig(
         epochs=training.epochs,
@@ -87,6 +90,7 @@ def _reconstruction(training: TrainingSection, per_weight: str | None) -> Recons
 
 
 def _loss(loss: LossSection) -> LossConfig:
+    """Return the configuration of a block's loss."""
     return LossConfig(
         error=loss.error,
         trim_fraction=loss.leave_out,
@@ -95,18 +99,18 @@ def _loss(loss: LossSection) -> LossConfig:
     )
 
 
-def end_to_end_config(recipe: EndToEndSection) -> EndToEndConfig:
-    """Return the training of the whole model that the recipe asks for."""
+def end_to_end_config(section: EndToEndSection) -> EndToEndConfig:
+    """Return the configuration of the end-to-end training that a recipe asks for."""
     return EndToEndConfig(
-        epochs=recipe.epochs,
-        batch_size=recipe.batch_size,
-        accumulate_grad_batches=recipe.accumulate_grad_batches,
-        optimizer=recipe.optimizer,
-        grid=RateConfig(recipe.learning_rate, "cosine"),
-        norms=RateConfig(recipe.norm_learning_rate, "cosine"),
+        epochs=section.epochs,
+        batch_size=section.batch_size,
+        accumulate_grad_batches=section.accumulate_grad_batches,
+        optimizer=section.optimizer,
+        grid=RateConfig(section.learning_rate, "cosine"),
+        norms=RateConfig(section.norm_learning_rate, "cosine"),
         warmup=WARMUP,
-        next_token=recipe.next_token,
-        distillation=recipe.distillation,
-        hidden_states=recipe.hidden_states,
-        activation_checkpointing=recipe.activation_checkpointing,
+        next_token=section.next_token,
+        distillation=section.distillation,
+        hidden_states=section.hidden_states,
+        activation_checkpointing=section.activation_checkpointing,
     )

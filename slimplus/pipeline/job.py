@@ -23,21 +23,21 @@ from slimplus.run_dir.metrics import Metrics
 
 @dataclass
 class Job:
-    """One start of a run; `prepare` makes it.
+    """One start of a run, made by `prepare`.
 
     Attributes:
         recipe: the resolved recipe.
         run: the run directory.
         fabric: the processes of the job.
-        ranks: the same processes, as tensors are shared among them.
-        preemption: the signals of this process.
-        runner: runs blocks on this process's device.
+        ranks: the collective operations among these processes.
+        preemption: the handler of this process's signals.
+        runner: the runner of blocks on this process's device.
         source: where the full-precision model comes from.
         tokenizer: the model's tokenizer.
         calibration: windows that the model is calibrated and trained on.
         evaluation: windows that perplexity is measured on.
         settings: how weights are quantized.
-        quantizer: quantizes one block after the other.
+        quantizer: the quantizer of one block after the other.
         block_names: names of the blocks in the model.
         embedding_and_head_bits: name → bits of the layers outside the blocks that get packed.
         metrics: the content of metrics.json.
@@ -67,7 +67,7 @@ class Job:
 
     @cached_property
     def model(self) -> StreamedModel:
-        """The full-precision model; loaded when a stage first asks for it."""
+        """The full-precision model, loaded when a stage first asks for it."""
         return StreamedModel(self.source.model(), self.runner)
 
     def release_model(self) -> None:
@@ -86,7 +86,7 @@ class Job:
         return tensors | {key: tuned[prefix + key] for key in tensors if prefix + key in tuned}, record
 
     def forget_checkpoint(self) -> None:
-        """Drop the packed checkpoint and its figures: what it was made from is about to change."""
+        """Drop the packed checkpoint and its figures, because what it was made from is about to change."""
         for key in ("size_bytes", "sentence"):
             self.metrics.pop(key, None)
         self.metrics["perplexity"].pop("quantized", None)

@@ -1,4 +1,4 @@
-"""What a recipe asks, checked against the model's shapes before any long work."""
+"""Checks of a recipe against the shapes of its model, before any long work."""
 
 from __future__ import annotations
 
@@ -17,11 +17,15 @@ from slimplus.utils.errors import InputError
 
 
 def check_shapes(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Check what the recipe asks against the shapes of `model`, which may lie on the meta device.
+    """Check that a model has the shapes that a recipe needs.
+
+    Args:
+        model: the model; it may lie on the meta device.
+        recipe: the resolved recipe.
 
     Raises:
-        InputError: for windows longer than its context, a loss behind a norm that is not there, and where
-            `check_widths` does.
+        InputError: if a window is longer than the model's context, no norm follows a block whose loss needs one, or
+            no widths meet the average or the size (see `check_widths`).
     """
     longest, data = getattr(model.config, "max_position_embeddings", None), recipe.data
     for key, length in (("", data.sequence_length), ("evaluation.", data.evaluation.sequence_length)):
@@ -36,10 +40,10 @@ def check_shapes(model: PreTrainedModel, recipe: Recipe) -> None:
 
 
 def given_allocation(model: PreTrainedModel, recipe: Recipe) -> dict[str, list[int]] | None:
-    """The imported allocation, if there is one.
+    """Return the widths that the recipe imports, by layer in the order of groups, or None if it imports none.
 
     Raises:
-        InputError: if it is none, or not of `model` in this recipe's groups.
+        InputError: if the file is no allocation, or belongs to another model or group size.
     """
     settings = recipe.quantization
     if settings.allocation is None or settings.allocates_by != "file":
@@ -53,10 +57,13 @@ def given_allocation(model: PreTrainedModel, recipe: Recipe) -> dict[str, list[i
 
 
 def planned_widths(model: PreTrainedModel, recipe: Recipe) -> tuple[float | None, int]:
-    """Average width, None where a size is given instead, and the bytes of all packed layers of the blocks.
+    """Return the average width and the packed size of the blocks' linear layers, from their shapes.
+
+    Returns:
+        The average width, or None if the recipe gives a size instead; and the size in bytes.
 
     Raises:
-        InputError: where `given_allocation` does.
+        InputError: if the recipe imports an allocation that does not fit (see `given_allocation`).
     """
     settings, layers = recipe.quantization, quantized_linears(model)
     size = partial(packed_size, group_size=settings.group_size, scale_bits=settings.scale_bits)
@@ -70,15 +77,15 @@ def planned_widths(model: PreTrainedModel, recipe: Recipe) -> tuple[float | None
         return average_bits(given, layers, settings.group_size), sum(stored)
     if settings.size_bytes is not None:
         return None, min(settings.size_bytes, uniform(max(settings.widths)))
-    # A group one bit narrower and one wider take what two groups of the average take.
+    # One group a bit narrower and one a bit wider take as many bytes as two groups of the average width.
     return settings.bits, uniform(settings.bits)
 
 
 def check_widths(model: PreTrainedModel, settings: QuantizationSection) -> None:
-    """Check that widths by sensitivity can meet the average, or the size, that is asked of the blocks of `model`.
+    """Check that the widths of an allocation by sensitivity can meet the average or the size that the recipe asks for.
 
     Raises:
-        InputError: if not.
+        InputError: if they cannot.
     """
     if settings.allocates_by not in ("block", "model"):
         return

@@ -1,26 +1,23 @@
-"""What happens before the stages: processes, texts, checks, and what an earlier start of the run left."""
+"""The start of a run: processes, checks, texts, and what an earlier start of the run left behind."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.fabric import Fabric
+from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from slimplus.data.text import load_text
 from slimplus.data.windows import Windows, calibration_windows, evaluation_windows
 from slimplus.distributed.preemption import Preemption
 from slimplus.distributed.strategies import launch
-from slimplus.models.architectures import (
-    blocks_path,
-    embedding_and_head_bits,
-    find_blocks,
-    quantized_linears,
-)
+from slimplus.models.architectures import blocks_path, embedding_and_head_bits, find_blocks, quantized_linears
 from slimplus.models.loading import ModelSource, build_on_meta
 from slimplus.models.location import resolve_model_folder
 from slimplus.models.precision import resolve_precision
@@ -39,28 +36,34 @@ logger = logging.getLogger(__name__)
 
 
 def model_source(recipe: Recipe) -> ModelSource:
-    """Where the recipe's model comes from."""
+    """Return where the full-precision model of a recipe comes from.
+
+    Raises:
+        InputError: if `model.path` names a package that is not installed.
+    """
     model = recipe.model
     path = resolve_model_folder(model.path)
     return ModelSource(path, model.gguf_file, model.dtype, model.trust_remote_code, model.revision)
 
 
 def start(recipe: Recipe) -> Fabric:
-    """Start the processes of the job."""
+    """Start the processes of the job that a recipe asks for."""
     trainer = recipe.trainer
     return launch(trainer.accelerator, trainer.devices, trainer.num_nodes, trainer.strategy)
 
 
 def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption) -> Job:
-    """Read the texts, and check what can be checked before the long work.
+    """Check what can be checked before the long work, read the texts, and return the job.
+
+    Every process of the job calls this.
 
     Args:
         recipe: the resolved recipe.
         fabric: the processes of the job.
-        preemption: the signals of this process.
+        preemption: the handler of this process's signals.
 
     Raises:
-        InputError: for input the user can put right.
+        InputError: if the recipe does not fit the model, the texts, the processes or the run directory.
     """
     logging.getLogger("slimplus").setLevel(logging.INFO if fabric.is_global_zero else logging.WARNING)
     L.seed_everything(recipe.seed, verbose=False)
@@ -69,7 +72,7 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption) -> Job:
     run = RunDirectory(recipe.run_dir)
     run.open()
     source = _pinned_source(recipe, run)
-    source = replace(source, revision=fabric.broadcast(source.revision))  # the hub may have moved on between two asks
+    source = replace(source, revision=fabric.broadcast(source.revision))  # each process may have met another commit
     config = source.config()
     skeleton = build_on_meta(config)
     check_shapes(skeleton, recipe)
@@ -79,24 +82,14 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption) -> Job:
     text = load_text(recipe.data.calibration.path, "calibration")
     identity = fingerprint(recipe, text, tokenizer, source, config, runner.precision)
     blocks = len(find_blocks(skeleton))
-    events = _look_into(run, recipe, identity, blocks) if fabric.is_global_zero else []
+    events = _check_and_repair(run, recipe, identity, blocks) if fabric.is_global_zero else []
     fabric.barrier()
     run.open()
     with fabric.rank_zero_first():
         calibration, evaluation = _windows(recipe, text, tokenizer, run.tokens)
-    values = _figures(recipe, run, evaluation, runner.precision, identity)
-    metrics = Metrics(values, run, fabric.device, fabric.is_global_zero)
-    metrics["events"] += events
-    fabric.barrier()
-    if fabric.is_global_zero:
-        run.manifest.add(run.tokens)
-        run.write("fingerprint.json", identity)
-        run.write("recipe.yaml", to_yaml(recipe))
-    metrics.save()
+    metrics = _start_metrics(recipe, run, fabric, evaluation, runner.precision, identity, events)
     if allocation is not None:
-        _note_average(
-            metrics, recipe, average_bits(allocation, quantized_linears(skeleton), recipe.quantization.group_size)
-        )
+        _note_average(metrics, recipe, allocation, skeleton)
     quantizer = block_quantizer(recipe, fabric, runner, run.logs, preemption)
     return Job(
         recipe=recipe,
@@ -118,16 +111,10 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption) -> Job:
     )
 
 
-def _note_average(metrics: Metrics, recipe: Recipe, average: float) -> None:
-    """Note where an imported allocation has another average than the recipe asks for."""
-    if average != (asked := recipe.quantization.bits):
-        metrics.note(f"quantization.allocation gives {average:.3f} bits on average, not quantization.bits={asked}")
-
-
 def _pinned_source(recipe: Recipe, run: RunDirectory) -> ModelSource:
-    """Where the model comes from; of a hub's repository, at the commit that this run began with."""
+    """Return where the model comes from; a hub repository is pinned to the commit that the run began with."""
     source = model_source(recipe)
-    damaged = run.manifest.problem(run.root / "fingerprint.json")  # which `check_fingerprint` is going to say
+    damaged = run.manifest.problem(run.root / "fingerprint.json")  # `check_fingerprint` reports it
     before = {} if damaged else run.read("fingerprint.json")
     path, _, commit = before.get("model.path", "").rpartition("@")
     if source.revision is None and path == source.path:
@@ -135,20 +122,21 @@ def _pinned_source(recipe: Recipe, run: RunDirectory) -> ModelSource:
     return source.pinned()
 
 
-def _look_into(run: RunDirectory, recipe: Recipe, identity: dict[str, Any], blocks: int) -> list[str]:
-    """Check and repair what an earlier start left in `run`; returns what it had to do, for metrics.json."""
+def _check_and_repair(run: RunDirectory, recipe: Recipe, identity: dict[str, Any], blocks: int) -> list[str]:
+    """Check and repair what an earlier start left in `run`, and return what was done, as events of metrics.json."""
     run.check_start(recipe.resume.start, blocks)
     changes = run.check_fingerprint(identity, recipe.resume.force)
     events = [f"resume.force: {change}" for change in changes] + run.repair()
     upgrades = differences(run.read("metrics.json").get("libraries", {}), library_versions())
     if upgrades and any(run.blocks.glob("*")):
-        # Whether an upgrade changes a byte cannot be known, and a machine's image is not always the user's choice.
+        # No error: nobody can tell whether an upgrade changes a byte, and users do not always choose the versions.
         events.append(f"libraries changed during the run: {', '.join(upgrades)}")
         logger.warning("%s; the checkpoint may differ from that of an undisturbed run", events[-1])
     return events
 
 
 def _windows(recipe: Recipe, text: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[Windows, Windows]:
+    """Return the calibration and the evaluation windows, which are kept in `folder`."""
     data = recipe.data
     calibration = calibration_windows(
         text, tokenizer, data.samples, data.sequence_length, recipe.seed, cache=folder / "calibration.safetensors"
@@ -163,10 +151,32 @@ def _windows(recipe: Recipe, text: str, tokenizer: PreTrainedTokenizerBase, fold
     return calibration, evaluation
 
 
-def _figures(
+def _start_metrics(
+    recipe: Recipe,
+    run: RunDirectory,
+    fabric: Fabric,
+    evaluation: Windows,
+    precision: str,
+    identity: dict[str, Any],
+    events: list[str],
+) -> Metrics:
+    """Write what identifies the run, and return its metrics with those of earlier starts and with new events."""
+    values = _known_figures(recipe, run, evaluation, precision, identity)
+    metrics = Metrics(values, run, fabric.device, fabric.is_global_zero)
+    metrics["events"] += events
+    fabric.barrier()  # every process has read the fingerprint of the earlier start
+    if fabric.is_global_zero:
+        run.manifest.add(run.tokens)
+        run.write("fingerprint.json", identity)
+        run.write("recipe.yaml", to_yaml(recipe))
+    metrics.save()
+    return metrics
+
+
+def _known_figures(
     recipe: Recipe, run: RunDirectory, evaluation: Windows, precision: str, identity: dict[str, Any]
 ) -> dict[str, Any]:
-    """The figures so far; perplexities only if they were measured on the same windows and model."""
+    """Return what metrics.json holds so far; perplexities only if they are of the same windows and model."""
     fresh: dict[str, Any] = {
         "method": recipe.quantization.method,
         "model": recipe.model.path,
@@ -186,3 +196,15 @@ def _figures(
     if not same or before.get("evaluation", {}).get("fingerprint") != evaluation.fingerprint:
         before = {key: value for key, value in before.items() if key not in measured}
     return {"perplexity": {}, "seconds": {}, "events": []} | before | fresh
+
+
+def _note_average(
+    metrics: Metrics, recipe: Recipe, allocation: Mapping[str, list[int]], model: PreTrainedModel
+) -> None:
+    """Note that an imported allocation has another average than the recipe asks for, if it has."""
+    settings = recipe.quantization
+    average = average_bits(allocation, quantized_linears(model), settings.group_size)
+    if average != settings.bits:
+        metrics.note(
+            f"quantization.allocation gives {average:.3f} bits on average, not quantization.bits={settings.bits}"
+        )

@@ -1,4 +1,4 @@
-"""What a run says at its end: the summary, and the model card of the checkpoint."""
+"""The summary that a run ends with, and the model card of its checkpoint."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from slimplus.pipeline.job import Job
-from slimplus.utils.units import gigabytes
-
-Metrics = Mapping[str, Any]
+from slimplus.utils.units import format_bytes
 
 
-def results_table(metrics: Metrics) -> list[tuple[str, str]]:
-    """Rows of name and value."""
+def results_table(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the results in metrics.json as rows of name and value."""
     perplexity, evaluation = metrics["perplexity"], metrics["evaluation"]
     return [
         ("method", metrics["method"]),
@@ -22,42 +20,55 @@ def results_table(metrics: Metrics) -> list[tuple[str, str]]:
         ),
         ("average bits", f"{metrics['average_bits']:.3f}"),
         ("bits per weight, all that is stored", f"{metrics['bits_per_weight']:.3f}"),
-        *_outer_row(metrics),
+        *_embedding_and_head_row(metrics),
         (
             "checkpoint",
-            f"{gigabytes(metrics['size_bytes'])}, {metrics['compression']:.2f} times smaller than at 16 bit",
+            f"{format_bytes(metrics['size_bytes'])}, {metrics['compression']:.2f} times smaller than at 16 bit",
         ),
-        ("peak memory", gigabytes(metrics["peak_memory_bytes"])),
+        ("peak memory", format_bytes(metrics["peak_memory_bytes"])),
         ("time", ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in metrics["seconds"].items())),
     ]
 
 
-def _outer_row(metrics: Metrics) -> list[tuple[str, str]]:
+def _embedding_and_head_row(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the row of the packed layers outside the blocks, if there are any."""
     bits = ", ".join(f"{name} {bits} bits" for name, bits in metrics["outer_bits"].items())
-    return [("packed outside the blocks", f"{bits}: {gigabytes(metrics['outer_bytes'])}")] if bits else []
+    return [("packed outside the blocks", f"{bits}: {format_bytes(metrics['outer_bytes'])}")] if bits else []
 
 
-def summary(metrics: Metrics, packed: str, sentence: str) -> str:
-    """Plain text: the results, where they are, and a sample of what the model writes."""
+def summary(metrics: Mapping[str, Any], packed: str, sentence: str) -> str:
+    """Return the summary of a run as plain text.
+
+    Args:
+        metrics: the content of metrics.json.
+        packed: the folder of the packed checkpoint.
+        sentence: a sample of what the packed model writes.
+    """
     rows = results_table(metrics)
     width = max(len(name) for name, _ in rows)
     table = "\n".join(f"{name:<{width}}  {value}" for name, value in [*rows, *_events(metrics)])
     return f"{table}\n\nThe packed checkpoint is in {packed}. It writes:\n\n    {sentence}\n"
 
 
-def _events(metrics: Metrics) -> list[tuple[str, str]]:
-    """What went wrong and was put right: in the run, block by block, in training end to end."""
+def _events(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return rows of what went wrong and was put right: in the run, in each block, in end-to-end training."""
     run = [("note", event) for event in metrics["events"]]
-    whole = [("end to end", event) for event in metrics.get("end_to_end", {}).get("events", ())]
-    blocks = enumerate(metrics["blocks"])
-    return [*run, *[(f"block {index}", event) for index, record in blocks for event in record["events"]], *whole]
+    blocks = [(f"block {index}", event) for index, record in enumerate(metrics["blocks"]) for event in record["events"]]
+    end_to_end = [("end to end", event) for event in metrics.get("end_to_end", {}).get("events", ())]
+    return [*run, *blocks, *end_to_end]
 
 
 FIGURES = "<!-- figures -->"
 
 
 def model_card(source: str, bits: float, recipe: str) -> str:
-    """README.md of a packed checkpoint; `with_figures` completes it once perplexity has been measured."""
+    """Return README.md of a packed checkpoint, in which `with_figures` puts the results once they are measured.
+
+    Args:
+        source: the name of the full-precision model.
+        bits: average width of a weight in the blocks.
+        recipe: the resolved recipe, as YAML.
+    """
     return f"""---
 library_name: transformers
 tags:
@@ -87,19 +98,19 @@ model = AutoModelForCausalLM.from_pretrained("PATH")
 """
 
 
-def with_figures(card: str, metrics: Metrics) -> str:
-    """A model card with the table of results in it."""
+def with_figures(card: str, metrics: Mapping[str, Any]) -> str:
+    """Return a model card with the table of results in it."""
     rows = "\n".join(f"| {name} | {value} |" for name, value in results_table(metrics))
     return card.replace(FIGURES, f"| | |\n|---|---|\n{rows}")
 
 
 def finish(job: Job) -> str | None:
-    """Write the summary, and the figures into the model card.
+    """Write the summary, and put the results into the model card.
 
     Returns:
         The summary on the first rank, None on the others.
     """
-    job.fabric.barrier()  # the end of the first process is the end of all
+    job.fabric.barrier()  # once the first process ends, the others are ended
     if not job.fabric.is_global_zero:
         return None
     text = summary(job.metrics, str(job.run.packed), job.metrics["sentence"])

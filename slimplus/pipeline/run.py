@@ -1,4 +1,4 @@
-"""The whole job: text → windows → block inputs → bits, scales → trained quantizers → packed checkpoint."""
+"""The whole run: text → windows → block inputs → bit widths, scales → trained quantizers → packed checkpoint."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from slimplus.run_dir.lock import locked
 
 
 def run(recipe: Recipe) -> str | None:
-    """Quantize a model as `recipe` says; whatever `run_dir` already holds of it is skipped.
+    """Quantize a model as a recipe says; what `recipe.run_dir` already holds is skipped.
 
     Returns:
         The summary on the first rank, None on the others.
 
     Raises:
-        InputError: for input the user can put right.
-        TemporaryFailure: for what passes, such as a lost process.
-        Preempted: after SIGTERM or SIGUSR1.
+        InputError: if the input is wrong; the message names the key, file or tensor, and a remedy.
+        TemporaryFailure: if the run failed for a reason that passes, such as a lost process.
+        Preempted: if SIGTERM or SIGUSR1 ended the run.
     """
     fabric = start(recipe)
     with Preemption() as preemption, watched(fabric), locked(recipe.run_dir, fabric.is_global_zero):

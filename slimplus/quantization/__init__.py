@@ -1,1 +1,1 @@
-
+"""Quantizers of linear weights, on tensors alone: salience, bit allocation, calibration, error-compensated rounding."""

@@ -1,4 +1,4 @@
-"""Error-compensated rounding (GPTQ, arXiv 2210.17323); a group's scale and zero point are chosen when it is reached."""
+"""Error-compensated rounding of a linear weight, group by group (GPTQ, arXiv 2210.17323)."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch import Tensor
 from slimplus.format.affine import QuantizedWeight, nearest_integers, storable_scale, storable_zero_point
 from slimplus.quantization.salience import InverseHessian
 
-HALF = 0.499  # less than half, so that integer and remainder together round to the integer
+HALF = 0.499  # a little less than half, so that integer + remainder rounds to the integer
 
 QParamsChooser = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
-"""`(tile [out, columns], salience [out, columns], bits) -> scale [out], zero_point [out]`."""
+"""Chooses a grid: `(tile [out, columns], salience [out, columns], bits) -> scale [out], zero_point [out]`."""
 
 
 @dataclass(frozen=True)
 class RoundedWeight:
-    """What `quantize_weight` gives.
+    """The result of `quantize_weight`.
 
     Attributes:
-        weight: ready to pack.
-        remainder: `[out, in]`, how far above its integer each weight lay before it was rounded, as compensated, in
-            steps of the grid; just less than half a step for a tie and for what lies beyond the ends of the grid.
-        loss: `[out, groups]`, what rounding a group adds to half the layer's output error `e H eᵀ`, the groups after
-            it making up for what they can.
+        weight: the quantized weight, ready to pack.
+        remainder: `[out, in]`, how far each compensated weight lay above its integer before it was rounded, in steps
+            of the grid; at most just under half a step, also for weights beyond the ends of the grid.
+        loss: `[out, groups]`, what rounding each group adds to half the layer's output error `e H eᵀ` after the later
+            groups have compensated what they can.
     """
 
     weight: QuantizedWeight
@@ -43,17 +43,21 @@ def quantize_weight(
     compensate: bool,
     scale_bits: int = 16,
 ) -> RoundedWeight:
-    """Quantize group by group, and with `compensate` spread each column's rounding error over the later columns.
+    """Quantize a weight group by group; with `compensate`, spread each column's rounding error over the later columns.
+
+    1. Choose the group's scale and zero point from its weights, compensated so far, and their salience.
+    2. Round its columns one after the other. Each column's error, divided by the diagonal of the inverse Hessian's
+       Cholesky factor, moves the columns after it (GPTQ, arXiv 2210.17323, algorithm 1).
 
     Args:
-        weight: `[out, in]`, float32.
-        bits: `[groups]`.
+        weight: the weight, `[out, in]`, float32.
+        bits: width of each group, `[groups]`.
         group_size: columns a group.
-        inverse: of the Hessian of the layer's inputs.
-        choose: picks scale and zero point from the group as compensated so far.
-        compensate: error compensation; without it every group is rounded to nearest on its own.
-        scale_bits: that a scale takes in the packed format. With 8, a group whose scale lies more than 8 octaves below
-            the largest of its row, which only the last group tells, gets a larger one and keeps its integers.
+        inverse: inverse Hessian of the layer's inputs.
+        choose: choice of a group's scale and zero point.
+        compensate: whether errors are compensated; otherwise every group is rounded to nearest on its own.
+        scale_bits: bits that a scale takes in the packed format. With 8, a scale more than 8 octaves below the largest
+            of its row is raised at the end, when all scales of the row are known; the group keeps its integers.
     """
     remaining = weight.masked_fill(inverse.dead, 0)
     upper = inverse.upper
@@ -86,7 +90,15 @@ def quantize_weight(
 def _round_columns(tile: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, largest: int) -> Tensor:
     """Round `tile` `[out, columns]` column by column, moving each error into the columns after it, in place.
 
-    Returns the errors over the diagonal of `upper`, `[out, columns]`, for the groups that follow.
+    Args:
+        tile: the group's weights, float32; each column is left as it was just before it was rounded.
+        upper: the group's square of the Cholesky factor, `[columns, columns]`.
+        scale: scales of the group, `[out]`.
+        zero_point: zero points of the group, `[out]`.
+        largest: largest integer of the grid.
+
+    Returns:
+        The rounding errors over the diagonal of `upper`, `[out, columns]`, for the later groups.
     """
     if tile.is_cuda:
         from slimplus.kernels.round_columns import round_columns  # Triton, which a machine without a GPU may lack

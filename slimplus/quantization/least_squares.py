@@ -1,4 +1,4 @@
-"""Least-squares scale and zero point for integers that are already chosen."""
+"""Least-squares fit of scales and zero points to integers that are already chosen."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from torch import Tensor
 
 from slimplus.format.affine import QuantizedWeight, dequantize, storable_scale, storable_zero_point
 
-RIDGE = 1e-4  # share of the diagonal added to the normal equations: a group whose integers are all equal is singular
-NUMBERS = 2**27  # of the normal equations solved at a time, to bound memory
+RIDGE = 1e-4  # share of the mean diagonal added to the equations, which are singular for a group of equal integers
+MAX_COEFFICIENTS = 2**27  # of the normal equations solved at a time, to bound memory
 
 
 def output_error(error: Tensor, hessian: Tensor) -> Tensor:
-    """`eᵀ H e` of each row of a weight error `[out, in]`: `[out]`."""
+    """Return the output error `e H eᵀ` of each row `e` of a weight error `[out, in]`, `[out]`."""
     return (error @ hessian).mul_(error).sum(dim=1)
 
 
 def refit_qparams(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and zero point `[out, groups]` that minimise the layer's output error for the integers of `quantized`.
+    """Return the scale and zero point `[out, groups]` that minimise the output error for the integers of `quantized`.
 
-    A row's levels are linear in its scales and offsets, so that the best ones solve `2 groups` normal equations.
-    A row keeps its old values where the solution, once rounded to what can be stored, is no better.
+    The levels of a row are linear in its scales `s` and offsets `-s z`: the best values solve `2 groups` normal
+    equations. A row keeps its old values where the solution, rounded to what the packed format can hold, is no better.
 
     Args:
-        weight: `[out, in]`, the weight to approximate.
+        weight: the weight to approximate, `[out, in]`.
         quantized: the integers, and the scale and zero point to improve.
-        hessian: `[in, in]`, of the layer's inputs.
+        hessian: Hessian of the layer's inputs, `[in, in]`.
     """
-    rows_at_a_time = max(NUMBERS // (2 * quantized.scale.shape[1]) ** 2, 1)
+    rows_at_a_time = max(MAX_COEFFICIENTS // (2 * quantized.scale.shape[1]) ** 2, 1)
     rows = (t.split(rows_at_a_time) for t in (weight, quantized.integers, quantized.scale, quantized.zero_point))
     parts = [
         _refit_rows(w, replace(quantized, integers=q, scale=scale, zero_point=zero_point), hessian)
@@ -39,12 +39,13 @@ def refit_qparams(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -
 
 
 def _refit_rows(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `refit_qparams` returns, for some rows of the weight."""
     integers, scale, zero_point = quantized.integers, quantized.scale, quantized.zero_point
     group_size = quantized.group_size
     residual = weight - dequantize(integers, scale, zero_point, group_size)
     normal, moment = _normal_equations(integers.float(), residual, hessian, group_size)
     ridge = RIDGE * normal.diagonal(dim1=1, dim2=2).mean(dim=1, keepdim=True)
-    ridge = ridge.clamp(min=torch.finfo(ridge.dtype).tiny)  # where no input of the layer is ever other than zero
+    ridge = ridge.clamp(min=torch.finfo(ridge.dtype).tiny)  # for a layer whose inputs are all zero
     step = torch.linalg.solve(normal + torch.diag_embed(ridge.expand_as(moment)), moment)
     new_scale, offset = (torch.cat([scale, -scale * zero_point], dim=1) + step).chunk(2, dim=1)
     new_scale = storable_scale(torch.where(new_scale > 0, new_scale, scale), quantized.scale_bits)
@@ -56,7 +57,10 @@ def _refit_rows(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> 
 
 
 def _normal_equations(integers: Tensor, residual: Tensor, hessian: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Per row, `[rows, 2 groups, 2 groups]` and `[rows, 2 groups]`: scales first, then offsets."""
+    """Return the normal equations of each row, `[rows, 2 groups, 2 groups]`, and their right side `[rows, 2 groups]`.
+
+    The unknowns are the changes of a row's scales, then those of its offsets.
+    """
 
     def sum_groups(values: Tensor) -> Tensor:
         missing = -values.shape[-1] % group_size

@@ -1,4 +1,4 @@
-"""One linear weight quantized without training: round to nearest, GPTQ, or SliM-LLM."""
+"""Quantization of one linear weight without training: round to nearest, GPTQ, or SliM-LLM."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Search = Literal["slimllm", "uniform", "block"]
 
 REFITS = 3  # rounds of least squares and rounding; the output error falls by 15-40 %, little of it after the third
 
-VOCABULARY_ROWS = 16384  # quantized at a time, to bound memory
+VOCABULARY_ROWS = 16384  # rows quantized at a time, to bound memory
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class QuantizationConfig:
     """How a linear weight is quantized.
 
     Attributes:
-        method: `slimllm_plus` and `qat` start training from what `slimllm` gives.
-        bits: average width.
+        method: name of the method; `slimllm_plus` and `qat` start their training from the result of `slimllm`.
+        bits: average width of the weights.
         group_size: columns a group.
         percdamp: damping of the Hessian, as a share of its mean diagonal.
-        allocation: how the widths of a block's groups are found where they are not given.
-        widths: those that the allocation `block` chooses from.
-        scale_bits: 8 or 16, those that a scale takes in the packed format.
+        allocation: search for the widths of a block's groups, where they are not given.
+        widths: widths that the allocation `block` chooses from.
+        scale_bits: bits that a scale takes in the packed format, 8 or 16.
     """
 
     method: Method
@@ -48,23 +48,24 @@ class QuantizationConfig:
 
     @property
     def calibrates(self) -> bool:
-        """Whether scales and zero points are searched for and fitted, rather than those of min-max ranges."""
+        """Whether scales and zero points are searched for and fitted; otherwise they span min-max ranges."""
         return self.method not in ("rtn", "gptq")
 
 
 def quantize_linear(
     weight: Tensor, bits: Tensor, hessian: Tensor, inverse: InverseHessian, config: QuantizationConfig
 ) -> RoundedWeight:
-    """Quantize `weight` `[out, in]`, its groups to `bits` `[groups]`.
+    """Quantize one linear weight by the method of `config`.
 
-    SliM-LLM's calibration and error compensation alternate with a least-squares fit of scales and zero points to the
-    output error, which the paper does not have: rounding that knows the grid, then the grid that suits the rounding.
+    Round to nearest and GPTQ take min-max grids. SliM-LLM calibrates the grids (arXiv 2405.14917, section 3.3). Beyond
+    the paper, a least-squares fit of scales and zero points to the output error follows each rounding, and the next
+    rounding takes the fitted grid.
 
     Args:
-        weight: float32.
-        bits: `[groups]`.
-        hessian: `[in, in]`, of the layer's inputs.
-        inverse: of `hessian`.
+        weight: the weight, `[out, in]`, float32.
+        bits: width of each group, `[groups]`.
+        hessian: Hessian of the layer's inputs, `[in, in]`.
+        inverse: inverse of `hessian`.
         config: method and constants.
     """
     rounding = partial(
@@ -77,17 +78,17 @@ def quantize_linear(
     for round_ in range(REFITS):
         scale, zero_point = refit_qparams(weight, rounded.weight, hessian)
         if round_ < REFITS - 1:
-            given = _Given(scale, zero_point)
-            rounded = rounding(weight, choose=given, compensate=True)
+            rounded = rounding(weight, choose=_FixedQParams(scale, zero_point), compensate=True)
     return replace(rounded, weight=replace(rounded.weight, scale=scale, zero_point=zero_point))
 
 
 def quantize_embedding_or_head(weight: Tensor, hessian: Tensor | None, config: QuantizationConfig) -> QuantizedWeight:
-    """Quantize a weight with a row for each token, an embedding or an output head, all of it to `config.bits`.
+    """Quantize the weight of an embedding or an output head, all groups to `config.bits`.
 
     Args:
-        weight: `[vocabulary, hidden]`.
-        hessian: `[hidden, hidden]`, of the head's inputs; None, as for a lookup, makes the error of the weight count.
+        weight: the weight with a row for each token, `[vocabulary, hidden]`.
+        hessian: Hessian of the head's inputs, `[hidden, hidden]`; None, for an embedding, minimises the error of the
+            weight itself.
         config: method and constants.
     """
     hidden = weight.shape[1]
@@ -104,11 +105,12 @@ def quantize_embedding_or_head(weight: Tensor, hessian: Tensor | None, config: Q
 
 
 def _minmax(tile: Tensor, salience: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Choose the round-to-nearest grid of a group."""
     return tile_qparams(tile, bits)
 
 
-class _Given:
-    """Hands out scales and zero points that are already chosen, group after group."""
+class _FixedQParams:
+    """A choice made beforehand: the scale and zero point of each group, in the order of the groups."""
 
     def __init__(self, scale: Tensor, zero_point: Tensor) -> None:
         self.pairs: Iterator[tuple[Tensor, Tensor]] = iter(zip(scale.T, zero_point.T, strict=True))

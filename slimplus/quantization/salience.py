@@ -1,4 +1,7 @@
-"""Hessian of a linear layer's output error, and the salience of its weights (SliM-LLM, arXiv 2405.14917, section 3)."""
+"""Hessian of a linear layer's output error, and the salience of its weights.
+
+SliM-LLM, arXiv 2405.14917, section 3.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,18 @@ logger = logging.getLogger(__name__)
 
 
 class HessianAccumulator:
-    """Running `H = 2/N Σ x xᵀ` over the N tokens that a linear layer sees.
+    """Running Hessian `H = 2/N Σ x xᵀ` over the inputs `x` of a linear layer, one for each of N tokens.
 
-    Products are float32 and their sum is float64, so that the order in which windows are added, which depends on how
-    they are shared by ranks, does not show in the float32 Hessian.
+    Products are float32 and their sum is float64. The order in which windows are added depends on how the ranks share
+    them; in float64 it does not show in the float32 Hessian.
+
+    Args:
+        in_features: columns of the layer's weight.
+        device: device of the sum.
 
     Attributes:
-        total: `Σ x xᵀ`, `[in, in]`, float64. A sum, so that ranks may add theirs up.
-        tokens: N.
+        total: the sum `Σ x xᵀ`, `[in, in]`, float64; the totals of several ranks can be added.
+        tokens: the number of tokens N.
     """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
@@ -27,26 +34,26 @@ class HessianAccumulator:
         self.tokens = 0
 
     def add(self, inputs: Tensor) -> None:
-        """Add inputs `[..., in]`. Autocast is off here: in bfloat16 the sum is not positive definite."""
-        with torch.autocast(inputs.device.type, enabled=False):
+        """Add the tokens of `inputs` `[..., in]`."""
+        with torch.autocast(inputs.device.type, enabled=False):  # in bfloat16 the sum is not positive definite
             flat = inputs.reshape(-1, inputs.shape[-1]).float()
             self.total += flat.T @ flat
         self.tokens += flat.shape[0]
 
     @property
     def hessian(self) -> Tensor:
-        """`[in, in]`, float32."""
+        """The Hessian `[in, in]`, float32."""
         return (self.total * (2 / max(self.tokens, 1))).float()
 
 
 @dataclass(frozen=True)
 class InverseHessian:
-    """Upper Cholesky factor of the damped inverse Hessian.
+    """The inverse of a damped Hessian, as its Cholesky factor.
 
     Attributes:
-        upper: `[in, in]`, `H⁻¹ = upperᵀ upper`.
-        dead: `[in]`, columns whose input is always zero; their weights play no part and become zero.
-        percdamp: the damping that was needed, as a share of the mean diagonal.
+        upper: upper factor `U` of `H⁻¹ = Uᵀ U`, `[in, in]`.
+        dead: mask of the columns whose input is always zero, `[in]`; their weights have no effect and become zero.
+        percdamp: damping that the inversion needed, as a share of the mean diagonal.
     """
 
     upper: Tensor
@@ -55,7 +62,11 @@ class InverseHessian:
 
 
 def invert_hessian(hessian: Tensor, percdamp: float = 0.01) -> InverseHessian:
-    """Damp and invert `hessian` `[in, in]` (left untouched); damping rises tenfold, up to 1, until Cholesky succeeds.
+    """Damp a Hessian and invert it; the damping rises tenfold, up to 1, until the Cholesky factorization succeeds.
+
+    Args:
+        hessian: the Hessian, `[in, in]`, which is left unchanged.
+        percdamp: first damping, as a share of the mean diagonal.
 
     Raises:
         ValueError: if the Hessian holds NaN or infinity, or stays singular at full damping.
@@ -83,14 +94,15 @@ def invert_hessian(hessian: Tensor, percdamp: float = 0.01) -> InverseHessian:
 
 
 def element_salience(weight: Tensor, inverse: InverseHessian) -> Tensor:
-    """`δ_ij = w_ij² / U_jj²`, `[out, in]`: the loss that removing one weight costs (as the reference code has it).
+    """Return the salience `δ_ij = w_ij² / U_jj²` of each weight, `[out, in]`: the loss that removing the weight costs.
 
-    Nothing, in a column whose input is always zero.
+    `U` is the Cholesky factor of the inverse Hessian, as in the paper's reference code. The salience is 0 in a column
+    whose input is always zero.
     """
     return (weight.square() / inverse.upper.diagonal().square()).masked_fill(inverse.dead, 0)
 
 
 def group_salience(weight: Tensor, inverse: InverseHessian, group_size: int) -> Tensor:
-    """Sum of the element salience over each group, `[groups]`."""
+    """Return the sum of `element_salience` over each group, `[groups]`."""
     columns = element_salience(weight, inverse).sum(dim=0)
     return torch.stack([group.sum() for group in columns.split(group_size)])

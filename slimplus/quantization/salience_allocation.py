@@ -6,6 +6,7 @@ SliM-LLM, arXiv 2405.14917, section 3.2. The mean stays exactly at the target.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -13,24 +14,37 @@ from torch import Tensor
 from slimplus.format.affine import choose_qparams, dequantize, quantize, uniform_bits
 
 SMALLEST_PROBABILITY = 1e-6
+SEARCH_TOKENS = 8192  # the search compares few candidates: more tokens cost time and change nothing
 
 
 def full_groups(in_features: int, group_size: int) -> int:
-    """Groups that may change width: a shorter last group keeps the target, else the average per weight would drift."""
+    """Return the number of groups that may change width.
+
+    A shorter last group keeps the target width: changing it would shift the average over the weights.
+    """
     return in_features // group_size
 
 
 def largest_pair_count(in_features: int, group_size: int) -> int:
-    """Largest number of (minus one bit, plus one bit) pairs the search tries."""
+    """Return the largest number of pairs (one group a bit less, another a bit more) that the search tries."""
     return max(full_groups(in_features, group_size) // 2 - 1, 0)
 
 
 def _ranked(salience: Tensor, in_features: int, group_size: int) -> Tensor:
+    """Return the groups that may change width, from the least salient to the most salient one."""
     return torch.argsort(salience[: full_groups(in_features, group_size)], stable=True).cpu()
 
 
 def paired_bits(salience: Tensor, pairs: int, target_bits: int, in_features: int, group_size: int) -> Tensor:
-    """`[groups]`: the `pairs` least salient groups get one bit less, the `pairs` most salient one more."""
+    """Return widths `[groups]`: one bit less for the `pairs` least salient groups, one more for the most salient.
+
+    Args:
+        salience: salience of each group, `[groups]`.
+        pairs: number of groups that lose a bit, and of those that gain one.
+        target_bits: width of all other groups.
+        in_features: columns of the weight.
+        group_size: columns a group.
+    """
     bits = uniform_bits(in_features, group_size, target_bits)
     order = _ranked(salience, in_features, group_size)
     bits[order[:pairs]] -= 1
@@ -39,23 +53,25 @@ def paired_bits(salience: Tensor, pairs: int, target_bits: int, in_features: int
 
 
 def log_probabilities(outputs: Tensor) -> Tensor:
-    """Log-softmax over the last dimension, of probabilities clamped at 1e-6 as the reference does."""
+    """Return the log-softmax over the last dimension; probabilities are at least 1e-6, as in the reference code."""
     return outputs.log_softmax(dim=-1).clamp_(min=math.log(SMALLEST_PROBABILITY))
 
 
 class AllocationSearch:
-    """KL of a layer's output for 0, 1, 2, … pairs, summed over all the tokens it is shown.
+    """Divergence of a layer's outputs for 0, 1, 2, … pairs, summed over the tokens that it is given.
 
-    KL(q‖p) lies between the softmax of the quantized (q, round to nearest) and of the full outputs (p).
+    The divergence is KL(q‖p) between the softmax of the quantized outputs (q, rounded to nearest) and the softmax of
+    the full-precision outputs (p).
 
     Args:
-        weight: `[out, in]`.
-        salience: `[groups]`.
-        target_bits: 2 to 7.
+        weight: the weight, `[out, in]`.
+        salience: salience of each group, `[groups]`.
+        target_bits: average width, 2 to 7.
         group_size: columns a group.
 
     Attributes:
-        divergence: `[largest_pair_count + 1]`, float64. A sum, so that ranks may add theirs up.
+        divergence: divergence for each number of pairs, `[largest_pair_count + 1]`, float64; the sums of several ranks
+            can be added.
     """
 
     def __init__(self, weight: Tensor, salience: Tensor, target_bits: int, group_size: int) -> None:
@@ -82,7 +98,7 @@ class AllocationSearch:
                 self.divergence[pairs] += (quantized.exp() * (quantized - full)).sum(dtype=torch.float64)
 
     def _move_pair(self, output: Tensor, batch: Tensor, pairs: int) -> None:
-        """One more pair changes two groups only: update their share of the output instead of recomputing it."""
+        """Update `output` for one more pair: only two groups change, so their part is exchanged."""
         base = self.grids[self.target_bits]
         for group, width in (
             (self.order[pairs - 1], self.target_bits - 1),
@@ -92,6 +108,27 @@ class AllocationSearch:
             output.addmm_(batch[:, span], (self.grids[width][:, span] - base[:, span]).T)
 
 
+def allocate_bits(
+    weight: Tensor, salience: Tensor, inputs: Iterable[Tensor], target_bits: int, group_size: int
+) -> Tensor:
+    """Return the widths `[groups]` of a linear weight, of which the average is `target_bits`.
+
+    As many groups lose a bit as gain one; how many is what diverges least from the full-precision outputs.
+
+    Args:
+        weight: the weight, `[out, in]`, float32.
+        salience: salience of each group, `[groups]`, such as `group_salience` gives.
+        inputs: batches of the layer's inputs, `[..., in]`; a few thousand tokens suffice.
+        target_bits: average width, 2 to 7.
+        group_size: columns a group.
+    """
+    search = AllocationSearch(weight, salience, target_bits, group_size)
+    for batch in inputs:
+        search.add(batch)
+    return paired_bits(salience, int(search.divergence.argmin()), target_bits, weight.shape[1], group_size)
+
+
 def _round_to_nearest(weight: Tensor, bits: Tensor, group_size: int) -> Tensor:
+    """Return the weight `[out, in]` rounded to the nearest levels of groups with `bits` `[groups]`."""
     scale, zero_point = choose_qparams(weight, bits, group_size)
     return dequantize(quantize(weight, scale, zero_point, bits, group_size), scale, zero_point, group_size)

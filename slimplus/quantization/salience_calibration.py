@@ -12,19 +12,19 @@ from torch import Tensor
 
 from slimplus.format.affine import binary_qparams, minmax_qparams, nearest_integers
 
-GPU_ELEMENTS = 2**24
+GPU_VALUES = 2**24  # tried together on a GPU: enough to keep it busy, few enough for its memory
 
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """Constants of the search.
+    """Constants of the search for a group's range.
 
     Attributes:
-        steps: how many wider and how many narrower ranges are tried.
-        reach: the widest range is `1 + reach` times the min-max range, the narrowest `1 - reach`.
-        exponent: power of the error that is summed.
-        salient_weight: λ, the weight of the salient elements' error.
-        salient_deviations: an element is salient above this many standard deviations of its tile's salience.
+        steps: number of wider ranges, and of narrower ones, that are tried.
+        reach: span of the search: from `1 - reach` to `1 + reach` times the min-max range.
+        exponent: power of the errors that are summed.
+        salient_weight: factor λ on the errors of salient weights.
+        salient_deviations: standard deviations by which a salient weight's salience exceeds the mean of its group.
     """
 
     steps: int = 50
@@ -37,11 +37,13 @@ class CalibrationConfig:
 def calibrate_group(
     tile: Tensor, salience: Tensor, bits: int, config: CalibrationConfig = CalibrationConfig()
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero point `[out]` of one group.
+    """Return the scale and zero point `[out]` of one group, those of the range with the smallest error in each row.
+
+    A 1-bit group gets the levels `mean(w) ± mean|w|` without a search.
 
     Args:
         tile: the group's weights, `[out, columns]`.
-        salience: `δ` of the same elements, `[out, columns]`.
+        salience: salience `δ` of the same weights, `[out, columns]`.
         bits: width of the group.
         config: constants of the search.
     """
@@ -66,5 +68,5 @@ def calibrate_group(
 
 
 def _ranges_at_once(tile: Tensor) -> int:
-    """How many to try together: a CPU is fastest in its cache, a GPU waits for its next kernel with few elements."""
-    return max(GPU_ELEMENTS // tile.numel(), 1) if tile.is_cuda else 1
+    """Return the number of ranges to try together: one on a CPU, for its cache; many on a GPU, for fewer launches."""
+    return max(GPU_VALUES // tile.numel(), 1) if tile.is_cuda else 1

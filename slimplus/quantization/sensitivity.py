@@ -1,4 +1,4 @@
-"""What it costs the model to give a group of input columns few bits: measured, for every group and width."""
+"""Sensitivity of a loss to the width of each group of a linear layer, measured for every group and width."""
 
 from __future__ import annotations
 
@@ -12,20 +12,25 @@ from slimplus.quantization.gptq import quantize_weight
 from slimplus.quantization.salience import HessianAccumulator, invert_hessian
 from slimplus.quantization.salience_calibration import CalibrationConfig, calibrate_group
 
-# Coarser and further than the search of a calibration: it need not find the best grid, but treat all widths alike.
+# Fewer steps over wider ranges than in calibration: widths are compared here, so no grid has to be the best one.
 SEARCH = CalibrationConfig(steps=6, reach=0.4)
 
 
 class GradientStatistics:
-    """What a loss makes of a linear layer's output error: its curvature, in the Kronecker form of K-FAC.
+    """Curvature of a loss with respect to a linear layer's weight, in the Kronecker form of K-FAC (arXiv 1503.05671).
 
-    An error `e x_t` of the output for the input `x_t` costs `½ (g_t · e x_t)²`, g being the gradient of the loss
-    (Fisher information, arXiv 1503.05671). It is held as a Hessian of the inputs, in which a token counts by the
-    magnitude of its gradient, and a share for each row.
+    A weight error `e` changes the layer's output for the input `x_t` by `e x_t` and costs `½ (g_t · e x_t)²`, with the
+    gradient `g_t` of the loss for that output (Fisher information). The curvature is kept as a Hessian of the inputs,
+    in which each token counts by the squared magnitude of its gradient, and a factor for each row.
+
+    Args:
+        in_features: columns of the layer's weight.
+        out_features: rows of the layer's weight.
+        device: device of the sums.
 
     Attributes:
-        inputs: `Σ |g_t|² x_t x_tᵀ`, `[in, in]`.
-        rows: `Σ g_t²`, `[out]`, float64. A sum, so that ranks may add theirs up.
+        inputs: accumulator of `Σ |g_t|² x_t x_tᵀ`, `[in, in]`.
+        rows: `Σ g_t²`, `[out]`, float64; the sums of several ranks can be added.
     """
 
     def __init__(self, in_features: int, out_features: int, device: torch.device) -> None:
@@ -33,7 +38,7 @@ class GradientStatistics:
         self.rows = torch.zeros(out_features, dtype=torch.float64, device=device)
 
     def add(self, inputs: Tensor, gradient: Tensor) -> None:
-        """Add the tokens of `inputs` `[..., in]`, with the gradient of the loss for their outputs, `[..., out]`."""
+        """Add the tokens of `inputs` `[..., in]` with the `gradient` of the loss for their outputs `[..., out]`."""
         squares = gradient.float().square()
         self.inputs.add(inputs.float() * squares.sum(-1, keepdim=True).sqrt())
         self.rows += squares.flatten(0, -2).sum(0)
@@ -42,16 +47,20 @@ class GradientStatistics:
 def group_sensitivity(
     weight: Tensor, statistics: GradientStatistics, widths: Sequence[int], group_size: int, percdamp: float
 ) -> Tensor:
-    """The loss a layer adds when a group has a width, `[widths, groups]`, summed over the tokens.
+    """Return the loss that each group adds at each width, `[widths, groups]`, summed over the tokens.
 
-    The layer is quantized once at each width with error compensation; a group's share is what is left of its errors.
+    The layer is quantized once at each width, with error compensation. A group's loss is that of its rounding errors
+    after the later groups have compensated what they can.
 
     Args:
-        weight: `[out, in]`, float32.
-        statistics: of the loss.
-        widths: in the order of the result's rows.
+        weight: the weight, `[out, in]`, float32.
+        statistics: curvature of the loss.
+        widths: widths in the order of the result's rows.
         group_size: columns a group.
-        percdamp: damping of the Hessian.
+        percdamp: damping of the Hessian, as a share of its mean diagonal.
+
+    Raises:
+        ValueError: if the Hessian of the statistics cannot be inverted.
     """
     inverse = invert_hessian(statistics.inputs.total.float(), percdamp)
     rows = (statistics.rows / statistics.rows.sum().clamp(min=torch.finfo(torch.float64).tiny)).float()
@@ -64,4 +73,5 @@ def group_sensitivity(
 
 
 def _choose(tile: Tensor, salience: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Choose the grid of a group by the short search."""
     return calibrate_group(tile, salience, bits, SEARCH)

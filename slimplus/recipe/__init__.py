@@ -1,0 +1,1 @@
+"""Recipes: the keys of a run, their reading from a command line, and checks that need no PyTorch."""

@@ -1,6 +1,6 @@
-"""From a command line to a Recipe: `recipe=NAME` finds the YAML, each `key=value` overrides one dotted path.
+"""From a command line to a recipe: `recipe=NAME` finds the YAML, and each `key=value` overrides one dotted path.
 
-Whatever is wrong is said at once, a sentence each, in words derived from the models of `slimplus.recipe.schema`.
+All that is wrong is reported at once, a sentence each, in words derived from the models of `slimplus.recipe.schema`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import importlib.resources
 import importlib.util
 import re
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -32,7 +32,7 @@ _SHORTHANDS = {
 
 
 def describe_type(field: FieldInfo) -> str:
-    """What a key takes, in words: `integer >= 1`, `auto | never`, `text | null`, `[integer, ...]`."""
+    """Return the type of a key in words, such as `integer >= 1`, `auto | never`, `text | null`, `[integer, ...]`."""
     unions = (Union, UnionType)
     kinds = get_args(field.annotation) if get_origin(field.annotation) in unions else (field.annotation,)
     options: list[str] = []
@@ -43,12 +43,12 @@ def describe_type(field: FieldInfo) -> str:
     limits = [(limit, name, sign) for limit in field.metadata for name, sign in signs if hasattr(limit, name)]
     bounds = [f"{sign} {getattr(limit, name)}" for limit, name, sign in limits]
     if bounds:
-        options[0] += f" {' and '.join(bounds)}"  # what has bounds comes before null
+        options[0] += f" {' and '.join(bounds)}"  # the type with bounds comes before null
     return " | ".join(options)
 
 
 def _kind(kind: Any) -> str:
-    """Of values without bounds; lists and mappings as YAML writes them."""
+    """Return a type in words, without bounds; lists and mappings are written as in YAML."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return _kind(inner[0])
@@ -68,8 +68,9 @@ def _kind(kind: Any) -> str:
 
 
 def _suggestion(path: str) -> str:
-    """What to do about a wrong key. Often the section is what was forgotten: ends of keys match as well."""
+    """Return what to do about an unknown key, in words."""
     known = [*keys(), *_SHORTHANDS]
+    # Users often forget the section, so the ends of keys are compared as well.
     ends = difflib.get_close_matches(_end(path), dict.fromkeys(map(_end, known)), n=1)
     close = (
         difflib.get_close_matches(path, known, n=1, cutoff=0.8)
@@ -80,10 +81,12 @@ def _suggestion(path: str) -> str:
 
 
 def _end(path: str) -> str:
+    """Return the last part of a dotted path."""
     return path.rpartition(".")[2]
 
 
 def _leaves(path: str, value: object) -> Iterator[str]:
+    """Yield the dotted path of every value in nested mappings that lie at `path`."""
     if isinstance(value, dict) and value:
         for name, inner in value.items():
             yield from _leaves(f"{path}.{name}", inner)
@@ -92,13 +95,13 @@ def _leaves(path: str, value: object) -> Iterator[str]:
 
 
 def _sentences(error: ErrorDetails, document: dict[str, Any]) -> Iterator[str]:
-    """Says one pydantic error in the user's words; `document` is what was not valid."""
+    """Yield sentences for users on one pydantic error in `document`."""
     path, got = ".".join(map(str, error["loc"])), reprlib.repr(error["input"])
     known = keys()
     key, field = next((item for item in known.items() if f"{path}.".startswith(f"{item[0]}.")), ("", None))
     inside = next((key for key in known if key.startswith(f"{path}.")), None)
     if error["type"] == "value_error" and field is None:
-        yield str(error["ctx"]["error"])  # of a section, or the recipe, as a whole; it names the key
+        yield str(error["ctx"]["error"])  # from a validator of a section or the recipe, which names the key itself
     elif field is None and inside is None:
         for leaf in _leaves(path, error["input"]):
             yield f"{leaf}: unknown key; {_suggestion(leaf)}"
@@ -108,7 +111,7 @@ def _sentences(error: ErrorDetails, document: dict[str, Any]) -> Iterator[str]:
         yield f"{path}: missing; give {path}=VALUE, {describe_type(field)} ({field.description})"
     elif error["type"] == "value_error":
         yield f"{path}: {error['ctx']['error']}"
-    elif path != key:  # in a list or mapping; YAML reads {1:0.5} as minutes and seconds, a key without a value
+    elif path != key:  # inside a list or mapping, where YAML may have read something else, as in {1:0.5}
         whole = reprlib.repr(reduce(dict.__getitem__, key.split("."), document))
         yield f"{key}: expected {describe_type(field)}, got {whole} ({field.description})"
     else:
@@ -117,16 +120,16 @@ def _sentences(error: ErrorDetails, document: dict[str, Any]) -> Iterator[str]:
 
 
 def recipe_names() -> list[str]:
-    """The recipes that come with the package."""
+    """Return the names of the recipes that come with the package."""
     entries = importlib.resources.files("slimplus.recipes").iterdir()
     return sorted(entry.name.removesuffix(".yaml") for entry in entries if entry.name.endswith(".yaml"))
 
 
 def recipe_file(name: str) -> Traversable:
-    """The YAML of a recipe, given its name or a path ending in .yaml.
+    """Return the YAML file of a recipe, given its name or a path that ends in .yaml.
 
     Raises:
-        RecipeError: no such recipe or file.
+        RecipeError: if no recipe has that name.
     """
     if name.endswith((".yaml", ".yml")):
         return Path(name).expanduser()
@@ -139,6 +142,7 @@ def recipe_file(name: str) -> Traversable:
 
 
 def _read_document(file: Traversable) -> dict[str, Any]:
+    """Return the keys and values of a YAML file."""
     try:
         document = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -150,13 +154,9 @@ def _read_document(file: Traversable) -> dict[str, Any]:
     return document
 
 
-def _override(document: dict[str, Any], key: str, text: str) -> str | None:
-    """Sets one dotted path in the document; returns what is wrong, if anything is."""
+def _override(document: dict[str, Any], key: str, value: object) -> str | None:
+    """Set one dotted path in the document; return what is wrong, if anything is."""
     key = _SHORTHANDS.get(key, key)
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):  # ValueError: such as the date 2024-99-99
-        return f"{key}: {text!r} is not valid YAML; quote it to keep it text: {key}='\"VALUE\"'"
     node, parts = document, key.split(".")
     for depth, part in enumerate(parts[:-1], start=1):
         if node.get(part) is None:
@@ -169,35 +169,62 @@ def _override(document: dict[str, Any], key: str, text: str) -> str | None:
 
 
 def load_recipe(arguments: Sequence[str]) -> Recipe:
-    """Reads `recipe=NAME key=value ...`: the values override the recipe's YAML, and all of it is checked.
+    """Read `recipe=NAME key=value ...`: the values, read as YAML, override the recipe's, and all of it is checked.
 
     Raises:
         RecipeError: everything that is wrong, a sentence a line.
     """
-    problems, overrides = [], {}
+    problems: list[str] = []
+    overrides: dict[str, Any] = {}
+    name = ""
     for argument in arguments:
         key, _, text = argument.partition("=")
-        if key and key != argument:
-            overrides[key] = text
-        else:
+        if not key or key == argument:
             problems.append(f"{argument!r} is not of the form key=value, such as seed=1")
-    name = overrides.pop("recipe", "")
+        elif key == "recipe":
+            name = text
+        else:
+            try:
+                overrides[key] = yaml.safe_load(text)
+            except (yaml.YAMLError, ValueError):  # ValueError: such as the date 2024-99-99
+                key = _SHORTHANDS.get(key, key)
+                problems.append(f"{key}: {text!r} is not valid YAML; quote it to keep it text: {key}='\"VALUE\"'")
     if not name:
         names = ", ".join(recipe_names())
         raise RecipeError("\n".join([*problems, f"recipe: missing; give recipe=NAME, one of {names}"]))
-    document = _read_document(recipe_file(name))
+    return resolve_recipe(name, overrides, problems=problems)
+
+
+def resolve_recipe(
+    source: str | Recipe, overrides: Mapping[str, Any], model: str | None = None, problems: Sequence[str] = ()
+) -> Recipe:
+    """Return a recipe some of whose keys are overridden, after checking all of it.
+
+    Args:
+        source: name of a recipe, path of a YAML file, or a recipe.
+        overrides: values by dotted path.
+        model: what to quantize instead of the recipe's model. All of the recipe's section `model`, its GGUF file, its
+            revision, its dtype, is about that one and does not count then.
+        problems: what is wrong already, to be said with the rest.
+
+    Raises:
+        RecipeError: everything that is wrong, a sentence a line.
+    """
+    if isinstance(source, Recipe):
+        document = source.model_dump()
+    else:
+        document = _read_document(recipe_file(source))
+        document.setdefault("run_dir", f"runs/{re.sub(r'[.]ya?ml$', '', Path(source).name)}")
     for section, key in _SHORTHANDS.items():
         if section in document and not isinstance(document[section], dict):
             document[section] = {key.removeprefix(f"{section}."): document[section]}
-    problems += filter(None, [_override(document, key, text) for key, text in overrides.items()])
-    model = document.get("model")
-    if (
-        "model.path" in overrides
-        and isinstance(model, dict)
-        and not any(k.startswith("model.config") for k in overrides)
-    ):
-        model.pop("config", None)  # it is that of the recipe's own model
-    document.setdefault("run_dir", f"runs/{re.sub(r'[.]ya?ml$', '', Path(name).name)}")
+    own = document.get("model")
+    if model is not None and not (isinstance(own, dict) and own.get("path") == model):
+        document["model"] = {"path": model}
+    found = [*problems, *filter(None, [_override(document, key, value) for key, value in overrides.items()])]
+    own = document.get("model")
+    if "model.path" in overrides and isinstance(own, dict) and not any(k.startswith("model.config") for k in overrides):
+        own.pop("config", None)  # it is that of the recipe's own model
     for section, field in Recipe.model_fields.items():
         # An absent or empty section, so that what is said to be missing is the key inside it.
         if field.annotation in Section.__subclasses__() and document.get(section) is None:
@@ -205,7 +232,7 @@ def load_recipe(arguments: Sequence[str]) -> Recipe:
     try:
         recipe = Recipe.model_validate(document)
     except ValidationError as error:
-        problems += [sentence for details in error.errors() for sentence in _sentences(details, document)]
-    if problems:
-        raise RecipeError("\n".join(dict.fromkeys(problems)))
+        found += [sentence for details in error.errors() for sentence in _sentences(details, document)]
+    if found:
+        raise RecipeError("\n".join(dict.fromkeys(found)))
     return recipe

@@ -1,10 +1,11 @@
-"""Cheap checks of what a recipe names (model, texts, allocation), before anything heavy is imported."""
+"""Cheap checks of what a recipe names (model, texts, allocation, folders), before anything heavy is imported."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from slimplus.data.text import HUB_SOURCES, OFFLINE, Split, TextError, check_source
@@ -14,6 +15,7 @@ from slimplus.utils.errors import InputError, named_first_line
 
 
 def _model_problem(model: ModelSection) -> str | None:
+    """Return a sentence if the model is not where the recipe says."""
     try:
         folder = Path(resolve_model_folder(model.path))
     except InputError as error:
@@ -26,18 +28,18 @@ def _model_problem(model: ModelSection) -> str | None:
         return f"model.path: {folder} is a file; give its folder, and a GGUF file's name as model.gguf_file"
     ggufs = sorted(file.name for file in folder.glob("*.gguf"))
     if model.gguf_file and not (folder / model.gguf_file).is_file():
-        held = f"its GGUF files are {', '.join(ggufs)}" if ggufs else "it holds no GGUF file"
-        return f"model.gguf_file: {model.gguf_file} is not in {folder}; {held}"
+        found = f"its GGUF files are {', '.join(ggufs)}" if ggufs else "it holds no GGUF file"
+        return f"model.gguf_file: {model.gguf_file} is not in {folder}; {found}"
     if not model.gguf_file and not (folder / "config.json").is_file():
         remedy = f"give model.gguf_file={ggufs[0]}" if ggufs else "give a folder that save_pretrained wrote"
         return f"model.path: {folder} has no config.json; {remedy}"
     if unreadable := [file for file in sorted(folder.iterdir()) if not os.access(file, os.R_OK)]:
-        return f"model.path: {unreadable[0]} cannot be read: its permissions do not let you; change them"
+        return f"model.path: {unreadable[0]} cannot be read; change its permissions"
     return None
 
 
 def _hub_problem(repository: str, revision: str | None) -> str | None:
-    """Asks the hub, or its cache, whether a model is to be had: a request of a second, before PyTorch is loaded."""
+    """Return a sentence if neither the local cache nor the hub has the model; the request takes a second."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError, HTTPError
 
@@ -55,7 +57,16 @@ def _hub_problem(repository: str, revision: str | None) -> str | None:
 
 
 def _text_problem(path: str, split: Split, tokens: int, need: str) -> str | None:
-    """Checks one text that must give `tokens` tokens, which `need` explains; a token is at least one byte."""
+    """Return a sentence if a text does not exist or is too short.
+
+    A token takes at least one byte, so a text of fewer bytes than tokens is too short.
+
+    Args:
+        path: the text, as `data.*.path` names it.
+        split: `calibration` or `evaluation`.
+        tokens: number of tokens that the text must give.
+        need: what the tokens are needed for, in words.
+    """
     try:
         check_source(path, split)
     except TextError as error:
@@ -65,7 +76,7 @@ def _text_problem(path: str, split: Split, tokens: int, need: str) -> str | None
         from pydoc_data.topics import topics
 
         size = sum(len(topic.encode()) for topic in topics.values())
-    elif path in HUB_SOURCES or file.suffix == ".parquet":  # unknown, or compressed: no bound on the text
+    elif path in HUB_SOURCES or file.suffix == ".parquet":  # the size of the text is unknown, or compressed
         return None
     else:
         size = file.stat().st_size
@@ -75,24 +86,30 @@ def _text_problem(path: str, split: Split, tokens: int, need: str) -> str | None
     return f"{short}; give a longer text or ask for less of it"
 
 
-def _library_problem(recipe: Recipe) -> str | None:
-    """Whether bitsandbytes, which is an extra, is needed and not there."""
-    training, whole = recipe.training, recipe.end_to_end
-    keys = {
-        "training.optimizer": recipe.quantization.trains and training.optimizer == "adamw_8bit",
-        "end_to_end.optimizer": whole.epochs and whole.optimizer == "adamw_8bit",
-        "end_to_end.teacher": whole.epochs
-        and whole.teacher != "cached"
-        and (whole.distillation or whole.hidden_states),
+def _library_problems(recipe: Recipe) -> Iterator[str]:
+    """Yield a sentence for each library that this recipe needs and that is not installed."""
+    training, end_to_end = recipe.training, recipe.end_to_end
+    gguf = {"model.gguf_file": recipe.model.gguf_file is not None}
+    needs: dict[str, dict[str, bool]] = {
+        "accelerate": gguf,
+        "gguf": gguf,
+        "deepspeed": {"trainer.strategy": recipe.trainer.strategy.startswith("deepspeed")},
+        "bitsandbytes": {
+            "training.optimizer": recipe.quantization.trains and training.optimizer == "adamw_8bit",
+            "end_to_end.optimizer": end_to_end.epochs > 0 and end_to_end.optimizer == "adamw_8bit",
+            "end_to_end.teacher": end_to_end.epochs > 0
+            and end_to_end.teacher != "cached"
+            and max(end_to_end.distillation, end_to_end.hidden_states) > 0,
+        },
     }
-    needed = [key for key, needs in keys.items() if needs]
-    if not needed or importlib.util.find_spec("bitsandbytes"):
-        return None
-    return f"{' and '.join(needed)}: bitsandbytes is not installed; pip install bitsandbytes"
+    for library, keys in needs.items():
+        needed = [key for key, needs in keys.items() if needs]
+        if needed and importlib.util.find_spec(library) is None:
+            yield f"{' and '.join(needed)}: {library} is not installed; pip install {library}"
 
 
 def _folder_problem(run_dir: str) -> str | None:
-    """Whether `run_dir`, or what it is to be made in, can be written to."""
+    """Return a sentence if `run_dir`, or the folder to create it in, cannot be written to."""
     folder = Path(run_dir).expanduser()
     existing = next(path for path in (folder, *folder.absolute().parents) if os.access(path, os.F_OK))
     if not existing.is_dir():
@@ -103,10 +120,10 @@ def _folder_problem(run_dir: str) -> str | None:
 
 
 def check_shares(recipe: Recipe, processes: int) -> None:
-    """Checks that the windows, and those of each training step, can be shared out evenly.
+    """Check that the windows, and the windows of each training step, can be shared evenly by the processes of a job.
 
     Raises:
-        RecipeError: naming the key and what it must be a multiple of.
+        RecipeError: if they cannot; the message names the key and what it must be a multiple of.
     """
     samples, windows = recipe.data.samples, recipe.data.evaluation.windows
     if samples % processes:
@@ -119,10 +136,14 @@ def check_shares(recipe: Recipe, processes: int) -> None:
     if recipe.end_to_end.epochs:
         _check_step("end_to_end", recipe.end_to_end, samples, processes)
     if windows < processes:
-        raise RecipeError(f"data.evaluation.windows: {windows} is less than one for each of {processes} processes")
+        raise RecipeError(
+            f"data.evaluation.windows: {windows} is less than one for each of {processes} processes; "
+            f"give at least {processes}"
+        )
 
 
 def _check_step(section: str, training: TrainingSection | EndToEndSection, samples: int, processes: int) -> None:
+    """Check that the windows can be cut into steps, and each step into equal parts for each process."""
     step, parts = training.batch_size, training.accumulate_grad_batches
     if step % (processes * parts):
         raise RecipeError(
@@ -137,10 +158,10 @@ def _check_step(section: str, training: TrainingSection | EndToEndSection, sampl
 
 
 def check_model(model: ModelSection) -> None:
-    """Looks for the model, without loading it.
+    """Check that a model is where its section of the recipe says, without loading it.
 
     Raises:
-        RecipeError: if it is not where `model` says.
+        RecipeError: if the model is not there, or is not readable.
     """
     problem = _model_problem(model)
     if problem:
@@ -148,10 +169,10 @@ def check_model(model: ModelSection) -> None:
 
 
 def check_inputs(recipe: Recipe) -> None:
-    """Looks for the model, the texts, the allocation and the library that the recipe needs, without loading them.
+    """Check that the model, the texts, the allocation and the libraries of a recipe are there, without loading them.
 
     Raises:
-        RecipeError: everything that is wrong, a sentence a line.
+        RecipeError: if anything is missing; the message has a line for each problem.
     """
     if not recipe.dry_run:
         check_shares(recipe, recipe.trainer.devices * recipe.trainer.num_nodes)
@@ -160,7 +181,7 @@ def check_inputs(recipe: Recipe) -> None:
     if not (recipe.dry_run and recipe.model.config):
         problems.append(_model_problem(recipe.model))
     if not recipe.dry_run:
-        problems += [_library_problem(recipe), _folder_problem(recipe.run_dir)]
+        problems += [*_library_problems(recipe), _folder_problem(recipe.run_dir)]
         tokens = data.samples * data.sequence_length
         need = f"data.samples={data.samples} windows of data.sequence_length={data.sequence_length}"
         problems.append(_text_problem(data.calibration.path, "calibration", tokens, need))
@@ -169,8 +190,8 @@ def check_inputs(recipe: Recipe) -> None:
         problems.append(_text_problem(data.evaluation.path, "evaluation", tokens, need))
     if allocation and recipe.quantization.allocates_by == "file" and not Path(allocation).expanduser().is_file():
         problems.append(
-            f"quantization.allocation: {allocation} is neither slimllm, uniform, block or model nor a file; "
-            "give one of them, the allocation.json of a run, or a published group-precision .pt file"
+            f"quantization.allocation: {allocation} is no file; give slimllm, uniform, block or model, the "
+            "allocation.json of a run, or a published group-precision .pt file"
         )
     if any(problems):
         raise RecipeError("\n".join(filter(None, problems)))

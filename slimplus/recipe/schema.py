@@ -1,7 +1,7 @@
-"""The recipe: all that one run does, as frozen and strict pydantic models.
+"""The recipe: everything that one run does, as frozen and strict pydantic models.
 
-Imports only the standard library, pydantic and PyYAML, as `slimplus.recipe.parsing` does: every error of a command line
-is told before PyTorch is loaded.
+Like `slimplus.recipe.parsing`, this module imports only the standard library, pydantic and PyYAML, so that every error
+of a command line is reported before PyTorch is loaded.
 """
 
 from __future__ import annotations
@@ -10,26 +10,18 @@ import contextlib
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from slimplus.utils.errors import InputError
 
 
 class RecipeError(InputError):
-    """A recipe that cannot run: one sentence a line, each naming the key or the file and the remedy."""
+    """Error in a recipe: one sentence a line, each naming the key or the file, and a remedy."""
 
 
 def _number(value: object) -> object:
-    """YAML 1.1 reads `1e-3`, which has no dot, as text: take it for the number it is."""
+    """Return the number that a text stands for: YAML 1.1 reads `1e-3`, which has no dot, as text."""
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             return float(value)
@@ -40,10 +32,10 @@ Number = Annotated[float, BeforeValidator(_number)]
 
 
 class Section(BaseModel):
-    """Base of every part of a recipe: frozen, no unknown keys, no silent conversions.
+    """Base of every part of a recipe: frozen, without unknown keys and silent conversions.
 
     Attributes:
-        shorthand: the key that a plain value in the place of the section sets.
+        shorthand: the key of the section that a plain value, given in its place, sets.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -52,6 +44,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _expand(cls, value: object) -> object:
+        """Return a section for a plain value in its place."""
         return value if cls.shorthand is None or isinstance(value, (dict, Section)) else {cls.shorthand: value}
 
 
@@ -106,11 +99,13 @@ class QuantizationSection(Section):
         description="round to nearest, GPTQ, SliM-LLM (gradient-free), SliM-LLM+ (the grid is trained), "
         "qat (the grid and the rounding are trained)"
     )
-    bits: int = Field(ge=1, le=8, description="average bits per weight, met exactly; a file of widths has its own")
-    group_size: Literal[16, 32, 64, 128, 256, 512, 1024] = Field(
-        128, description="columns sharing a bit width; the packed format stores 16 a container"
+    bits: int = Field(
+        ge=1, le=8, description="average bits per weight, met exactly; an imported allocation has its own average"
     )
-    scale_bits: Literal[8, 16] = Field(16, description="that a group's scale takes; of 8, a row has an exponent more")
+    group_size: Literal[16, 32, 64, 128, 256, 512, 1024] = Field(
+        128, description="columns that share a bit width, and in each row a scale and a zero point"
+    )
+    scale_bits: Literal[8, 16] = Field(16, description="bits of a scale; with 8, each row also stores an exponent")
     embedding_bits: int | None = Field(
         None, ge=1, le=8, description="bits of the token embedding, and of a head tied to it; null leaves 16 bits"
     )
@@ -119,13 +114,13 @@ class QuantizationSection(Section):
         ge=1,
         le=8,
         description="bits of the output head; null leaves 16 bits; "
-        "where it is tied to the embedding, needs embedding_bits, and the two are then stored apart",
+        "a head tied to the embedding needs embedding_bits as well, and the two are then stored apart",
     )
     percdamp: Number = Field(0.01, gt=0, le=1, description="Hessian damping, as a part of the mean of its diagonal")
     allocation: str | None = Field(
         None,
         min_length=1,
-        description="who gets how many bits: slimllm (bits-1 to bits+1, layer by layer), uniform, block or model "
+        description="how groups get their widths: slimllm (bits-1 to bits+1, layer by layer), uniform, block or model "
         "(any of quantization.widths by measured sensitivity, under one average for a block or the model), or a FILE: "
         "allocation.json of another run, or the authors' .pt; null is uniform for rtn and gptq, else slimllm",
     )
@@ -161,11 +156,12 @@ class QuantizationSection(Section):
             )
         rising = sorted(set(self.widths)) == self.widths and len(self.widths) > 1
         if not rising or not all(1 <= width <= 8 for width in self.widths):
-            raise ValueError(f"quantization.widths: expected two or more, rising, from 1 to 8, got {self.widths}")
+            raise ValueError(f"quantization.widths: expected two or more rising widths from 1 to 8, got {self.widths}")
         by_sensitivity = self.allocates_by in ("block", "model")
         if by_sensitivity and self.size_bytes is None and not self.widths[0] <= self.bits <= self.widths[-1]:
             raise ValueError(
-                f"quantization.bits: no average of {self.bits} can be made of quantization.widths={self.widths}"
+                f"quantization.bits: no average of {self.bits} can be made of quantization.widths={self.widths}; "
+                f"give {self.widths[0]} to {self.widths[-1]}, or other widths"
             )
         if self.size_bytes is not None and self.allocates_by != "model":
             raise ValueError("quantization.size_bytes: needs quantization.allocation=model")
@@ -182,11 +178,11 @@ class LossSection(Section):
 
     error: Literal["mse", "normalized", "after_norm"] = Field(
         "normalized",
-        description="squared error of a block's output: as it is, over each token's energy, or that behind the "
-        "normalization that follows",
+        description="squared error of a block's output: as it is, divided by each token's energy, or measured behind "
+        "the normalization that follows the block",
     )
     leave_out: Number = Field(
-        0.0, ge=0, lt=1, description="share of a window's tokens, those of the largest error, left out"
+        0.0, ge=0, lt=1, description="share of a window's tokens to leave out, those with the largest error"
     )
     salient_channels: bool = Field(
         False, description="weight channels by the squared gradient of the model's loss, which is measured first"
@@ -204,7 +200,7 @@ class TrainingSection(Section):
         1, ge=1, description="windows per step, of all devices together; a multiple of their number"
     )
     parametrization: Literal["rounding", "weights"] = Field(
-        "rounding", description="what method=qat trains beside the grid: which level each weight takes, or the weights"
+        "rounding", description="what method=qat trains besides the grid: the rounding of each weight, or the weights"
     )
     optimizer: Literal["auto", "sign_sgd", "adamw", "adamw_8bit"] = Field(
         "auto",
@@ -213,26 +209,29 @@ class TrainingSection(Section):
     learning_rate: Number | None = Field(
         None,
         gt=0,
-        description="peak for the ends of each grid, in steps of its scale; null is 2 / steps for sign_sgd, else 0.01",
+        description="peak learning rate of the ends of each grid, in steps of its scale; "
+        "null is 2 / training steps for sign_sgd, else 0.01",
     )
     schedule: Literal["auto", "constant", "linear", "cosine"] = Field(
-        "auto", description="how that falls to zero; auto is linear for sign_sgd, else cosine"
+        "auto", description="how learning_rate falls to zero; auto is linear for sign_sgd, else cosine"
     )
     element_learning_rate: Number | None = Field(
         None,
         gt=0,
-        description="the same for what each weight has of its own: the offset of its rounding, in steps, or itself; "
-        "null is 2 / steps for sign_sgd, else 3e-4",
+        description="peak learning rate of each weight's rounding offset, in steps of its scale, or of the weight; "
+        "null is 2 / training steps for sign_sgd, else 3e-4",
     )
-    element_schedule: Literal["auto", "constant", "linear", "cosine"] = Field("auto", description="how that falls")
+    element_schedule: Literal["auto", "constant", "linear", "cosine"] = Field(
+        "auto", description="how element_learning_rate falls to zero; auto is linear for sign_sgd, else cosine"
+    )
     width_rates: dict[int, Number] = Field(
         {},
-        description="factor on both learning rates for groups of a width, such as {1: 0.5, 3: 2}; "
-        "an offset of rounding then reaches half a step times it",
+        description="width → factor on both learning rates of its groups, and on the largest rounding offset of half a "
+        "step, such as {1: 0.5, 3: 2}",
     )
     weight_decay: Number = Field(0.0, ge=0, description="AdamW weight decay")
     accumulate_grad_batches: int = Field(
-        1, ge=1, description="parts in which a device takes its share of a step, to save memory"
+        1, ge=1, description="parts that a device splits its share of a step into, to save memory"
     )
     patience: int | None = Field(
         None, ge=1, description="epochs without a lower loss after which a block's training ends early"
@@ -248,29 +247,31 @@ class TrainingSection(Section):
 
 
 class EndToEndSection(Section):
-    """Training of scales through the whole model, the integers frozen, after the blocks are done."""
+    """Training of grids and norms through the whole model, after the blocks, whose integers stay as they are."""
 
     epochs: int = Field(0, ge=0, description="passes over the calibration windows; 0 leaves this stage out")
     batch_size: int = Field(4, ge=1, description="windows per step, of all devices together")
     accumulate_grad_batches: int = Field(
-        1, ge=1, description="parts in which a device takes its share of a step, to save memory"
+        1, ge=1, description="parts that a device splits its share of a step into, to save memory"
     )
     optimizer: Literal["adamw", "adamw_8bit", "sign_sgd"] = Field("adamw", description="adamw_8bit is bitsandbytes'")
-    learning_rate: Number = Field(0.003, gt=0, description="peak for the ends of each grid, in steps of its scale")
+    learning_rate: Number = Field(
+        0.003, gt=0, description="peak learning rate of the ends of each grid, in steps of its scale"
+    )
     norm_learning_rate: Number = Field(
-        1e-3, ge=0, description="peak for the norms' gains, in parts of a norm's mean gain; 0 leaves them alone"
+        1e-3, ge=0, description="peak learning rate of a norm's gains, as a part of their mean; 0 freezes them"
     )
     zero_points: bool = Field(True, description="train zero points besides scales")
-    next_token: Number = Field(0.0, ge=0, description="weight of the cross-entropy of the text's next token")
+    next_token: Number = Field(0.0, ge=0, description="weight of the cross-entropy with the text's next token")
     distillation: Number = Field(1.0, ge=0, description="weight of the KL to the full-precision model's predictions")
     hidden_states: Number = Field(0.0, ge=0, description="weight of the error of the last hidden states")
     teacher: Literal["cached", "int8", "nf4"] = Field(
         "cached",
-        description="the full-precision model: its last hidden states kept in main memory, or the model itself held by "
-        "bitsandbytes",
+        description="what stands for the full-precision model: its last hidden states, cached in main memory, or the "
+        "model quantized by bitsandbytes",
     )
     activation_checkpointing: bool = Field(
-        False, description="keep the blocks' inputs only, and compute the rest twice"
+        False, description="keep only the blocks' inputs and compute the rest twice, to save memory"
     )
 
     @model_validator(mode="after")
@@ -300,7 +301,9 @@ class TrainerSection(Section):
         "the optimizer and the parameters (stage 3)",
     )
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = Field(
-        "auto", description="training precision; auto is bf16-mixed where that is the faster"
+        "auto",
+        description="precision of arithmetic; auto is bf16-mixed on devices that have bfloat16, else 16-mixed on a GPU "
+        "and 32-true on a CPU",
     )
     checkpoint_seconds: int = Field(
         120, ge=0, description="training time between two checkpoints of a block; there is also one each epoch"
@@ -330,7 +333,7 @@ class ResumeSection(Section):
 
 
 class Recipe(Section):
-    """One run, resolved: what `slimplus.pipeline.run` takes."""
+    """All keys of one run, each with a value."""
 
     model: ModelSection
     data: DataSection = DataSection()
@@ -358,12 +361,12 @@ class Recipe(Section):
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The whole recipe as YAML; `recipe=FILE` with that text gives an equal Recipe."""
+    """Return the whole recipe as YAML, from which `recipe=FILE` makes an equal recipe."""
     return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
 
 
 def flatten(recipe: Recipe) -> dict[str, Any]:
-    """Every key by its dotted path, with its value."""
+    """Return the value of every key by the key's dotted path."""
     flat: dict[str, Any] = {}
     for key in keys():
         value: Any = recipe
@@ -374,7 +377,12 @@ def flatten(recipe: Recipe) -> dict[str, Any]:
 
 
 def keys(section: type[BaseModel] = Recipe, prefix: str = "") -> dict[str, FieldInfo]:
-    """Every settable key by its dotted path, in the order of the models."""
+    """Return the field of every key by the key's dotted path, in the order of the models.
+
+    Args:
+        section: the model to list.
+        prefix: start of the dotted paths.
+    """
     found: dict[str, FieldInfo] = {}
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):

@@ -1,4 +1,4 @@
-"""What the results of a run depend on, so that another start does not go on from what was made of something else."""
+"""The fingerprint of a run: what its results depend on, so that another start does not go on from other input."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from slimplus.data.windows import tokenizer_identity
 from slimplus.models.loading import ModelSource
 from slimplus.recipe.schema import Recipe, flatten
 
-# Keys that may change between the starts of one run: they say where it runs, or what is measured at the end.
+# Keys that may change between the starts of one run: they say where it runs, what is measured, or what comes later.
 FREE_KEYS = (
     *("run_dir", "resume", "dry_run", "data.evaluation", "trainer.checkpoint_seconds"),
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.offload"),
-    "model.revision",  # a name for the commit that `weights_digest` gives
+    "model.revision",  # a name of the commit that `weights_digest` gives
     *("quantization.embedding_bits", "quantization.head_bits"),  # quantized after the blocks
-    "end_to_end",  # comes after the blocks, and knows what it was made from
-    "training.accumulate_grad_batches",  # in how many parts a device takes its share of a step
+    "end_to_end",  # comes after the blocks; its file holds the hash of what it was made from
+    "training.accumulate_grad_batches",  # changes the memory of a step, not its result
 )
 LIBRARIES = ("torch", "transformers", "lightning", "deepspeed", "safetensors", "tokenizers")
 WEIGHTS = ("*.safetensors", "*.gguf", "*.bin")
-WHOLE = 2**26  # files up to this size are hashed whole, larger ones by samples
-SAMPLE, SAMPLES = 2**16, 256
+LARGEST_WHOLE = 2**26  # bytes; larger files are hashed by samples
+SAMPLE_BYTES, SAMPLES = 2**16, 256
 
 
 def digest(content: bytes | str) -> str:
-    """Short SHA-256, in hexadecimal."""
+    """Return the first 16 hexadecimal digits of a SHA-256."""
     return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:16]
 
 
@@ -45,16 +45,25 @@ def fingerprint(
     config: PretrainedConfig,
     precision: str,
 ) -> dict[str, Any]:
-    """All that finished blocks depend on: recipe keys by their names, the rest as hashes."""
+    """Return what finished blocks depend on: recipe keys with their values, and hashes of what the recipe names.
+
+    Args:
+        recipe: the resolved recipe.
+        text: the calibration text.
+        tokenizer: the model's tokenizer.
+        source: where the full-precision model comes from, pinned to a commit if it is on the hub.
+        config: the model's configuration.
+        precision: the resolved precision of the job.
+    """
     free = FREE_KEYS if recipe.quantization.trains else (*FREE_KEYS, "training")
     keys = {key: value for key, value in flatten(recipe).items() if not key.startswith(free)}
-    # What is in a file says more than its path, and the resolved precision more than `auto`.
+    # Contents instead of paths, and the resolved precision instead of `auto`.
     keys["data.calibration.path"] = digest(text)
     keys["model.path"] = weights_digest(source)
     keys["trainer.precision"] = precision
     if recipe.quantization.allocation is not None and recipe.quantization.allocates_by == "file":
         keys["quantization.allocation"] = digest(Path(recipe.quantization.allocation).expanduser().read_bytes())
-    # Neither where it lies nor what reads it: an upgrade of a library is a warning, see `library_versions`.
+    # The folder does not matter, and other libraries are only warned of, see `library_versions`.
     left_out = ("_name_or_path", "transformers_version")
     values = {key: value for key, value in config.to_dict().items() if key not in left_out}
     architecture = json.dumps(values, sort_keys=True, default=str)
@@ -62,10 +71,10 @@ def fingerprint(
 
 
 def weights_digest(source: ModelSource) -> str:
-    """What tells the model's weights: the commit on the hub, if `source` is pinned, or a hash of the local files.
+    """Return what identifies a model's weights: its commit on the hub, or a hash of its local files.
 
-    Of a file above 64 MiB, the size and 256 evenly spaced samples of 64 KiB, the first of which holds its header: any
-    other training changes every tensor, and 140 GB are sampled in a second.
+    Files above 64 MiB are hashed by their size and 256 evenly spaced samples of 64 KiB. The first sample holds the
+    header, and training changes every tensor, so that other weights give another hash; 140 GB take a second.
     """
     folder = Path(source.path)
     if not folder.is_dir():
@@ -78,18 +87,21 @@ def weights_digest(source: ModelSource) -> str:
         size = file.stat().st_size
         hashed.update(f"{file.name} {size}".encode())
         with file.open("rb") as stream:
-            for number in range(SAMPLES if size > WHOLE else 1):
-                stream.seek(number * (size - SAMPLE) // (SAMPLES - 1) if size > WHOLE else 0)
-                hashed.update(stream.read(SAMPLE if size > WHOLE else WHOLE))
+            if size <= LARGEST_WHOLE:
+                hashed.update(stream.read(LARGEST_WHOLE))
+                continue
+            for number in range(SAMPLES):
+                stream.seek(number * (size - SAMPLE_BYTES) // (SAMPLES - 1))
+                hashed.update(stream.read(SAMPLE_BYTES))
     return hashed.hexdigest()[:16]
 
 
 def library_versions() -> dict[str, str]:
-    """Version of every library whose change may change a result."""
+    """Return the version of Python and of every library that may change a result."""
     return {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """`key old -> new` of every key that differs."""
+    """Return `key old -> new` for every key whose value differs."""
     keys = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
     return [f"{key} {before.get(key)} -> {after.get(key)}" for key in keys]

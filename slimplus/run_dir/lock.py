@@ -1,4 +1,4 @@
-"""TODO."""
+"""The lock that keeps a second job out of a run directory."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from slimplus.utils.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-
 LOCK = ".lock"
 
 
 @contextmanager
 def locked(root: str | Path, first: bool) -> Iterator[None]:
-    """Make the folder, and keep other jobs out of it meanwhile; only the first process of a job does so.
+    """Create a run directory, and keep other jobs out of it within this context.
+
+    Args:
+        root: the run directory.
+        first: whether this process is the first of its job; the others do nothing.
 
     Raises:
-        InputError: if another job is at work there.
+        InputError: if another job is at work in the folder.
     """
     if not first:
         yield

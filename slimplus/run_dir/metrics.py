@@ -41,7 +41,7 @@ class Metrics(UserDict[str, Any]):
             self._run.write(FILE, self.data)
 
     def note(self, event: str) -> None:
-        """Warn of something that a reader of the results should know, and keep it among the events, once."""
+        """Warn of something that a reader of the results should know, and keep it once among the events."""
         logger.warning("%s", event)
         if event not in self["events"]:
             self["events"].append(event)

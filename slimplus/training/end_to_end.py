@@ -1,7 +1,8 @@
-"""The whole quantized model as a LightningModule: its scales learn what the full-precision model predicts.
+"""End-to-end training: grids and norms of the whole quantized model learn what the full-precision model predicts.
 
-Block by block, errors add up that no block can see; here the integers stay, and grids and norms make up for them
-(EfficientQAT's second phase, arXiv 2407.11062, with distillation besides).
+Blocks that are quantized one by one add up errors that no single block can see. This training keeps the integers and
+lets grids and norms make up for the errors, like the second phase of EfficientQAT (arXiv 2407.11062), with distillation
+in addition.
 """
 
 from __future__ import annotations
@@ -25,19 +26,20 @@ from slimplus.training.module import QuantizerTraining, TrainingConfig
 from slimplus.training.optimizers import ParameterKind, RateConfig
 from slimplus.training.teacher import Teacher
 
-JUDGED = 16  # windows that the model is judged by before and after training: all of them take as long as an epoch
+JUDGED = 16  # windows that tell whether training helped; evaluating all windows would take as long as an epoch
 
 
 @dataclass(frozen=True)
 class EndToEndConfig(TrainingConfig):
-    """How the whole model is trained.
+    """Settings of the training of the whole model.
 
     Attributes:
-        norms: rate of the norms' gains, in parts of a norm's mean gain.
+        norms: learning rate of the norms' gains, in parts of a norm's mean gain.
         next_token: weight of the cross-entropy of the text's next token.
-        distillation: weight of the KL from the full-precision model's predictions to the quantized model's.
-        hidden_states: weight of the error of the last hidden states, token by token over the token's energy.
-        activation_checkpointing: keep the inputs of blocks only, and compute the rest a second time.
+        distillation: weight of the KL divergence of the quantized model's predictions from the full-precision model's.
+        hidden_states: weight of the normalized error of the last hidden states.
+        activation_checkpointing: whether to keep the inputs of blocks only, and to compute the other activations a
+            second time in the backward.
     """
 
     norms: RateConfig = field(default_factory=RateConfig)
@@ -48,15 +50,15 @@ class EndToEndConfig(TrainingConfig):
 
 
 class EndToEnd(QuantizerTraining):
-    """Trains the grids and the norms of `model`.
+    """Training of the grids and the norms of a whole model.
 
-    A batch is `(tokens,)`, `[windows, sequence_length]`, or `(tokens, states)` with what the full-precision model's
-    head reads, `[windows, sequence_length, hidden]`.
+    A batch is `(tokens,)` or `(tokens, states)`: the tokens, `[windows, sequence_length]`, and the hidden states that
+    the full-precision model's head reads, `[windows, sequence_length, hidden]`.
 
     Args:
-        model: its blocks' linear layers fake-quantized, float32.
-        teacher: gives `states` where the batch has none.
-        config: losses, rates.
+        model: the model, float32, the linear layers of its blocks fake-quantized.
+        teacher: model that gives `states` if the batch has none.
+        config: settings of the training.
         precision: Lightning's name of the precision to autocast to.
     """
 
@@ -66,7 +68,7 @@ class EndToEnd(QuantizerTraining):
     def __init__(self, model: PreTrainedModel, teacher: Teacher | None, config: EndToEndConfig, precision: str) -> None:
         super().__init__(config, precision)
         self.model = model.requires_grad_(False)
-        self._teacher: tuple[Teacher | None] = (teacher,)  # in a tuple: no part of what is trained, moved or sharded
+        self._teacher: tuple[Teacher | None] = (teacher,)  # hidden from PyTorch: not trained, moved or sharded
         for block in find_blocks(model):
             for module in block.modules():
                 if isinstance(module, FakeQuantizedLinear):
@@ -74,7 +76,7 @@ class EndToEnd(QuantizerTraining):
                         parameter.requires_grad_()
             if config.activation_checkpointing:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        self._norms: list[tuple[float, nn.Module]] = []  # with their units, taken while the gains are in one piece
+        self._norms: list[tuple[float, nn.Module]] = []  # with their units, taken before a strategy shards the gains
         if config.norms.learning_rate != 0:
             for module in filter(is_norm, model.modules()):
                 if parameters := list(module.parameters(recurse=False)):
@@ -83,27 +85,38 @@ class EndToEnd(QuantizerTraining):
                         parameter.requires_grad_()
 
     def kinds(self) -> list[ParameterKind]:
+        """Return the grids' parameters and the norms' gains, the gains grouped by their size."""
         layers = [module for module in self.model.modules() if isinstance(module, FakeQuantizedLinear)]
         grid: list[Any] = [parameter for layer in layers for parameter in layer.grid]
         by_unit: dict[float, list[nn.Parameter]] = defaultdict(list)
-        for unit, norm in self._norms:  # whose parameters a strategy may have replaced since the last attempt
+        for unit, norm in self._norms:  # a strategy may have replaced their parameters since the last attempt
             by_unit[unit] += norm.parameters(recurse=False)
         norms = [ParameterKind(parameters, self.config.norms, unit=unit) for unit, parameters in by_unit.items()]
         return [ParameterKind(grid, self.config.grid), *norms]
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """`[windows, sequence_length]` → what the head reads, `[…, hidden]`, and its log-probabilities."""
+        """Return the last hidden states and the log-probabilities of the next tokens.
+
+        Args:
+            tokens: `[windows, sequence_length]`.
+
+        Returns:
+            Hidden states `[windows, sequence_length, hidden]`, and log-probabilities `[windows, sequence_length,
+            vocabulary]`, float32.
+        """
         with autocast(self.device, self.precision_name):
             states = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
             return states, self._log_probabilities(states)
 
     def _log_probabilities(self, states: Tensor) -> Tensor:
+        """Return the log-probabilities `[..., vocabulary]`, float32, of hidden states `[..., hidden]`."""
         head = self.model.get_output_embeddings()
         assert head is not None
         with autocast(self.device, self.precision_name):
             return head(states).float().log_softmax(-1)
 
     def _taught(self, tokens: Tensor, states: list[Tensor]) -> Tensor:
+        """Return the full-precision model's last hidden states, from the batch or the teacher, float32."""
         (teacher,) = self._teacher
         if states:
             return states[0].float()
@@ -111,6 +124,7 @@ class EndToEnd(QuantizerTraining):
         return teacher(tokens).float()
 
     def loss(self, batch: tuple[Tensor, ...]) -> Tensor:
+        """Return the weighted sum of the losses, each a mean over the tokens of a batch."""
         tokens, *given = batch
         states, predicted = self(tokens)
         config, total = self.config, predicted.new_zeros(())
@@ -132,9 +146,10 @@ class EndToEnd(QuantizerTraining):
 
 
 def _unit(gain: Tensor) -> float:
-    """Mean of a norm's gains, to the nearest power of two: those of about the same size share an optimizer's group.
+    """Return the mean of a norm's gains, rounded to a power of two.
 
-    Adam's steps are as large as the rate, whatever a gain's size: 0.02 in one norm of a model, 2 in another.
+    Adam's steps are as large as the learning rate, while gains may be 0.02 in one norm of a model and 2 in another: the
+    rate is a part of this unit. The rounding lets norms of about the same size share one group of the optimizer.
     """
     mean = float(gain.detach().abs().mean())
     return float(2.0 ** round(math.log2(mean))) if mean else 1.0

@@ -1,4 +1,4 @@
-"""One Lightning Trainer per fit: loggers, checkpoints, progress, strategy; and what follows when it fails."""
+"""One training from start to end: its Lightning Trainer, resuming, and new attempts after a failure."""
 
 from __future__ import annotations
 
@@ -33,18 +33,21 @@ from slimplus.utils.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-RATES = (1.0, 0.1)  # parts of the learning rate: of the first attempt, and of the one after a divergence
+RATES = (1.0, 0.1)  # factors on the learning rates: in the first attempt, and in the attempt after a divergence
 
 
 @dataclass(frozen=True)
 class FitConfig:
-    """Where and how the Trainers of a job run.
+    """Settings that the Trainers of a job share.
 
     Attributes:
-        devices, num_nodes, strategy, offload: as Lightning's Trainer and `build_strategy` take them.
+        devices: number of devices on each machine.
+        num_nodes: number of machines.
+        strategy: name of the strategy, as `build_strategy` takes it.
+        offload: part of the training that is kept in main memory, as `build_strategy` takes it.
         logs: folder of the TensorBoard and CSV logs.
-        seed: of the order of the windows.
-        checkpoint_seconds: training time between two checkpoints within an epoch.
+        seed: seed of the order of the windows.
+        checkpoint_seconds: seconds of training between two checkpoints within an epoch.
     """
 
     devices: int
@@ -58,13 +61,13 @@ class FitConfig:
 
 @dataclass(frozen=True)
 class FitResult:
-    """How a training went.
+    """Outcome of a training.
 
     Attributes:
-        loss: mean of the best epoch, or what its end was measured at; None if every attempt diverged.
-        calibrated_loss: before training.
-        skipped: steps whose gradient was not fit to be used.
-        events: what a reader of the results should know.
+        loss: mean loss over the steps of the best epoch, or the loss measured after it; None if every attempt diverged.
+        calibrated_loss: loss before training, with the calibrated quantizers.
+        skipped: number of steps skipped because their gradient was not finite or had exploded.
+        events: sentences that a reader of the results should know.
     """
 
     loss: float | None
@@ -79,7 +82,11 @@ class FitResult:
 
 
 class ResumableLoader(DataLoader[tuple[Tensor, ...]]):
-    """Goes on with the batch after the last one it gave before a checkpoint; Lightning keeps its state there."""
+    """DataLoader that resumes behind the last batch it gave before a checkpoint, in which Lightning keeps its state.
+
+    Attributes:
+        given: number of the last batch given in this epoch, from 1.
+    """
 
     given = 0
 
@@ -90,23 +97,25 @@ class ResumableLoader(DataLoader[tuple[Tensor, ...]]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
+        """Return the position in the epoch, for a checkpoint."""
         return {"given": self.given}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Restore the position in the epoch from a checkpoint."""
         self.given = state["given"]
 
 
 @dataclass(frozen=True)
 class Fit:
-    """One training: its module, its data, and where it runs.
+    """One training of a module; calling the object trains.
 
     Attributes:
-        module: what is trained, in place; it is left in the state after its best epoch.
-        data: this rank's share of what a batch is made of, `[windows, …]` each.
-        name: of the training, in the logs.
-        checkpoints: of this training.
+        module: the module, trained in place; it ends in the state after its best epoch.
+        data: this rank's share of the tensors that batches are made of, `[windows, …]` each.
+        name: name of the training in the logs.
+        checkpoints: checkpoints of this training.
         fabric: the processes of the job.
-        config: where and how to train.
+        config: settings of the Trainer.
         preemption: the signals of this process.
     """
 
@@ -119,19 +128,20 @@ class Fit:
     preemption: Preemption
 
     def __call__(self) -> FitResult:
-        """Train, going on from the last checkpoint if there is one.
+        """Train, from the last checkpoint if there is one.
 
-        A training that diverges begins anew at a lower learning rate, one that runs out of memory with smaller parts
-        of a step.
+        A training that diverges starts over at a lower learning rate, and a training that runs out of device memory
+        starts over with smaller parts of a step.
 
         Raises:
-            Preempted: once a checkpoint of the step in progress has been written.
-            InputError: if a single window does not fit the device, or any one of several does not.
+            Preempted: after a signal, once a checkpoint of the step in progress has been written.
+            InputError: if the device's memory does not suffice for one window, or, with several processes or DeepSpeed,
+                for the parts of a step that the recipe gives.
         """
         module, recipe = self.module, self.module.config
         initial = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
         calibrated_loss, loss_scale = self._evaluate(), module.loss_scale
-        first = Attempt(self.checkpoints.made_from, recipe.accumulate_grad_batches)
+        first = Attempt(self.checkpoints.parent_hash, recipe.accumulate_grad_batches)
         share = recipe.batch_size // self.fabric.world_size
         attempt, found = self.checkpoints.begin(first, self.fabric, share)
         while attempt.restarts < len(RATES):
@@ -140,8 +150,8 @@ class Fit:
                     parameter.data = initial[name].to(parameter.device, copy=True)
             module.slowdown, module.loss_scale = RATES[attempt.restarts], loss_scale
             supervisor = self._attempt(attempt, found)
-            # The Trainer and what it made refer to each other, and to the windows and the block: gigabytes, of which
-            # Python would let those of dozens of blocks pile up before it looks for such cycles by itself.
+            # The Trainer is part of reference cycles that hold the windows and the block, which are gigabytes. Python
+            # would let those of dozens of blocks pile up before it looks for cycles by itself.
             module.forget_attempt()
             gc.collect()
             if supervisor is not None and not supervisor.guard.diverged:
@@ -159,20 +169,24 @@ class Fit:
         return FitResult(None, calibrated_loss, 0, attempt.events)
 
     def _evaluate(self) -> float:
-        """Loss of the module as it is, over all ranks' windows, or those that it is judged by."""
+        """Return the module's present loss over the windows of all ranks, or over the first `judged` of them."""
         self.module.to(self.fabric.device)
         ranks, judged, windows = Ranks(self.fabric.global_rank, self.fabric.world_size), self.module.judged, 1
-        if judged is None:  # the predictions of a whole model for many windows might not fit
+        if judged is None:  # a whole model takes one window: the predictions for many might not fit
             windows = windows_at_a_time(self.fabric.device, self.data[0].shape[1])
         share = None if judged is None else max(judged // ranks.count, 1)  # the ranks hold every n-th window
         mean = self.module.evaluate(zip(*(tensor[:share].split(windows) for tensor in self.data), strict=True))
         return float(ranks.sum(mean.double()) / ranks.count)
 
     def _next(self, attempt: Attempt, supervisor: Supervisor | None) -> Attempt:
-        """What to try after a divergence, or where there is no supervisor, after running out of memory."""
+        """Return the attempt that follows a failed one, which diverged, or without supervisor ran out of memory.
+
+        Raises:
+            InputError: if memory did not suffice for one window.
+        """
         if supervisor is not None:
             skipped, restarts = supervisor.guard.skipped, attempt.restarts + 1
-            then = "training began anew at a tenth of the learning rate"
+            then = "training started over at a tenth of the learning rate"
             then = then if restarts < len(RATES) else "the calibrated quantizers are kept"
             event = f"the gradient was not finite or exploded in {skipped} steps; {then}"
             return replace(attempt, restarts=restarts, events=(*attempt.events, event))
@@ -185,78 +199,93 @@ class Fit:
         return replace(attempt, split=split, events=(*attempt.events, event))
 
     def _out_of_memory(self, windows: int) -> str:
-        """What to do about it where so many windows at a time were too many."""
+        """Return the error message if memory did not suffice for training on `windows` windows at a time."""
         whole = self.name == END_TO_END
         if windows > 1:
             key = f"{END_TO_END if whole else 'training'}.accumulate_grad_batches"
             problem, remedy = "out of device memory", f"a larger {key}, which changes no result"
         else:
             blocks = "trainer.strategy=deepspeed_stage_3 and trainer.offload=parameters"
-            problem = "out of device memory while one window is trained on"
+            problem = "out of device memory while training on one window"
             remedy = f"{'end_to_end.activation_checkpointing=true' if whole else blocks}, or a lower "
             remedy += "data.sequence_length in another run_dir"
         return f"{problem}; give {remedy}; finished blocks are kept"
 
     def _loader(self, parts: int) -> ResumableLoader:
+        """Return the loader of this rank's batches, `parts` of which make its share of a step."""
         ranks, step = Ranks(self.fabric.global_rank, self.fabric.world_size), self.module.config.batch_size
         sampler = StepSampler(len(self.data[0]) * ranks.count, step, ranks, self.config.seed)
         return ResumableLoader(TensorDataset(*self.data), batch_size=step // (ranks.count * parts), sampler=sampler)
 
     def _attempt(self, attempt: Attempt, found: bool) -> Supervisor | None:
-        """Train once; what became of it, or None where the device's memory did not suffice."""
+        """Train once, from the checkpoint if one was found.
+
+        Returns:
+            The callback that has supervised the training, or None if the device's memory did not suffice.
+
+        Raises:
+            InputError: if memory did not suffice, and another attempt in this process is impossible.
+        """
         parts, config = attempt.parts * attempt.split, self.config
         loader = self._loader(parts)
-        self.module.steps = self.module.config.epochs * len(loader) // parts
+        steps = len(loader) // parts  # in an epoch
+        self.module.steps = self.module.config.epochs * steps
         L.seed_everything(config.seed, verbose=False)
         with _quiet():
             logged = _logged(config.logs / "csv" / self.name / "metrics.csv") if found else []
             patience = self.module.config.patience
             supervisor = Supervisor(self.checkpoints, config.checkpoint_seconds, self.preemption, logged, patience)
-            trainer = L.Trainer(
-                accelerator=self.fabric.device.type,
-                devices=config.devices,
-                num_nodes=config.num_nodes,
-                strategy=build_strategy(config.strategy, self.fabric, config.offload),
-                plugins=[self.checkpoints],
-                precision="32-true",  # the module autocasts by itself
-                max_epochs=self.module.config.epochs,
-                accumulate_grad_batches=parts,
-                logger=[
-                    TensorBoardLogger(config.logs, name="tensorboard", version=self.name),
-                    CSVLogger(config.logs, name="csv", version=self.name),
-                ],
-                callbacks=[
-                    supervisor,
-                    LearningRateMonitor(logging_interval="step"),
-                    TQDMProgressBar(refresh_rate=10, process_position=1, leave=False),
-                ],
-                log_every_n_steps=min(10, len(loader) // parts),
-                default_root_dir=self.checkpoints.folder,  # where it looks for checkpoints by SLURM's requeueing
-                enable_checkpointing=False,  # the supervisor's
-                enable_model_summary=False,
-                use_distributed_sampler=False,
-            )
-            # Lightning's handler of SIGTERM broadcasts from wherever the signal meets it.
-            trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+            trainer = self._trainer(supervisor, parts, steps)
             try:
                 with self.preemption.deferred():
                     path = str(self.checkpoints.path) if found else None
                     trainer.fit(self.module, loader, ckpt_path=path, weights_only=True)
             except SystemExit:
-                if trainer.interrupted:  # Lightning turns Ctrl-C into an exit of its own
+                if trainer.interrupted:  # Lightning turns Ctrl-C into SystemExit
                     raise KeyboardInterrupt from None
                 raise
             except torch.OutOfMemoryError as error:
-                # Several processes wait for each other in a collective, and DeepSpeed has taken the module apart.
+                # The other processes wait in a collective, and DeepSpeed has left the module in shards.
                 if self.fabric.world_size > 1 or config.strategy.startswith("deepspeed"):
                     windows = self.module.config.batch_size // (self.fabric.world_size * parts)
                     raise InputError(self._out_of_memory(windows)) from error
                 return None
         return supervisor
 
+    def _trainer(self, supervisor: Supervisor, parts: int, steps: int) -> L.Trainer:
+        """Return a Trainer that takes a step after every `parts` batches, and `steps` steps in an epoch."""
+        config = self.config
+        trainer = L.Trainer(
+            accelerator=self.fabric.device.type,
+            devices=config.devices,
+            num_nodes=config.num_nodes,
+            strategy=build_strategy(config.strategy, self.fabric, config.offload),
+            plugins=[self.checkpoints],
+            precision="32-true",  # the module autocasts by itself
+            max_epochs=self.module.config.epochs,
+            accumulate_grad_batches=parts,
+            logger=[
+                TensorBoardLogger(config.logs, name="tensorboard", version=self.name),
+                CSVLogger(config.logs, name="csv", version=self.name),
+            ],
+            callbacks=[
+                supervisor,
+                LearningRateMonitor(logging_interval="step"),
+                TQDMProgressBar(refresh_rate=10, process_position=1, leave=False),
+            ],
+            log_every_n_steps=min(10, steps),
+            default_root_dir=self.checkpoints.folder,  # Lightning looks there for checkpoints of SLURM's requeueing
+            enable_checkpointing=False,  # the supervisor writes them
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+        # Lightning's handler of SIGTERM would start a collective wherever the signal interrupts the process.
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        return trainer
+
 
 def _logged(file: Path) -> list[dict[str, Any]]:
-    """Rows of a CSV log."""
+    """Return the rows of a CSV log that belong to a step; none if there is no file."""
     if not file.is_file():
         return []
     with file.open(newline="") as stream:
@@ -265,26 +294,27 @@ def _logged(file: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Lightning introduces itself at every Trainer, and warns of too few loader workers and of the logs' folder.
+    """Silence what Lightning would repeat for every Trainer, of which there is one per block.
 
-    The windows lie in memory, where workers would only copy them, and there is one Trainer a block.
+    Lightning prints a banner, and warns of too few loader workers and of the logs' folder. More workers would only copy
+    the windows, which lie in memory.
     """
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
             for message in (
                 ".*does not have many workers.*",
-                ".*in eval mode.*",  # blocks stay in it: dropout has no place in a reconstruction
+                ".*in eval mode.*",  # blocks stay in eval mode: a reconstruction must not use dropout
                 ".*exists and is not empty.*",
                 ".*will be overwritten.*",
-                ".*before `optimizer.step\\(\\)`.*",  # of the schedule, where the first step was skipped
-                ".*LeafSpec.*",  # Lightning's use of a name that PyTorch is about to retire
+                ".*before `optimizer.step\\(\\)`.*",  # the schedule warns if the first step was skipped
+                ".*LeafSpec.*",  # Lightning uses a name that PyTorch has deprecated
             ):
                 warnings.filterwarnings("ignore", message)
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)

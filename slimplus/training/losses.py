@@ -1,4 +1,4 @@
-"""What a trained block is judged by: the error of its output against the full-precision block's."""
+"""Reconstruction losses: the error of a quantized block's output against the full-precision block's."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch import Tensor
 SMALLEST_ENERGY = 1e-6
 
 Norm = Callable[[Tensor], Tensor]
-"""The normalization that follows a block: `[..., hidden]` → the same."""
+"""The normalization that follows a block, from `[..., hidden]` to the same shape."""
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Choices that go together in any way.
+    """Choices of the reconstruction loss, each independent of the others.
 
     Attributes:
-        error: `mse` is the mean squared error; `normalized` divides the squared error of each token by the token's
-            energy, so that the few tokens whose activations are thousands of times larger than the others' ("Massive
-            Activations in Large Language Models", arXiv 2402.17762) do not rule it; `after_norm` is the same behind
-            the normalization that follows, which is what the next block reads.
-        trim_fraction: share of each window's tokens, those with the largest errors, that do not count.
-        salient_channels: weight the channels of the output by their salience for what reads them.
-        auxiliary: weight of a second error, against the full-precision block fed the quantized input (`aug_loss` of
-            SliM-LLM+, arXiv 2405.14917).
+        error: `mse` is the mean squared error. `normalized` divides each token's squared error by the token's energy:
+            the activations of a few tokens are thousands of times larger than the others ("Massive Activations in Large
+            Language Models", arXiv 2402.17762), and would dominate the sum. `after_norm` is the normalized error of
+            what the next block reads, the output of the normalization that follows.
+        trim_fraction: share of each window's tokens, those with the largest errors, that does not count.
+        salient_channels: whether to weight the output channels by their salience for the layers that read them.
+        auxiliary: weight of a second error, against the full-precision block's output for the quantized block's input
+            (`aug_loss` of SliM-LLM+, arXiv 2405.14917).
     """
 
     error: Literal["mse", "normalized", "after_norm"] = "normalized"
@@ -38,14 +38,14 @@ class LossConfig:
 def reconstruction_loss(
     output: Tensor, target: Tensor, config: LossConfig, norm: Norm | None = None, channels: Tensor | None = None
 ) -> Tensor:
-    """Mean over the tokens of an error between `output` and `target`, both `[..., hidden]`.
+    """Return the mean over the tokens of the error between two outputs.
 
     Args:
-        output: of the quantized block.
-        target: of the full-precision one.
-        config: which error; `auxiliary` is the caller's, who has a second target.
-        norm: what follows the block, for `after_norm`.
-        channels: `[hidden]`, weight of each channel's squared error, for `salient_channels`.
+        output: output of the quantized block, `[..., hidden]`.
+        target: output of the full-precision block, `[..., hidden]`.
+        config: choice of the error; `auxiliary` is left to the caller, who has the second target.
+        norm: the normalization that follows the block, for `after_norm`.
+        channels: weight of each channel's squared error, `[hidden]`, for `salient_channels`.
     """
     output, target = output.float(), target.float()
     if config.error == "after_norm" and norm is not None:
@@ -57,11 +57,11 @@ def reconstruction_loss(
     else:
         errors = errors / (target.square() * weights).sum(-1).clamp(min=SMALLEST_ENERGY)
     if config.trim_fraction:
-        tokens = errors.shape[-1]  # of a window, so that it does not matter how many are looked at together
+        tokens = errors.shape[-1]  # of each window: the loss must not depend on the windows in a batch
         errors = errors.topk(tokens - int(config.trim_fraction * tokens), largest=False).values
     return errors.mean()
 
 
 def normalized_error(output: Tensor, target: Tensor) -> Tensor:
-    """Mean over tokens of `|output - target|² / |target|²`; both `[..., hidden]`."""
+    """Return the mean over tokens of `|output - target|² / |target|²` for two tensors `[..., hidden]`."""
     return reconstruction_loss(output, target, LossConfig())

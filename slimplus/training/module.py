@@ -1,4 +1,4 @@
-"""What the trainings of a job share: one block's, and that of the whole model."""
+"""The LightningModule that the training of a block and the training of the whole model derive from."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from slimplus.training.optimizers import Name, ParameterKind, RateConfig, build_
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How quantizers are trained.
+    """Settings of a training of quantizers.
 
     Attributes:
-        epochs: passes over the calibration windows.
-        batch_size: windows a step, of all devices together.
-        accumulate_grad_batches: parts in which a device takes its share of a step, one after the other.
-        optimizer: its name.
-        grid: rate of the ends of each grid, in steps of its scale.
-        weight_decay: of the AdamWs.
-        warmup: steps over which the rates rise.
-        patience: epochs without a lower loss that end a training; None for no early end.
+        epochs: number of passes over the calibration windows.
+        batch_size: number of windows per step, on all devices together.
+        accumulate_grad_batches: number of parts in which a device takes its share of a step, one after the other.
+        optimizer: name of the optimizer.
+        grid: learning rate of the two ends of each quantization grid, in units of the grid's scale.
+        weight_decay: weight decay of `adamw` and `adamw_8bit`.
+        warmup: number of steps over which the learning rates rise.
+        patience: number of epochs without a lower loss that ends the training; None for no early end.
     """
 
     epochs: int
@@ -40,17 +40,17 @@ class TrainingConfig:
 
 
 class QuantizerTraining(L.LightningModule):
-    """Trains every parameter that requires a gradient on `loss`, which a subclass defines.
+    """Training of every parameter that requires a gradient; a subclass defines `loss` and `kinds`.
 
     Args:
-        config: epochs, rates.
+        config: settings of the training.
         precision: Lightning's name of the precision to autocast to.
 
     Attributes:
-        steps: of the whole training; set before it begins.
-        slowdown: part of the learning rates that is used.
+        steps: number of steps of the whole training; set before the training begins.
+        slowdown: factor on the learning rates, for a new attempt after a divergence.
         loss_scale: factor on the loss, and so on the gradients, that the precision needs; the supervisor lowers it.
-        judged: windows of all ranks that tell whether training helped; None for all, as an epoch has them.
+        judged: number of windows, on all ranks together, that tell whether training helped; None for all windows.
     """
 
     steps: int
@@ -62,36 +62,41 @@ class QuantizerTraining(L.LightningModule):
         self.config, self.precision_name = config, precision
         self.loss_scale = LOSS_SCALES.get(precision, 1.0)
         self._losses: list[Tensor] = []
-        self.strict_loading = False  # a checkpoint holds what is trained
+        self.strict_loading = False  # a checkpoint holds the trained parameters only
 
     def loss(self, batch: tuple[Tensor, ...]) -> Tensor:
-        """Mean over the tokens of a batch."""
+        """Return the mean loss over the tokens of a batch.
+
+        Args:
+            batch: tensors `[windows, …]`; which tensors depends on the subclass.
+        """
         raise NotImplementedError
 
     def kinds(self) -> list[ParameterKind]:
-        """The trained parameters."""
+        """Return the trained parameters, grouped by how they learn."""
         raise NotImplementedError
 
     def training_step(self, batch: tuple[Tensor, ...], batch_index: int) -> Tensor:
+        """Return the scaled loss of a batch, and log the loss."""
         loss = self.loss(batch)
         self._losses.append(loss.detach())
         self.log("loss", loss, prog_bar=True, on_step=True, on_epoch=True, sync_dist=True)
         return loss * self.loss_scale
 
     def forget_attempt(self) -> None:
-        """Let go of the Trainer, and of what a step that was not finished left."""
+        """Drop the reference to the Trainer, and the losses of an unfinished step."""
         self.trainer = None
         self._losses.clear()
 
     def take_loss(self) -> Tensor:
-        """Mean loss of the batches since the last call."""
+        """Return the mean loss of the batches since the last call."""
         mean = torch.stack(self._losses).mean()
         self._losses.clear()
         return mean
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[tuple[Tensor, ...]]) -> Tensor:
-        """Mean loss over the windows of `batches`."""
+        """Return the mean loss over the windows of all batches."""
         losses, windows = [], 0
         for batch in batches:
             losses.append(self.loss(tuple(tensor.to(self.device) for tensor in batch)) * len(batch[0]))
@@ -99,19 +104,22 @@ class QuantizerTraining(L.LightningModule):
         return torch.stack(losses).sum() / windows
 
     def trained_state(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Of a state dict, what is trained."""
+        """Return the entries of a state dict that belong to trained parameters."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         return {name: tensor for name, tensor in state.items() if name in trained}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Reduce a checkpoint to the trained parameters, and add the loss scale."""
         checkpoint["state_dict"] = self.trained_state(checkpoint["state_dict"])
         checkpoint["loss_scale"] = self.loss_scale
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the loss scale from a checkpoint."""
         self.loss_scale = checkpoint["loss_scale"]
 
     def configure_optimizers(self) -> Any:
-        # Not `estimated_stepping_batches`: that sets up the loader before a checkpoint has told it where to go on.
+        """Return the optimizer and its schedule over `steps`."""
+        # Lightning's `estimated_stepping_batches` would set up the loader before a checkpoint restores its position.
         config = self.config
         return build_optimizer(
             config.optimizer, self.kinds(), max(self.steps, 1), config.weight_decay, config.warmup, self.slowdown

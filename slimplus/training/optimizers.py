@@ -1,4 +1,4 @@
-"""Optimizers of the quantizers: each group of parameters has a rate and a schedule of its own."""
+"""Optimizers of the quantizers, with a learning rate and a schedule for each kind of parameter."""
 
 from __future__ import annotations
 
@@ -18,23 +18,28 @@ Schedule = Literal["constant", "linear", "cosine"]
 
 @dataclass(frozen=True)
 class RateConfig:
-    """How fast one kind of parameter learns.
+    """Learning rate of one kind of parameter.
 
     Attributes:
-        learning_rate: peak. None is 2 over the number of steps, with which a sign step and the linear schedule carry a
-            parameter one unit in all.
-        schedule: how it falls to zero.
+        learning_rate: peak of the rate. None stands for 2 over the number of steps: under the linear schedule, steps by
+            the gradient's sign then move a parameter by one unit at most.
+        schedule: shape of the rate's fall to zero; `constant` does not fall.
     """
 
     learning_rate: float | None = None
     schedule: Schedule = "linear"
 
     def peak(self, steps: int) -> float:
-        """The peak for a training of `steps`."""
+        """Return the peak of the rate for a training of `steps` steps."""
         return 2 / steps if self.learning_rate is None else self.learning_rate
 
     def factor(self, steps: int, warmup: int = 0) -> Callable[[int], float]:
-        """Step → part of the peak, after a linear rise over `warmup` steps."""
+        """Return a function from a step to a factor on the peak, with a linear rise over `warmup` steps.
+
+        Args:
+            steps: number of steps of the whole training.
+            warmup: number of steps over which the rate rises.
+        """
         falls = {
             "constant": lambda done: 1.0,
             "linear": lambda done: 1 - done,
@@ -45,13 +50,13 @@ class RateConfig:
 
 @dataclass(frozen=True)
 class ParameterKind:
-    """Parameters that learn alike.
+    """Parameters that share a learning rate and a bound.
 
     Attributes:
-        parameters: of a module.
-        rate: of their learning.
-        bound: largest magnitude, if they have one; kept by `sign_sgd`.
-        unit: of the rate, where parameters are of another size than one.
+        parameters: the parameters.
+        rate: their learning rate, in parts of `unit`.
+        bound: largest magnitude that the parameters may have; only `sign_sgd` enforces it.
+        unit: typical size of the parameters, by which the rate is multiplied.
     """
 
     parameters: list[nn.Parameter]
@@ -61,9 +66,14 @@ class ParameterKind:
 
 
 class SignSGD(Optimizer):
-    """Moves every parameter by the learning rate, against the sign of its gradient (arXiv 1802.04434).
+    """Optimizer that moves every parameter by the learning rate, against its gradient's sign (arXiv 1802.04434).
 
-    Where the gradient passes a rounding, its size means little and its sign much; it needs no state.
+    The gradient of a rounding is an estimate whose sign can be trusted more than its size. The optimizer has no state.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: the learning rate.
+        bound: largest magnitude that a parameter may have.
     """
 
     def __init__(self, params: Any, lr: float = 1e-3, bound: float = math.inf) -> None:
@@ -71,6 +81,7 @@ class SignSGD(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
+        """Move every parameter that has a gradient, and return the closure's loss, if there is a closure."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -83,18 +94,18 @@ class SignSGD(Optimizer):
 def build_optimizer(
     name: Name, kinds: list[ParameterKind], steps: int, weight_decay: float, warmup: int = 0, slowdown: float = 1.0
 ) -> dict[str, Any]:
-    """Optimizer and schedule as `LightningModule.configure_optimizers` gives them.
+    """Build an optimizer and its schedule, in the form that `LightningModule.configure_optimizers` returns.
 
     Args:
-        name: `adamw_8bit` is bitsandbytes' AdamW, whose moments take a byte each.
-        kinds: a group of the optimizer each; those without parameters are left out.
-        steps: of the whole training.
-        weight_decay: of the AdamWs.
-        warmup: steps over which the rates rise.
-        slowdown: part of the learning rates that is used.
+        name: the optimizer; `adamw_8bit` is the AdamW of bitsandbytes, whose moments take one byte each.
+        kinds: kinds of parameters, each a group of the optimizer; a kind without parameters is left out.
+        steps: number of steps of the whole training.
+        weight_decay: weight decay of `adamw` and `adamw_8bit`.
+        warmup: number of steps over which the learning rates rise.
+        slowdown: factor on the learning rates.
 
     Raises:
-        ModuleNotFoundError: `adamw_8bit` without bitsandbytes.
+        ModuleNotFoundError: if bitsandbytes is not installed, for `adamw_8bit`.
     """
     kinds = [kind for kind in kinds if kind.parameters]
     groups: list[dict[str, Any]] = [
@@ -104,7 +115,7 @@ def build_optimizer(
     if name == "sign_sgd":
         optimizer = SignSGD([group | {"bound": kind.bound} for group, kind in zip(groups, kinds, strict=True)])
     elif name == "adamw_8bit":
-        from bitsandbytes.optim import AdamW8bit  # takes a second, and comes with the extra `qat`
+        from bitsandbytes.optim import AdamW8bit  # an import of a second, from the extra `qat`
 
         optimizer = AdamW8bit(groups, weight_decay=weight_decay, betas=(0.9, 0.95))
     else:

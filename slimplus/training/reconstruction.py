@@ -1,4 +1,4 @@
-"""One transformer block as a LightningModule: its quantizers learn to reproduce the full-precision block."""
+"""Block reconstruction: training of a block's quantizers to reproduce the output of the full-precision block."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from slimplus.training.optimizers import ParameterKind, RateConfig
 
 @dataclass(frozen=True)
 class ReconstructionConfig(TrainingConfig):
-    """How a block's quantizers are trained.
+    """Settings of the training of a block's quantizers.
 
     Attributes:
-        per_weight: rate of what each weight has of its own: the offset of its rounding, or itself.
-        loss: what is minimised.
+        per_weight: learning rate of the parameters that each weight has of its own: the offset of its rounding, or the
+            weight itself.
+        loss: the loss.
     """
 
     per_weight: RateConfig = field(default_factory=RateConfig)
@@ -32,11 +33,11 @@ class ReconstructionConfig(TrainingConfig):
 
 @dataclass(frozen=True)
 class LossContext:
-    """What a loss asks of a block's place in the model.
+    """Facts of a block's place in the model that its loss depends on.
 
     Attributes:
-        norm: the normalization that follows the block.
-        channels: `[hidden]`, salience of the block's output channels, if it was measured.
+        norm: the normalization that follows the block, for the error `after_norm`.
+        channels: salience of the block's output channels, `[hidden]`, if it was measured.
     """
 
     norm: Callable[[Tensor], Tensor] | None = None
@@ -44,18 +45,20 @@ class LossContext:
 
 
 class BlockReconstruction(QuantizerTraining):
-    """Trains every parameter of `block` that requires a gradient on the error of its output.
+    """Training of every parameter of a block that requires a gradient, on the error of the block's output.
 
-    A batch is `(hidden, target)` or `(hidden, target, auxiliary)`, all `[windows, sequence_length, hidden]`: the output
-    of the quantized blocks before this one, the full-precision block's output along the full-precision chain, and, for
-    the auxiliary loss, its output along the quantized chain.
+    A batch is `(hidden, target)` or `(hidden, target, auxiliary)`, all `[windows, sequence_length, hidden]`:
+
+    - `hidden`: output of the quantized blocks before this one.
+    - `target`: output of the full-precision block behind the full-precision blocks before it.
+    - `auxiliary`: output of the full-precision block for `hidden`, for the auxiliary loss.
 
     Args:
         block: the block, its linear layers fake-quantized.
-        arguments: the block's other arguments, on its device.
-        config: epochs, rates, loss.
+        arguments: the block's other arguments, on the block's device.
+        config: settings of the training.
         precision: Lightning's name of the precision to autocast to.
-        context: what the loss needs to know.
+        context: facts of the block's place in the model.
     """
 
     config: ReconstructionConfig
@@ -70,25 +73,27 @@ class BlockReconstruction(QuantizerTraining):
     ) -> None:
         super().__init__(config, precision)
         self.block, self.arguments = block, arguments
-        # In a tuple, so that the norm does not become a part of this module.
-        self._surroundings: tuple[LossContext] = (context,)
+        # The tuple hides the norm from PyTorch, which would make it a part of this module.
+        self._context: tuple[LossContext] = (context,)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """`[windows, sequence_length, hidden]` → the same."""
+        """Return the quantized block's output for inputs `[windows, sequence_length, hidden]`, in the same shape."""
         with autocast(self.device, self.precision_name):
             return run_block(self.block, hidden.float(), self.arguments)
 
     def loss(self, batch: tuple[Tensor, ...]) -> Tensor:
+        """Return the mean error over the tokens of a batch."""
         hidden, target, *auxiliary = batch
         output, config = self(hidden), self.config.loss
-        (around,) = self._surroundings
-        channels = around.channels if config.salient_channels else None
-        error = reconstruction_loss(output, target, config, around.norm, channels)
+        (context,) = self._context
+        channels = context.channels if config.salient_channels else None
+        error = reconstruction_loss(output, target, config, context.norm, channels)
         for other in auxiliary:
-            error = error + config.auxiliary * reconstruction_loss(output, other, config, around.norm, channels)
+            error = error + config.auxiliary * reconstruction_loss(output, other, config, context.norm, channels)
         return error
 
     def kinds(self) -> list[ParameterKind]:
+        """Return the parameters of single weights and those of the grids."""
         layers = [module for module in self.block.modules() if isinstance(module, FakeQuantizedLinear)]
         grid: list[Any] = [parameter for layer in layers for parameter in layer.grid]
         per_weight: list[Any] = [parameter for layer in layers for parameter in layer.per_weight]

@@ -1,4 +1,4 @@
-"""The order of the calibration windows in training: every step takes the same windows on any number of ranks."""
+"""The order of the calibration windows in training, which is the same on any number of ranks."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from slimplus.distributed.ranks import Ranks
 
 
 class StepSampler(Sampler[int]):
-    """This rank's windows, by their place in its share, in the order in which the steps of an epoch take them.
+    """Sampler of this rank's windows, numbered within its share, in the order in which the steps of an epoch use them.
 
-    Window `i` of the job lies on rank `i % ranks` and in slot `i % batch_size`. A step takes one window of each slot,
-    at random and anew in each epoch; so ranks that divide the batch size hold whole slots, and which windows meet in a
-    step depends on the seed and the epoch alone. A resumed epoch, too, sees the same windows.
+    Window `i` of the job lies on rank `i % ranks` and in slot `i % batch_size`. Each step takes one window of every
+    slot, in an order drawn anew for each epoch. If the number of ranks divides the batch size, a slot lies on one rank,
+    so that the windows of a step depend on the seed and the epoch only. A resumed epoch uses the same windows.
 
     Args:
-        windows: of the whole job, a multiple of `batch_size`.
-        batch_size: windows a step, of all ranks together; a multiple of their number.
+        windows: number of windows of the whole job, a multiple of `batch_size`.
+        batch_size: number of windows per step on all ranks together, a multiple of the number of ranks.
         ranks: the processes of the job.
-        seed: of the order.
+        seed: seed of the order.
     """
 
     def __init__(self, windows: int, batch_size: int, ranks: Ranks, seed: int) -> None:
@@ -29,7 +29,7 @@ class StepSampler(Sampler[int]):
         self.batch_size, self.ranks, self.seed = batch_size, ranks, seed
 
     def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this before each epoch."""
+        """Set the epoch whose order is drawn; Lightning calls this before each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:

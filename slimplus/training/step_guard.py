@@ -1,4 +1,4 @@
-"""Which steps of a training are taken: those whose gradient is finite and no larger than is sane."""
+"""The guard that decides which steps of a training are taken, by the norm of their gradients."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import math
 from statistics import median
 from typing import Any
 
-# From run to run the norms of a block's steps differ by a factor of 10 at most; AdamW forgives a large gradient, its
-# second moment remembers it for a thousand steps.
+# Factor on the median norm above which a gradient has exploded. The norms of a block's steps usually differ by a factor
+# of 10 at most. AdamW makes an ordinary step of an exploded gradient, but its second moment then shortens many steps.
 EXPLODED = 100.0
-REMEMBERED, NEEDED = 64, 8  # norms that the median is taken of, at most and at least
+REMEMBERED, NEEDED = 64, 8  # largest and smallest number of norms that the median is taken of
 PATIENCE = 5  # bad steps in a row that end a training
 
 
 class StepGuard:
-    """Judges the gradient norm of each step.
+    """Judge of each step's gradient norm, which must be finite and not exploded.
 
     Attributes:
-        norms: of the last steps that were taken.
-        skipped: number of steps that were not.
-        in_a_row: of these, since the last one that was.
+        norms: gradient norms of the last steps taken.
+        skipped: number of steps skipped so far.
+        in_a_row: number of steps skipped since the last step taken.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class StepGuard:
         self.skipped = self.in_a_row = 0
 
     def admits(self, norm: float) -> bool:
-        """Whether the step is to be taken."""
+        """Return whether to take the step whose gradient has this norm, and count the step."""
         usual = (median(self.norms) if len(self.norms) >= NEEDED else 0.0) or math.inf
         if math.isfinite(norm) and norm <= EXPLODED * usual:
             self.norms = [*self.norms, norm][-REMEMBERED:]
@@ -39,13 +39,13 @@ class StepGuard:
 
     @property
     def diverged(self) -> bool:
-        """Whether there is no point in going on."""
+        """Whether so many steps in a row were skipped that the training has diverged."""
         return self.in_a_row >= PATIENCE
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it, for a checkpoint."""
+        """Return all attributes, for a checkpoint."""
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What `state_dict` gave."""
+        """Set all attributes from what `state_dict` has returned."""
         vars(self).update(state)

@@ -1,4 +1,4 @@
-"""Sees to it that a training ends well: bad steps are skipped, and it can be ended and continued at any step."""
+"""The callback that skips bad steps, keeps the best state, and lets a training be interrupted at any step."""
 
 from __future__ import annotations
 
@@ -21,25 +21,26 @@ from slimplus.training.step_guard import StepGuard
 
 
 class Supervisor(Callback):
-    """Skips bad steps, keeps the best state, and writes a checkpoint at each epoch's end, after `seconds`, and when the
-    job is pre-empted.
+    """Callback that skips bad steps, keeps the best state and writes checkpoints.
 
-    All decisions come from one sum over the ranks at each step, so that they agree. Checkpoints are written after
-    whole steps only: no gradients are pending then.
+    A checkpoint is written at the end of each epoch, once `seconds` have passed since the last one, and when the job is
+    pre-empted. All decisions come from one sum over the ranks at each step, so that the ranks agree. Checkpoints are
+    written after whole steps only, when no gradients are pending.
 
     Args:
-        checkpoints: where to.
-        seconds: of training between two checkpoints; 0 for one at every step.
+        checkpoints: checkpoints of the training.
+        seconds: seconds of training between two checkpoints within an epoch; 0 for a checkpoint at every step.
         preemption: the signals of this process.
         logged: rows of the CSV log of an earlier start.
-        patience: epochs without a lower loss that end the training; None for no such end.
+        patience: number of epochs without a lower loss that ends the training; None for no early end.
 
     Attributes:
-        guard: what became of the steps.
-        loss_sum, steps: of the steps taken in this epoch, over all ranks.
-        loss: the mean over the steps of the best epoch.
-        best: what was trained, as it was after the best epoch.
-        waited: epochs since then.
+        guard: judge of the steps.
+        loss_sum: sum of the losses of the steps taken in this epoch, each a mean over the ranks.
+        steps: number of steps taken in this epoch.
+        loss: mean loss over the steps of the best epoch.
+        best: trained parameters after the best epoch, on the CPU.
+        waited: number of epochs since the best one.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Supervisor(Callback):
         self._stepped = self._asked = self._due = self._cut_short = False
 
     def state_dict(self) -> dict[str, Any]:
+        """Return all that a resumed training needs to go on alike, for a checkpoint."""
         generators = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             generators["cuda"] = torch.cuda.get_rng_state()
@@ -70,6 +72,7 @@ class Supervisor(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the state, and that of the random number generators, from a checkpoint."""
         self.guard.load_state_dict(state_dict["guard"])
         self.loss_sum, self.steps = state_dict["epoch"]
         self.loss, self.waited, self.best = state_dict["best"]
@@ -78,18 +81,21 @@ class Supervisor(Callback):
             torch.cuda.set_rng_state(state_dict["generators"]["cuda"].cpu())
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the rows of an earlier start to the CSV log, and end a training whose patience is used up."""
         self._end_early(trainer)
         for log in trainer.loggers:
-            if isinstance(log, CSVLogger) and trainer.is_global_zero:  # it begins with an empty file
+            if isinstance(log, CSVLogger) and trainer.is_global_zero:  # the logger begins with an empty file
                 log.experiment.metrics.extend(row for row in self.logged if int(row["step"]) < trainer.global_step)
                 log.save()
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Reset the sums of the epoch."""
         self.loss_sum, self.steps = 0.0, 0
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
+        """Decide with all ranks whether the step is taken, and whether a checkpoint or the end of the job is due."""
         assert isinstance(pl_module, QuantizerTraining)
         if not takes_step(trainer):
             return
@@ -111,7 +117,7 @@ class Supervisor(Callback):
             self.preemption.share(signal.SIGUSR1 if warned else signal.SIGTERM)
 
     def _sum(self, trainer: L.Trainer, loss: Tensor, due: bool) -> list[float]:
-        """Over all ranks: the norm of the gradient, the mean loss, and three votes."""
+        """Return gradient norm, mean loss, and the numbers of ranks with any signal, with SIGUSR1, and with `due`."""
         share = torch.tensor([gradient_norm(trainer), float(loss)], dtype=torch.float64) / trainer.world_size
         received = self.preemption.received
         votes = torch.tensor([received is not None, received == signal.SIGUSR1, due], dtype=torch.float64)
@@ -120,10 +126,11 @@ class Supervisor(Callback):
         return summed
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Stop or write a checkpoint after a whole step, if one of them is due."""
         if not self._stepped:
             return
         self._stepped = False
-        last = trainer.is_last_batch  # of the epoch, whose end writes a checkpoint
+        last = trainer.is_last_batch  # the end of the epoch writes a checkpoint
         if self.guard.diverged:
             trainer.should_stop = self._cut_short = True
         elif self._asked:
@@ -133,12 +140,13 @@ class Supervisor(Callback):
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not self._cut_short:  # Lightning ends the epoch even so
+        """Keep the state if it is the best one, and write a checkpoint, after a whole epoch."""
+        if not self._cut_short:  # Lightning calls this after a part of an epoch as well
             self._judge_epoch(trainer, pl_module)
             self._save(trainer)
 
     def _judge_epoch(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Keep the state if it is the best one; all ranks hold the same losses, and so agree."""
+        """Keep the state if it is the best one; all ranks hold the same losses, so that they agree."""
         assert isinstance(module, QuantizerTraining)
         loss = self.loss_sum / self.steps if self.steps else math.inf
         self.waited += 1
@@ -149,10 +157,12 @@ class Supervisor(Callback):
         self._end_early(trainer)
 
     def _end_early(self, trainer: L.Trainer) -> None:
+        """Stop the training if the patience is used up."""
         if self.patience is not None and self.waited >= self.patience:
             trainer.should_stop = True
 
     def _save(self, trainer: L.Trainer) -> None:
+        """Write a checkpoint and the logs."""
         trainer.save_checkpoint(self.checkpoints.path)
         for log in trainer.loggers:
             log.save()

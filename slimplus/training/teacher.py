@@ -1,4 +1,4 @@
-"""The full-precision model as a teacher, its weights storage by bitsandbytes in 8 or 4 bits to save memory."""
+"""The full-precision model as a teacher, its weights stored by bitsandbytes in 8 or 4 bits to save memory."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ Storage = Literal["int8", "nf4"]
 
 
 class Teacher:
-    """Gives what the head of a full-precision model reads.
+    """Full-precision model that gives the hidden states its head reads.
 
     Args:
-        model: changed: the linear layers of its blocks are replaced.
-        storage: `int8` (vector-wise, arXiv 2208.07339) or `nf4` (QLoRA's, arXiv 2305.14314), of which int8 is the
-            more exact.
-        device: where it runs.
+        model: the model; the linear layers of its blocks are replaced.
+        storage: `int8` (vector-wise, arXiv 2208.07339), which is more exact, or `nf4` (of QLoRA, arXiv 2305.14314).
+        device: device that the teacher runs on.
         precision: Lightning's name of the precision to autocast to.
 
     Raises:
-        ModuleNotFoundError: without bitsandbytes.
+        ModuleNotFoundError: if bitsandbytes is not installed.
     """
 
     def __init__(self, model: PreTrainedModel, storage: Storage, device: torch.device, precision: str) -> None:
@@ -37,14 +36,15 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
-        """`[windows, sequence_length]` → `[windows, sequence_length, hidden]`."""
+        """Return the last hidden states `[windows, sequence_length, hidden]` of tokens `[windows, sequence_length]`."""
         with autocast(self.device, self.precision):
             states: Tensor = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         return states
 
 
 def _stored(layer: nn.Linear, storage: Storage, device: torch.device) -> nn.Module:
-    import bitsandbytes as bnb  # takes a second, and comes with the extra `qat`
+    """Return a linear layer of bitsandbytes with the weight of `layer`, on the device."""
+    import bitsandbytes as bnb  # an import of a second, from the extra `qat`
 
     sizes, weight, biased = (layer.in_features, layer.out_features), layer.weight.data, layer.bias is not None
     quantized: nn.Module

@@ -1,8 +1,8 @@
-"""What the user can put right, and what passes; how a command ends."""
+"""Errors that the user can act on, the statuses that commands exit with, and the first line of any error."""
 
 import errno
 
-# Exit statuses: argparse's, sysexits.h's EX_TEMPFAIL, and a shell's for Ctrl-C and SIGTERM.
+# Exit statuses: that of argparse, EX_TEMPFAIL of sysexits.h, and those of a shell for SIGINT and SIGTERM.
 BAD_INPUT, TRY_AGAIN, INTERRUPTED, PREEMPTED = 2, 75, 130, 143
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -13,19 +13,19 @@ class InputError(ValueError):
 
 
 class TemporaryFailure(RuntimeError):
-    """What is no fault of the input: a sentence that says what happened; the same command goes on afterwards."""
+    """A failure that is no fault of the input: one sentence; the same command, run again, resumes the work."""
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether it says that a disk, or a quota on it, is full."""
+    """Return whether the error says that a disk, or a quota on it, is full."""
     return isinstance(error, OSError) and error.errno in FULL
 
 
 def first_line(error: BaseException) -> str:
-    """What it says, in one line; its type where it says nothing."""
+    """Return the first line of an error's message, or the name of its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")
 
 
 def named_first_line(error: BaseException) -> str:
-    """The same after its type, which says more where a message is short."""
+    """Return the name of an error's type and the first line of its message, for messages that say little alone."""
     return f"{type(error).__name__}: {error}".split("\n", 1)[0].rstrip(" .:")

@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or absent."""
+"""Atomic writes: a file or a folder is either whole or absent, also after a crash or a power cut."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ REPLACED_SUFFIX = ".replaced"
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write `content` so that a reader, or a restart after a crash, sees the old file or the new one, never a part."""
+    """Write a file so that a reader, or a restart after a crash, finds the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
@@ -26,12 +26,12 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 
 def staging_folder(folder: Path) -> Path:
-    """Where to write what is to become `folder`."""
+    """Return the temporary folder in which to write what `replace_folder` puts in the place of `folder`."""
     return folder.with_name(f".{folder.name}{TEMPORARY_SUFFIX}")
 
 
 def replace_folder(folder: Path) -> None:
-    """Put `staging_folder(folder)` in the place of `folder`; what a crash in between leaves, `clean` mends."""
+    """Put `staging_folder(folder)` in the place of `folder`; after a crash halfway, `clean` restores the old one."""
     staging, replaced = staging_folder(folder), folder.with_name(f".{folder.name}{REPLACED_SUFFIX}")
     for path in (*staging.rglob("*"), staging):
         sync_folder(path)
@@ -44,7 +44,7 @@ def replace_folder(folder: Path) -> None:
 
 
 def clean(root: Path) -> None:
-    """Remove what a killed process left half-written below `root`, and put back a folder it was about to replace."""
+    """Remove half-written files and folders of a killed process below `root`, and undo a half-done replacement."""
     for replaced in list(root.rglob(f".*{REPLACED_SUFFIX}")):
         folder = replaced.with_name(replaced.name.removeprefix(".").removesuffix(REPLACED_SUFFIX))
         if folder.exists():
@@ -56,7 +56,7 @@ def clean(root: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
+    """Remove a file or a folder if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -64,7 +64,7 @@ def remove(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Make what is in a file, or renames inside a folder, survive a power cut."""
+    """Flush a file's content, or the renames inside a folder, to the disk, so that a power cut cannot undo them."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

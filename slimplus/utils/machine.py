@@ -1,4 +1,4 @@
-"""What a measurement was made on: machine, versions, commit."""
+"""The machine, the versions and the commit that a measurement was made with, and the memory in use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CPUINFO, STATM, GPUS = Path("/proc/cpuinfo"), Path("/proc/self/statm"), Path("/p
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, cores, GPUs, Python, versions of the packages that matter, the commit; None for what is not known."""
+    """Return processor, cores, GPUs, versions of Python and of `PACKAGES`, and the commit; None for unknown values."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -29,7 +29,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with `-dirty` where files differ from it; None where there is no checkout."""
+    """Return the checkout's commit, with `-dirty` if files differ from it, or None outside a checkout."""
     if not (CHECKOUT / ".git").exists():
         return None
     described = subprocess.run(
@@ -43,7 +43,7 @@ def commit() -> str | None:
 
 
 def resident_bytes() -> int | None:
-    """Memory that this process has in RAM now, or None where the system does not tell."""
+    """Return the RAM that this process occupies at the moment, or None on systems without /proc."""
     if not STATM.exists():
         return None
     _size, resident, *_ = STATM.read_text().split()
@@ -51,24 +51,25 @@ def resident_bytes() -> int | None:
 
 
 def peak_resident_bytes() -> int:
-    """Most memory that this process has had in RAM so far."""
+    """Return the most RAM that this process has occupied so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 def _processor() -> str:
+    """Return the processor's model name, or its architecture if the system does not tell the name."""
     model = re.search(r"^model name\s*: (.*)$", CPUINFO.read_text(), re.MULTILINE) if CPUINFO.exists() else None
     return model[1] if model else platform.processor() or platform.machine()
 
 
 def _gpus() -> list[str]:
-    """Models, as NVIDIA's driver for Linux tells them; no library of CUDA is loaded for it."""
-    told = [file.read_text() for file in sorted(GPUS.glob("*/information"))]
-    return [model[1] for text in told if (model := re.search(r"^Model:\s*(.*)$", text, re.MULTILINE))]
+    """Return the models of the NVIDIA GPUs, read from the Linux driver's files so that CUDA need not be loaded."""
+    texts = [file.read_text() for file in sorted(GPUS.glob("*/information"))]
+    return [model[1] for text in texts if (model := re.search(r"^Model:\s*(.*)$", text, re.MULTILINE))]
 
 
 def package_version(package: str) -> str | None:
-    """Of an installed package, or None."""
+    """Return the version of an installed package, or None if the package is not installed."""
     try:
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # such as Triton, where there is no Linux
+    except importlib.metadata.PackageNotFoundError:  # Triton, for example, exists for Linux only
         return None

@@ -1,10 +1,10 @@
-"""manifest.json: size and SHA-256 of every complete file of a run directory."""
+"""manifest.json, which holds the size and the SHA-256 of every complete file of a run directory."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,13 @@ Entry = dict[str, Any]
 
 
 class Manifest:
-    """Names the complete files below `root`; a file it does not name is a leftover.
+    """List of the complete files below a folder; a file that is not listed is a leftover of a killed process.
 
-    A file is named after it has been written. While a named one is replaced, both its contents are accepted: whenever
-    the process is killed, what is there is named.
+    A file is listed once it has been written. While a listed file is replaced, the checksums of the old and of the new
+    content are both listed, so that the file matches whenever the process is killed.
 
     Args:
-        root: the folder that holds manifest.json.
+        root: folder that holds manifest.json.
 
     Raises:
         InputError: if manifest.json is damaged.
@@ -37,24 +37,24 @@ class Manifest:
                 self._entries = json.loads(self.file.read_text())["files"]
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(
-                    f"run_dir: {self.file} is damaged ({error}), so that nothing beside it can be trusted; "
+                    f"run_dir: {self.file} is damaged ({error}), so the files beside it cannot be verified; "
                     "restore it, or give another run_dir"
                 ) from error
 
     def create(self) -> None:
-        """Write manifest.json if it is not there: what stands beside it from now on is a run's."""
+        """Write manifest.json if it does not exist, which marks the folder as a run directory."""
         if not self.file.is_file():
             self._save()
 
     def write(self, path: Path, content: bytes | str) -> None:
-        """Write a file and name it."""
+        """Write a file and list it; an equal file that is listed already is left alone."""
         data = content.encode() if isinstance(content, str) else content
         entry = _entry_of(data)
         if self._entries.get(self._key(path)) != [entry] or not path.is_file():
             self._replace({path: entry}, lambda: write_atomic(path, data))
 
     def replace_folder(self, folder: Path) -> None:
-        """Put `staging_folder(folder)` in the place of `folder` and name its files."""
+        """Put `staging_folder(folder)` in the place of `folder` and list its files."""
         staging = staging_folder(folder)
         entries = {folder / file.relative_to(staging): measure(file) for file in _files(staging)}
         for path in self._below(folder):
@@ -63,14 +63,14 @@ class Manifest:
         self._replace(entries, lambda: replace_folder(folder))
 
     def add(self, path: Path) -> None:
-        """Name a file, or all files of a folder, as they are."""
+        """List an existing file, or all files of an existing folder, with their present content."""
         entries = {self._key(file): [measure(file)] for file in _files(path)}
         if self._entries != self._entries | entries:
             self._entries |= entries
             self._save()
 
     def forget(self, path: Path) -> None:
-        """Take the names of a file, or of all files of a folder, away, then remove it."""
+        """Strike a file, or all files of a folder, off the list, and remove it from the disk."""
         named = self._below(path)
         for each in named:
             self._entries.pop(self._key(each))
@@ -79,14 +79,14 @@ class Manifest:
         remove(path)
 
     def names(self, path: Path) -> bool:
-        """Whether a file, or a folder of files, is complete."""
+        """Return whether a file, or any file of a folder, is listed, and so complete."""
         return bool(self._below(path))
 
     def problem(self, path: Path) -> str | None:
-        """What is wrong with a file or a folder, in words, or None if it is complete and as it was written."""
+        """Return a sentence on what is wrong with a file or a folder, or None if its content is as it was written."""
         named = self._below(path)
         if not named:
-            return f"{path} is not of this run: {self.file.name} does not name it"
+            return f"{path} is not part of this run: {self.file.name} does not list it"
         for file in named:
             entries = self._entries[self._key(file)]
             if not file.is_file():
@@ -98,14 +98,15 @@ class Manifest:
         return None
 
     def accepts(self, path: Path, data: bytes) -> bool:
-        """Whether `data`, as read from a file, is what was written there."""
+        """Return whether `data`, read from a file, is what was written there."""
         return _entry_of(data) in self._entries.get(self._key(path), [])
 
     def named(self) -> list[Path]:
-        """All files it names."""
+        """Return the paths of all listed files."""
         return [self.root / key for key in self._entries]
 
-    def _replace(self, entries: dict[Path, Entry], replace: Any) -> None:
+    def _replace(self, entries: dict[Path, Entry], replace: Callable[[], None]) -> None:
+        """Call `replace`, which writes the files of `entries`; old and new content are listed while it runs."""
         before = {path: self._entries[self._key(path)] for path in entries if self._key(path) in self._entries}
         if before:
             for path, old in before.items():
@@ -116,6 +117,7 @@ class Manifest:
         self._save()
 
     def _below(self, path: Path) -> list[Path]:
+        """Return `path` if it is listed, and the listed files below it."""
         key = self._key(path)
         return [self.root / name for name in self._entries if name == key or name.startswith(f"{key}/")]
 
@@ -135,7 +137,7 @@ def _entry_of(data: bytes) -> Entry:
 
 
 def measure(file: Path) -> Entry:
-    """Size and SHA-256 of a file."""
+    """Return the manifest's entry of a file: its size in bytes and its SHA-256."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while chunk := stream.read(CHUNK):

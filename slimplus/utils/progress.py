@@ -1,4 +1,4 @@
-"""Progress bars: one for blocks, with the time left; Lightning draws the one for steps below it."""
+"""The progress bar over the blocks of a model; Lightning draws its own bar for training steps below it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Item = TypeVar("Item")
 
 
 def track(items: Sequence[Item], description: str) -> Iterator[Item]:
-    """Iterate with a bar that says `description: block i of N` and the time left, on the first rank only."""
+    """Iterate over `items` behind a progress bar with the time left; only the first rank draws it."""
     layout = "{desc}: block {n_fmt} of {total_fmt} |{bar}| {elapsed} elapsed, {remaining} left{postfix}"
     yield from tqdm(
         items, description, bar_format=layout, dynamic_ncols=True, disable=getattr(rank_zero_only, "rank", 0) > 0

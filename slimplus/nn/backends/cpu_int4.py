@@ -1,4 +1,4 @@
-"""Packed weights on a CPU: PyTorch's weight-only int4 matmul."""
+"""Products with weights of 1 to 4 bits on a CPU, by PyTorch's weight-only int4 matmul."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from slimplus.format.affine import QuantizedWeight, group_count
 from slimplus.format.planes import padded_rows
 
 WIDEST = 4
-GROUP_SIZES = (256, 128, 64, 32)  # those the operator takes, largest first
+GROUP_SIZES = (256, 128, 64, 32)  # that the operator supports, largest first
 CENTRE = 8  # the operator's level for the integer q is (q - 8) * scale + zero
-MAX_ROWS = 256  # from about here on, dequantizing the weight and multiplying in bfloat16 takes less time
+MAX_ROWS = 256  # rows of input from which dequantizing the weight and multiplying in bfloat16 takes less time
 
 
 @dataclass(frozen=True)
 class Int4Weight:
-    """Weights of 1 to 4 bits, one above the other, as `aten::_weight_int4pack_mm_for_cpu` wants them.
+    """Weights of 1 to 4 bits, one below the other, in the layout of `aten::_weight_int4pack_mm_for_cpu`.
 
-    Each weight takes 4 bits, and each row of a group 32 more. Scales and zeros are bfloat16: only with them, and
-    bfloat16 inputs, is the operator vectorised (it is forty times slower in float32).
+    Each weight takes 4 bits, and each row of a group 32 more. Scales and zeros are bfloat16 because the operator is
+    vectorised only for bfloat16 (it is forty times slower in float32).
 
     Attributes:
-        int4: opaque, uint8 `[rows, padded in / 2]`.
-        scales_and_zeros: bfloat16 `[groups, rows, 2]`.
+        int4: the integers, in PyTorch's own order, uint8 `[rows, padded in / 2]`.
+        scales_and_zeros: scale and zero of each row in each group, bfloat16 `[groups, rows, 2]`.
         group_size: columns a group.
-        out_features: rows that are no padding.
+        out_features: rows of the weights without padding.
         bias: `[out_features]` or None.
     """
 
@@ -41,13 +41,18 @@ class Int4Weight:
 
     @staticmethod
     def supports(rows: int, widths: Collection[int], group_size: int) -> bool:
-        """Whether this is the fast way for inputs of so many rows."""
+        """Return whether this is the fastest product for `rows` rows of input and groups of these widths and size."""
         fits = max(widths) <= WIDEST and group_size % GROUP_SIZES[-1] == 0
         return fits and 0 < rows < MAX_ROWS
 
     @classmethod
     def from_quantized(cls, weights: Sequence[QuantizedWeight], bias: Tensor | None = None) -> Self:
-        """Repack `weights` of 1 to 4 bits, which have the same columns and the same group size, a multiple of 32."""
+        """Repack weights of 1 to 4 bits.
+
+        Args:
+            weights: weights with the same columns and the same group size, a multiple of 32.
+            bias: their biases end to end, or None.
+        """
         widest, out_features = weights[0].group_size, sum(len(weight.integers) for weight in weights)
         in_features = group_count(weights[0].integers.shape[1], widest) * widest
         stacked = torch.zeros(padded_rows(out_features), in_features, dtype=torch.int32)
@@ -68,20 +73,20 @@ class Int4Weight:
 
     @property
     def nbytes(self) -> int:
-        """Memory it takes."""
+        """Memory of the tensors, in bytes."""
         return self.int4.nbytes + self.scales_and_zeros.nbytes
 
     def linear(self, inputs: Tensor) -> Tensor:
-        """`inputs` `[..., in]` → `[..., out]`, in their dtype; computed in bfloat16."""
+        """Multiply `inputs` `[..., in]` by the weights, `[..., out]`, in bfloat16; the result has the inputs' dtype."""
         return int4_linear(inputs, self.int4, self.scales_and_zeros, self.bias, self.group_size, self.out_features)
 
 
 def _recentre(weight: QuantizedWeight, integers: Tensor) -> Tensor:
-    """Write the `integers` `[out, in]` that the operator centres on 8; return its scales and zeros `[out, groups, 2]`.
+    """Write the operator's integers into `integers` `[out, in]` and return its scales and zeros `[out, groups, 2]`.
 
-    The grid moves so that the zero point comes to lie within half a step of 8, which only 4-bit groups may not allow.
-    The operator's zero is small then, and its rounding to bfloat16, as that of the scale, is relative to the level and
-    not to its distance from q = 0.
+    The integers are shifted so that the zero point lies within half a step of 8, as far as the range of 4 bits allows.
+    The operator's zero is then small: rounding zero and scale to bfloat16 causes an error relative to the level, not
+    to its distance from q = 0.
     """
     largest = (2**weight.bits - 1).to(torch.float32)
     nearest = weight.zero_point.round().clamp(max=CENTRE).maximum(largest - (2**WIDEST - 1 - CENTRE))
@@ -91,7 +96,7 @@ def _recentre(weight: QuantizedWeight, integers: Tensor) -> Tensor:
     size = weight.group_size
     for source, shift, target in zip(columns.split(size), shifts, shifted.split(size), strict=True):
         torch.add(source, shift, out=target)
-    integers[:, : len(columns)] = shifted.T.contiguous()  # a cast on the way would take four times as long
+    integers[:, : len(columns)] = shifted.T.contiguous()  # casting a transposed view would take four times as long
     return torch.stack([weight.scale, (nearest - weight.zero_point) * weight.scale], dim=-1)
 
 
@@ -104,7 +109,7 @@ def int4_linear(
     group_size: int,
     out_features: int,
 ) -> Tensor:
-    """`inputs` `[..., in]` times the weight of an `Int4Weight`; an operator of its own for `torch.compile`."""
+    """Multiply `inputs` `[..., in]` by the tensors of an `Int4Weight`; one operator for `torch.compile`."""
     flat = inputs.reshape(-1, inputs.shape[-1]).to(torch.bfloat16)
     flat = torch.nn.functional.pad(flat, (0, 2 * int4.shape[1] - flat.shape[1])).contiguous()
     outputs = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, int4, group_size, scales_and_zeros)

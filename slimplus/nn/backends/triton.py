@@ -1,4 +1,4 @@
-"""Packed weights on a GPU: Triton kernels over the packed tensors themselves."""
+"""Products with packed weights on a GPU, by Triton kernels that read the packed tensors themselves."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ import torch
 from torch import Tensor
 
 from slimplus.format.planes import BitCounts
-from slimplus.kernels.fused import FUSED, FusedShape, can_multiply, fuse_shards, split_shards
+from slimplus.kernels.fused import FUSED, FusedShape, can_multiply, fuse_layers, split_layers
 from slimplus.kernels.launch import BUCKETS
 
-OLDEST = (8, 0)  # compute capability; before it tensor cores are other ones, and the kernels spill their registers
+OLDEST = (8, 0)  # compute capability: on older tensor cores the kernels would spill their registers
 
 
 @dataclass(frozen=True)
 class TritonWeight:
-    """The packed tensors of layers that read the same input, end to end; see `slimplus.kernels.packed_matmul`.
+    """The packed tensors of layers that read the same input, laid end to end for `slimplus.kernels.packed_matmul`.
 
     Attributes:
-        tensors: by FUSED.
-        counters: int32 zeros by which programs learn who finishes last; zeros again after every launch.
-        in_features, group_size: of every layer.
+        tensors: the fused tensors, in the order of `FUSED`.
+        counters: int32 zeros, by which the programs of a launch learn which one finishes last; zeros after each launch.
+        in_features: columns of every layer.
+        group_size: columns a group in every layer.
         out_features: rows of each layer.
-        widths: those that occur, ascending.
+        widths: widths that occur in any layer, ascending.
         bias: `[sum of out_features]` or None.
     """
 
@@ -39,7 +40,7 @@ class TritonWeight:
 
     @staticmethod
     def supports(rows: int, widths: Collection[int], group_size: int) -> bool:
-        """Whether the kernels take inputs of so many rows."""
+        """Return whether the kernels multiply `rows` rows of input by groups of these widths and size."""
         from slimplus.kernels.packed_matmul import MAX_TOKENS  # Triton, which a machine without a GPU may lack
 
         return 0 < rows <= MAX_TOKENS and can_multiply(dict.fromkeys(widths, 1), group_size)
@@ -56,37 +57,37 @@ class TritonWeight:
         """Lay the packed tensors of layers that read the same input end to end.
 
         Args:
-            tensors: packed tensors of each layer.
-            bit_counts: number of groups of each width, of each layer.
-            shapes: rows and columns of each layer; all have the same columns.
+            tensors: packed tensors of each layer by name.
+            bit_counts: number of groups of each width in each layer.
+            shapes: `[out, in]` of each layer; all have the same columns.
             group_size: columns a group.
             bias: `[sum of out_features]` or None.
 
         Returns:
-            The weight, and views of it that take the place of each layer's tensors, so that nothing is held twice.
+            The weight, and for each layer views of it that replace the layer's tensors, so that nothing is held twice.
         """
         out_features, in_features = [rows for rows, _ in shapes], shapes[0][1]
-        fused, shape = fuse_shards(tensors, bit_counts, out_features, in_features, group_size)
+        fused, shape = fuse_layers(tensors, bit_counts, out_features, in_features, group_size)
         counters = torch.zeros(shape.counters, dtype=torch.int32, device=tensors[0]["scales"].device)
         parts = [fused[name] for name in FUSED]
         for tensor in (*parts, counters, *(() if bias is None else (bias,))):
-            # Else a CUDA graph that torch.compile makes would copy the weights to addresses of its own at each replay.
+            # Else a CUDA graph of torch.compile would copy the weights to its own addresses at each replay.
             torch._dynamo.mark_static_address(tensor)
         weight = cls(parts, counters, in_features, group_size, out_features, list(shape.widths), bias)
-        return weight, split_shards(fused, bit_counts, out_features, group_size)
+        return weight, split_layers(fused, bit_counts, out_features, group_size)
 
     @property
     def nbytes(self) -> int:
-        """Memory it takes beside the packed tensors, which are parts of it."""
-        return self.counters.nbytes + self.tensors[FUSED.index("shard_table")].nbytes
+        """Memory beside that of the packed tensors, in bytes."""
+        return self.counters.nbytes + self.tensors[FUSED.index("layer_table")].nbytes
 
     def warm_up(self, dtype: torch.dtype) -> None:
-        """Compile every launch for inputs of `dtype`: none is compiled in the middle of serving."""
+        """Compile the kernel for inputs of `dtype` with any number of rows, so that none is compiled while serving."""
         for tokens in BUCKETS:
             self.linear(torch.zeros(tokens, self.in_features, dtype=dtype, device=self.counters.device))
 
     def linear(self, inputs: Tensor) -> Tensor:
-        """`inputs` `[..., in]`, float16 or bfloat16 → `[..., sum of out]`, in their dtype."""
+        """Multiply `inputs` `[..., in]`, float16 or bfloat16, by all the layers, `[..., sum of out]` in their dtype."""
         bias = None if self.bias is None else self.bias.to(inputs.dtype)
         flat = packed_matmul(
             inputs.reshape(-1, self.in_features),
@@ -101,7 +102,7 @@ class TritonWeight:
         return flat.view(*inputs.shape[:-1], flat.shape[-1])
 
 
-# The counters are as they were when the kernel is done. Called mutated, they would keep torch.compile from CUDA graphs.
+# The kernel leaves the counters as it found them. Declared as mutated, they would keep torch.compile from CUDA graphs.
 @torch.library.custom_op("slimplus::packed_matmul", mutates_args=())
 def packed_matmul(
     inputs: Tensor,
@@ -113,7 +114,7 @@ def packed_matmul(
     out_features: Sequence[int],
     widths: Sequence[int],
 ) -> Tensor:
-    """`inputs` `[tokens, in]` times the weights of a `TritonWeight`; an operator of its own for `torch.compile`."""
+    """Multiply `inputs` `[tokens, in]` by the tensors of a `TritonWeight`; one operator for `torch.compile`."""
     from slimplus.kernels.packed_matmul import packed_matmul as launch
 
     shape = FusedShape(in_features, group_size, tuple(out_features), tuple(widths))

@@ -23,15 +23,16 @@ logger = logging.getLogger(__name__)
 def quantize_blocks(job: Job) -> None:
     """Quantize the blocks in order, each on what the quantized blocks before it give.
 
-    1. Embed the calibration windows: the inputs of the first block, along two chains that part from here, the
-       full-precision one and the quantized one.
-    2. For each block, run the full-precision block along its chain: the targets of the training.
-    3. Quantize the block on the outputs of the quantized chain: bits, scales and zero points, training, packing.
+    1. Embed the calibration windows, which gives the inputs of the first block.
+    2. For each block, run the full-precision block on the outputs of the full-precision blocks before it, which gives
+       the targets of its training.
+    3. Quantize the block on the outputs of the quantized blocks before it: bits, scales and zero points, training,
+       packing.
     4. Save the packed block; a block that an earlier start of the run saved is loaded instead.
-    5. Run the packed block along the quantized chain: the next block's inputs.
+    5. Run the packed block on the outputs of the quantized blocks before it, which gives the inputs of the next block.
 
     Raises:
-        InputError: if a Hessian cannot be inverted, or memory does not suffice.
+        InputError: if a Hessian cannot be inverted, or the device's memory does not suffice.
     """
     count = len(job.block_names)
     found = job.run.finished_blocks(count)
@@ -53,9 +54,7 @@ def quantize_blocks(job: Job) -> None:
                 packed = load_packed_block(block, stored, job.settings.group_size)
                 parent_hash = lineage(parent_hash, stored)
             else:
-                weights, record = job.quantizer(
-                    _task(job, index, original, arguments, (quantized, targets), parent_hash)
-                )
+                weights, record = job.quantizer(_task(job, index, original, arguments, quantized, targets, parent_hash))
                 packed = packed_block(block, weights)
                 parent_hash = _save_block(job, index, packed_tensors(packed), record, parent_hash)
             quantized = job.runner.run(job.runner.load(packed), quantized, arguments)
@@ -67,11 +66,11 @@ def _task(
     index: int,
     original: nn.Module,
     arguments: BlockArguments,
-    chains: tuple[Tensor, Tensor],
+    hidden: Tensor,
+    targets: Tensor,
     parent_hash: str,
 ) -> BlockTask:
-    """Return what quantizing a block takes; `chains` are its inputs and its targets."""
-    hidden, targets = chains
+    """Return what the quantizer of blocks needs for the block `original`, of which `hidden` are the inputs."""
     needs_auxiliary = job.quantizer.trains and job.quantizer.reconstruction.loss.auxiliary > 0
     return BlockTask(
         block=original,
@@ -87,7 +86,7 @@ def _task(
 
 
 def _given_bits(job: Job, index: int) -> dict[str, Tensor] | None:
-    """Return the widths of one block's groups by layer, or None where they are found with the block."""
+    """Return the widths of a block's groups by layer, or None if the quantizer of blocks finds them."""
     if job.allocation is None:
         return None
     prefix = f"{job.block_names[index]}."
@@ -99,7 +98,7 @@ def _given_bits(job: Job, index: int) -> dict[str, Tensor] | None:
 
 
 def _loss_context(job: Job, index: int) -> LossContext:
-    """Return what the loss asks of a block's place in the model."""
+    """Return what the loss needs to know of a block's place in the model."""
     norm = None
     if job.quantizer.trains and job.quantizer.reconstruction.loss.error == "after_norm":
         norm = deepcopy(following_norm(job.model.model, index)).to(job.runner.device, torch.float32)
@@ -113,12 +112,12 @@ def _stored_block(job: Job, index: int, parent_hash: str) -> dict[str, Tensor] |
     tensors, record = job.run.load_block(index)
     if record["made_from"] == parent_hash:
         return tensors
-    job.metrics.note(f"block {index} was made from other blocks than those before it now; it is made again")
+    job.metrics.note(f"block {index} was made from other blocks than those that precede it; it is made again")
     return None
 
 
 def _save_block(job: Job, index: int, tensors: dict[str, Tensor], record: Record, parent_hash: str) -> str:
-    """Keep a finished block, from the first rank since all hold the same, and return its lineage."""
+    """Save a finished block from the first rank, since all ranks hold the same, and return its lineage."""
     own_hash = lineage(parent_hash, tensors)
     if job.fabric.is_global_zero:
         job.run.save_block(index, tensors, record | {"made_from": parent_hash, "chain": own_hash})

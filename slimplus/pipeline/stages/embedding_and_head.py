@@ -1,4 +1,4 @@
-"""The quantization of embedding and output head, the large layers outside the blocks."""
+"""The quantization of the embedding and the output head, the large layers outside the blocks."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ logger = logging.getLogger(__name__)
 
 
 def quantize_embedding_and_head(job: Job) -> dict[str, dict[str, Tensor]]:
-    """Return the packed tensors of embedding and head by the layers' names, on the first rank; every rank takes part.
+    """Return the packed tensors of the embedding and the head by the layers' names, on the first rank.
 
-    The head is quantized by the recipe's method, with the Hessian of what the quantized blocks feed it. On SmolLM2
-    that leaves a quarter of the output error that rounding to nearest gives at 4 bits.
+    Every rank calls this. The head is quantized by the recipe's method with the Hessian of its inputs, which all ranks
+    sum up behind the quantized blocks: on SmolLM2 that leaves a quarter of the output error that rounding to nearest
+    gives at 4 bits.
 
     Raises:
         InputError: if the Hessian of the head's inputs cannot be inverted.
@@ -47,7 +48,7 @@ def quantize_embedding_and_head(job: Job) -> dict[str, dict[str, Tensor]]:
 
 
 def packed_config(job: Job) -> PretrainedConfig:
-    """Return the configuration of the packed model: a head with bits of its own is not tied to the embedding."""
+    """Return the configuration of the packed model, where a head with its own bits is not tied to the embedding."""
     config = deepcopy(job.model.model.config)
     bits = job.embedding_and_head_bits
     if bits and find_embedding_and_head(job.model.model).head in bits:
@@ -56,7 +57,7 @@ def packed_config(job: Job) -> PretrainedConfig:
 
 
 def _head_hessian(job: Job) -> Tensor:
-    """Return the Hessian of the head's inputs behind the quantized blocks, of all ranks' windows, on the first rank."""
+    """Return the Hessian of the head's inputs `[hidden, hidden]`, over all ranks' windows, on the first rank."""
     job.run.open()  # the first rank has written blocks since the others read which files are complete
 
     def finished(index: int, block: nn.Module) -> nn.Module:

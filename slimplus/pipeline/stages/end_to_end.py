@@ -1,4 +1,4 @@
-"""The stage that trains grids and norms through the whole model, the integers of the finished blocks frozen."""
+"""The stage that trains grids and norms through the whole model, with the integers of the finished blocks frozen."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def train_end_to_end(job: Job) -> None:
 
 
 def training_hash(job: Job) -> str:
-    """Return the hash of what the training starts from: the finished blocks, and the keys that matter to it."""
+    """Return the hash of what the training starts from: the finished blocks, and the keys that change its result."""
     job.run.open()  # the first rank has written blocks since the others read which files are complete
     keys = job.recipe.end_to_end.model_dump_json(exclude={"accumulate_grad_batches", "activation_checkpointing"})
     return digest(job.run.last_lineage(len(job.block_names)) + keys)
 
 
 def _train(job: Job, parent_hash: str) -> tuple[dict[str, Tensor], Record]:
-    """Train the finished blocks together, and keep the tensors by their names in the packed model."""
+    """Train the finished blocks together, save the tensors by their names in the packed model, and return them."""
     settings = job.recipe.end_to_end
     tokens = job.shard(job.calibration.tokens)
     states: tuple[Tensor, ...] = ()
@@ -71,7 +71,7 @@ def _train(job: Job, parent_hash: str) -> tuple[dict[str, Tensor], Record]:
     if job.fabric.is_global_zero:
         job.run.save_tuned(tuned, parent_hash, record)
     job.fabric.barrier()
-    job.release_model()  # its blocks are the trained ones
+    job.release_model()  # training replaced its blocks
     return tuned, record
 
 
@@ -84,9 +84,9 @@ def _head_inputs(job: Job, tokens: Tensor) -> Tensor:
 
 
 def _student(job: Job) -> PreTrainedModel:
-    """Return the model with the finished blocks, their linear layers fake-quantized.
+    """Return the model with the finished blocks in it, their linear layers fake-quantized.
 
-    The job's full-precision model is given up for it.
+    The job's full-precision model is released, because the blocks are put into it.
     """
     job.release_model()
     model = job.model.model
@@ -102,7 +102,7 @@ def _student(job: Job) -> PreTrainedModel:
 
 
 def _tuned_tensors(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the packed layers and the norms of a trained model by their names in the packed one.
+    """Return the packed layers and the norms of a trained model by their names in the packed model.
 
     Norms and biases are stored in `dtype`.
     """

@@ -27,13 +27,15 @@ def measure_full_precision(job: Job) -> None:
 
 
 def measure_packed(job: Job) -> None:
-    """Measure the perplexity of the checkpoint as it loads back, and have it write a sentence."""
+    """Measure the perplexity of the checkpoint as it loads back, and let the loaded model write a sentence."""
     if "sentence" in job.metrics:
         logger.info("perplexity of the checkpoint: found in metrics.json, skipped")
         return
     job.release_model()
     with job.metrics.stage("packed"):
-        model = load(job.run.packed, dtype=torch.float32)  # the dtype of what is not packed; autocast does the rest
+        model = load(
+            job.run.packed, dtype=torch.float32
+        )  # for what is not packed; autocast lowers it as the precision says
         streamed = StreamedModel(model, job.runner)
         job.metrics["perplexity"]["quantized"] = perplexity(streamed, job.shard(job.evaluation.tokens), "packed")
         model.base_model.to(job.runner.device)

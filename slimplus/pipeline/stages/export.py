@@ -26,7 +26,10 @@ from slimplus.utils.files import staging_folder
 
 logger = logging.getLogger(__name__)
 
-UNREPORTED = ("divergence", "made_from", "chain")  # of a block's record: too long, or of no interest to a reader
+UNREPORTED = ("divergence", "made_from", "chain")  # keys of a block's record left out of metrics.json: long or internal
+
+PackedLayers = Mapping[str, Mapping[str, Tensor]]
+"""Layer → its packed tensors by their names in the layer."""
 
 
 @dataclass
@@ -36,13 +39,13 @@ class PackingSummary:
     Attributes:
         bits: layer → width of each group, in column order.
         shapes: layer → rows and columns.
-        weights: number of weights in the blocks, without padding.
-        weight_bits: widths of these weights, summed.
-        packed_bytes: bytes stored for them, biases apart.
-        outer_bits: name → bits of the packed layers outside the blocks, which the sums above leave out.
-        outer_counts: name → number of their groups of each width.
-        outer_bytes: bytes stored for them.
-        records: how each block came about: losses, damping, seconds.
+        weights: number of weights in the blocks' linear layers, without padding.
+        weight_bits: sum of the widths of these weights.
+        packed_bytes: bytes of the packed tensors of these weights, without biases.
+        embedding_and_head_bits: name → bits of the packed layers outside the blocks, which are in no sum above.
+        embedding_and_head_counts: name → number of groups of each width in the packed layers outside the blocks.
+        embedding_and_head_bytes: bytes of the packed tensors outside the blocks.
+        records: losses, damping and seconds of each block.
     """
 
     bits: dict[str, list[int]] = field(default_factory=dict)
@@ -50,13 +53,13 @@ class PackingSummary:
     weights: int = 0
     weight_bits: int = 0
     packed_bytes: int = 0
-    outer_bits: dict[str, int] = field(default_factory=dict)
-    outer_counts: dict[str, dict[int, int]] = field(default_factory=dict)
-    outer_bytes: int = 0
+    embedding_and_head_bits: dict[str, int] = field(default_factory=dict)
+    embedding_and_head_counts: dict[str, dict[int, int]] = field(default_factory=dict)
+    embedding_and_head_bytes: int = 0
     records: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, name: str, packed: Mapping[str, Tensor], shape: torch.Size, group_size: int) -> None:
-        """Count one linear layer of `shape` `[out, in]`."""
+        """Count one linear layer of a block, whose weight has `shape` `[out, in]`."""
         widths = packed["group_bits"][torch.argsort(packed["group_index"])].int()
         self.bits[name] = widths.tolist()
         self.shapes[name] = list(shape)
@@ -64,17 +67,19 @@ class PackingSummary:
         self.weight_bits += weight_bits(widths, group_size, *shape)
         self.packed_bytes += sum(tensor.nbytes for key, tensor in packed.items() if key != "bias")
 
-    def add_outer(self, name: str, packed: Mapping[str, Tensor], shape: torch.Size) -> None:
-        """Count the embedding or the head, of `shape` `[vocabulary, hidden]`."""
+    def add_embedding_or_head(self, name: str, packed: Mapping[str, Tensor], shape: torch.Size) -> None:
+        """Count the embedding or the head, whose weight has `shape` `[vocabulary, hidden]`."""
         self.shapes[name] = list(shape)
-        self.outer_counts[name] = count_bits(packed["group_bits"])
-        self.outer_bits[name] = max(self.outer_counts[name])
-        self.outer_bytes += sum(tensor.nbytes for tensor in packed.values())
+        counts = count_bits(packed["group_bits"])
+        self.embedding_and_head_counts[name] = counts
+        self.embedding_and_head_bits[name] = max(counts)
+        self.embedding_and_head_bytes += sum(tensor.nbytes for tensor in packed.values())
 
     @property
     def bit_counts(self) -> dict[str, dict[int, int]]:
         """Layer → number of groups of each width."""
-        return {name: count_bits(torch.tensor(widths)) for name, widths in self.bits.items()} | self.outer_counts
+        counts = {name: count_bits(torch.tensor(widths)) for name, widths in self.bits.items()}
+        return counts | self.embedding_and_head_counts
 
     @property
     def average_bits(self) -> float:
@@ -82,12 +87,12 @@ class PackingSummary:
         return self.weight_bits / self.weights
 
     def figures(self, size_bytes: int, full_bytes: int) -> dict[str, Any]:
-        """Return what metrics.json says of a checkpoint of `size_bytes` and a model of `full_bytes` at 16 bit."""
+        """Return the entries of metrics.json on a checkpoint of `size_bytes`, of a model of `full_bytes` at 16 bit."""
         return {
             "average_bits": self.average_bits,
             "bits_per_weight": 8 * self.packed_bytes / self.weights,
-            "outer_bits": self.outer_bits,
-            "outer_bytes": self.outer_bytes,
+            "outer_bits": self.embedding_and_head_bits,
+            "outer_bytes": self.embedding_and_head_bytes,
             "size_bytes": size_bytes,
             "full_size_bytes": full_bytes,
             "compression": full_bytes / size_bytes,
@@ -96,7 +101,11 @@ class PackingSummary:
 
 
 def export(job: Job) -> None:
-    """Write the packed checkpoint, unless the run directory holds the one that these blocks give."""
+    """Write the packed checkpoint, unless the run directory holds one made from the same blocks.
+
+    Raises:
+        InputError: if the Hessian of the head's inputs cannot be inverted.
+    """
     sources = [_exported_hash(job), job.embedding_and_head_bits]
     if job.metrics.get("exported_from") != sources:
         job.forget_checkpoint()
@@ -104,10 +113,10 @@ def export(job: Job) -> None:
         logger.info("checkpoint: found in %s, skipped", job.run.packed)
         return
     with job.metrics.stage("export"):
-        outer = quantize_embedding_and_head(job)
+        embedding_and_head = quantize_embedding_and_head(job)
         if job.fabric.is_global_zero:
-            summary = _summarize(job, outer)
-            size = _write(job, outer, summary)
+            summary = _summarize(job, embedding_and_head)
+            size = _write(job, embedding_and_head, summary)
             job.metrics |= summary.figures(size, job.model.full_bytes) | {"exported_from": sources}
         job.fabric.barrier()
 
@@ -120,8 +129,8 @@ def _exported_hash(job: Job) -> str:
     return job.run.last_lineage(len(job.block_names))
 
 
-def _summarize(job: Job, outer: Mapping[str, Mapping[str, Tensor]]) -> PackingSummary:
-    """Return the widths and sizes of all packed layers, reading one block at a time."""
+def _summarize(job: Job, embedding_and_head: PackedLayers) -> PackingSummary:
+    """Return the widths and sizes of all packed layers; one block is read at a time."""
     summary = PackingSummary()
     for index, (block_name, block) in enumerate(zip(job.block_names, job.model.blocks, strict=True)):
         tensors, record = job.finished_block(index)
@@ -129,18 +138,18 @@ def _summarize(job: Job, outer: Mapping[str, Mapping[str, Tensor]]) -> PackingSu
         for name, linear in find_linears(block).items():
             packed = layer_tensors(tensors, name)
             summary.add(f"{block_name}.{name}", packed, linear.weight.shape, job.settings.group_size)
-    for name, layer in outer.items():
-        summary.add_outer(name, layer, job.model.model.get_parameter(f"{name}.weight").shape)
+    for name, layer in embedding_and_head.items():
+        summary.add_embedding_or_head(name, layer, job.model.model.get_parameter(f"{name}.weight").shape)
     return summary
 
 
-def _write(job: Job, outer: Mapping[str, Mapping[str, Tensor]], summary: PackingSummary) -> int:
-    """Write allocation.json and the checkpoint, and return the checkpoint's bytes."""
+def _write(job: Job, embedding_and_head: PackedLayers, summary: PackingSummary) -> int:
+    """Write allocation.json and the checkpoint, and return the checkpoint's size in bytes."""
     settings = job.settings
-    write_allocation(job.run, summary.bits, summary.outer_bits, settings.bits, settings.group_size)
+    write_allocation(job.run, summary.bits, summary.embedding_and_head_bits, settings.bits, settings.group_size)
     size = write_checkpoint(
         staging_folder(job.run.packed),
-        _checkpoint_tensors(job, outer),
+        _checkpoint_tensors(job, embedding_and_head),
         packed_config(job),
         SlimplusConfig(
             settings.bits,
@@ -159,13 +168,13 @@ def _write(job: Job, outer: Mapping[str, Mapping[str, Tensor]], summary: Packing
     return size
 
 
-def _checkpoint_tensors(job: Job, outer: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of the packed model by its name, block by block; `outer` are packed outside the blocks."""
+def _checkpoint_tensors(job: Job, embedding_and_head: PackedLayers) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of the packed model with its name, block by block."""
     tuned = job.tuned or {}
     for name, tensor in job.model.outer_tensors():
-        if name.removesuffix(".weight") not in outer:
+        if name.removesuffix(".weight") not in embedding_and_head:
             yield name, tuned.get(name, tensor)
-    for name, tensors in outer.items():
+    for name, tensors in embedding_and_head.items():
         for key, tensor in tensors.items():
             yield f"{name}.{key}", tensor
     for index, (name, block) in enumerate(zip(job.block_names, job.model.blocks, strict=True)):

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def measure_sensitivity(job: Job) -> None:
-    """Measure the sensitivity of every group, and find the widths that follow, where the recipe asks for either.
+    """Measure the sensitivity of every group and find the widths that it leads to, if the recipe asks for either.
 
     Raises:
         InputError: if the model's predictions or a Hessian hold NaN or infinity, or a Hessian cannot be inverted.
@@ -66,21 +66,22 @@ def _run_backwards(job: Job) -> dict[str, Tensor]:
         gradients[span] = job.model.sampled_gradient(tokens[span], hidden[-1][span], seed).cpu()
     tables, channels = {}, []
     for index in track(list(reversed(range(len(job.block_names)))), "sensitivity"):
-        salience = gradients.square().sum((0, 1)).double().to(runner.device)  # where the ranks can sum it
+        salience = gradients.square().sum((0, 1)).double().to(runner.device)  # ranks sum on their devices
         channels.append(ranks.sum(salience).float().cpu())
         data = BlockData(runner.load(job.model.blocks[index]), hidden[index], inputs.arguments[index], runner, ranks)
-        statistics, gradients = backward_statistics(data, windows, _given(gradients))
+        statistics, gradients = backward_statistics(data, windows, _output_gradient(gradients))
         for name, table in block_tables(data, statistics, settings.widths, settings).items():
             tables[f"{job.block_names[index]}.{name}"] = table.cpu()
     return tables | {"channels": torch.stack(channels[::-1])}
 
 
-def _given(gradients: Tensor) -> OutputGradient:
+def _output_gradient(gradients: Tensor) -> OutputGradient:
+    """Return the function that looks up a window's gradient in `[windows, sequence_length, hidden]`."""
     return lambda window, output: gradients[window : window + 1].to(output.device, output.dtype)
 
 
 def _allocate(job: Job, tables: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    """Return the widths by layer with the smallest summed sensitivity; `check_widths` has seen that there are any."""
+    """Return the widths by layer that have the smallest summed sensitivity; `check_widths` made sure that some fit."""
     settings, size = job.settings, job.recipe.quantization.size_bytes
     layers = quantized_linears(job.model.model)
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}

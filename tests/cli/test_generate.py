@@ -1,0 +1,79 @@
+"""slimplus generate says what the model says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import slimplus
+from slimplus.cli.main import main
+from tests.support.models import expected_text
+from tests.support.processes import run_console
+
+PROMPT = "Functions are"
+
+
+def test_a_checkpoint_without_a_tokenizer(packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = shutil.copytree(packed, tmp_path / "packed", ignore=shutil.ignore_patterns("tokenizer*"))
+    assert main(["generate", str(copy), "x"]) == 2
+    assert "has no tokenizer that can be read" in capsys.readouterr().err
+    whole = (packed / "tokenizer.json").read_bytes()
+    shutil.copy(packed / "tokenizer_config.json", copy)
+    (copy / "tokenizer.json").write_bytes(whole[: len(whole) // 2])
+    assert main(["generate", str(copy), "x"]) == 2
+    assert "tokenizer.json is damaged" in capsys.readouterr().err
+    (copy / "tokenizer_config.json").write_text("{")
+    assert main(["generate", str(copy), "x", "--chat"]) == 2
+    assert "tokenizer_config.json cannot be read" in capsys.readouterr().err
+
+
+class Recorder:
+    """Stands in for the standard output, and keeps every write apart."""
+
+    def __init__(self) -> None:
+        self.writes: list[str] = []
+
+    def write(self, text: str) -> None:
+        self.writes.append(text)
+
+    def flush(self) -> None:
+        pass
+
+
+def test_generate_streams_what_the_model_says(copy: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (space,) = tokenizer(" ")["input_ids"]
+    settings = copy / "generation_config.json"  # the text comes word by word: let there be words
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"sequence_bias": [[[space], 10.0]]}))
+    recorder = Recorder()
+    monkeypatch.setattr(sys, "stdout", recorder)
+    options = ["--max-new-tokens", "80", "--temperature", "1.5", "--top-p", "0.9", "--seed", "7", "--dtype", "float32"]
+    assert main(["generate", str(copy), PROMPT, *options]) == 0
+    monkeypatch.undo()
+    model = slimplus.load(copy, dtype=torch.float32)
+    torch.manual_seed(7)
+    sampling = {"max_new_tokens": 80, "do_sample": True, "temperature": 1.5, "top_p": 0.9, "top_k": 0}
+    assert "".join(recorder.writes) == expected_text(model, tokenizer, PROMPT, **sampling) + "\n"
+    assert sum(map(bool, recorder.writes)) > 10, "the text must not come all at once"
+
+
+@pytest.mark.slow
+def test_generate_in_a_process_of_its_own(packed: Path, model: Any, tokenizer: Any) -> None:
+    process = run_console("generate", str(packed), PROMPT, "--max-new-tokens", "12", "--dtype", "float32")
+    assert process.returncode == 0, process.stderr
+    greedy = expected_text(model, tokenizer, PROMPT, max_new_tokens=12, do_sample=False)
+    assert process.stdout == f"{greedy}\n"
+
+
+def test_chat_uses_the_template(copy: Path, model: Any, tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<me>{% endif %}"
+    )
+    assert main(["generate", str(copy), "Hi", "--chat", "--max-new-tokens", "8", "--dtype", "float32"]) == 0
+    expected = expected_text(model, tokenizer, "<user>Hi<me>", max_new_tokens=8, do_sample=False)
+    assert capsys.readouterr().out == f"{expected}\n"

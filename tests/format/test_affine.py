@@ -1,0 +1,86 @@
+"""The grid: scales and zero points, and the integers between them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from slimplus.format.affine import (
+    SCALE_BITS,
+    QuantizedWeight,
+    binary_qparams,
+    choose_qparams,
+    dequantize,
+    nearest_integers,
+    quantize,
+    storable_scale,
+)
+from tests.support.weights import quantized_weights
+
+
+@given(
+    st.lists(st.lists(st.floats(0, 1e6, width=32), min_size=3, max_size=3), min_size=1, max_size=5),
+    st.sampled_from(SCALE_BITS),
+)
+@settings(max_examples=200)
+@example([[1e6, 1.0, 0.0]], 8)
+@example([[2.0**-7, 1e-3, 0.0]], 8)
+@example([[2.0**-8, 1e-3, 0.0]], 8)
+def test_a_stored_scale_is_the_nearest(rows: list[list[float]], scale_bits: int) -> None:
+    """To half a step of ten bits of mantissa, or of five."""
+    real = torch.tensor(rows)
+    stored = storable_scale(real, scale_bits)
+    assert torch.equal(storable_scale(stored, scale_bits), stored)
+    assert (stored > 0).all()
+    assert torch.equal(stored.half().float(), stored)
+    normal = (real > 2.0**-14) & (real < 2.0**15)
+    if scale_bits == 8:
+        largest = stored.amax(1, keepdim=True)
+        smallest = torch.where(largest < 2.0**-7, 2.0**-19, largest / 256)  # below, the last octave is subnormal
+        assert (stored >= smallest).all()
+        normal &= real >= largest / 128
+    assert ((stored - real).abs() <= real / (64 if scale_bits == 8 else 2048))[normal].all()
+
+
+def test_a_row_of_zeros_does_not_set_the_scale_of_others() -> None:
+    """Its scale may be anything, and the largest of a row decides how small the others can be."""
+    weight = torch.cat([torch.zeros(4, 16), 1e-3 * torch.randn(4, 16, generator=torch.Generator().manual_seed(0))], 1)
+    scale, zero_point = choose_qparams(weight, torch.tensor([2, 2]), 16)
+    assert torch.allclose(storable_scale(scale, 8)[:, 1], scale[:, 1], rtol=1 / 64)
+    levels = dequantize(quantize(weight, scale, zero_point, torch.tensor([2, 2]), 16), scale, zero_point, 16)
+    assert not levels[:, :16].any()
+
+
+@given(quantized_weights())
+@settings(max_examples=30)
+def test_a_weight_on_the_grid_rounds_to_itself(weight: QuantizedWeight) -> None:
+    group_size = weight.group_size
+    integers = quantize(weight.dequantize(), weight.scale, weight.zero_point, weight.bits, group_size)
+    assert torch.equal(integers, weight.integers)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_rounding_error_is_at_most_half_a_step(bits: int) -> None:
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(bits))
+    widths = torch.tensor([bits])
+    scale, zero_point = choose_qparams(weight, widths, 64)
+    error = (dequantize(quantize(weight, scale, zero_point, widths, 64), scale, zero_point, 64) - weight).abs()
+    if bits == 1:  # two levels do not span the range
+        assert torch.equal(error.amax(1) > scale[:, 0] / 2, torch.ones(8, dtype=torch.bool))
+    else:
+        assert (error <= scale / 2 + 1e-6).all()
+
+
+def test_binary_levels_are_the_mean_plus_and_minus_the_mean_magnitude() -> None:
+    tile = torch.tensor([[1.0, 2.0, -3.0, 4.0]])
+    scale, zero_point = binary_qparams(tile)
+    levels = torch.tensor([0.0, 1.0]).sub(zero_point).mul(scale)
+    torch.testing.assert_close(levels, torch.tensor([1 - 2.5, 1 + 2.5]))
+
+
+def test_ties_round_as_in_the_reference() -> None:
+    weight = torch.tensor([0.5, 1.5, -0.5, 2.5])
+    ours = nearest_integers(weight, torch.tensor(1.0), torch.tensor(1.0), 7)
+    assert torch.equal(ours, torch.round(weight) + 1)

@@ -1,0 +1,141 @@
+"""What a run was made from: a change is refused, or taken with resume.force."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slimplus.recipe.parsing import load_recipe
+from slimplus.run_dir import fingerprint
+from slimplus.run_dir.directory import SENSITIVITY, RunDirectory
+from slimplus.training.supervisor import Supervisor
+from slimplus.utils.errors import InputError
+from tests.support.damage import flip, truncate
+from tests.support.recipes import Arguments
+from tests.support.runs import read_metrics, run
+
+PACKED = "packed/model.safetensors"
+
+
+def test_a_checkpoint_to_ship_is_not_lost_to_another_recipe(copy: Path, arguments: Arguments) -> None:
+    """Though its blocks, as large as itself, have been removed."""
+    shutil.rmtree(copy / "blocks")
+    with pytest.raises(InputError, match=r"made with other values: training\.epochs 2 -> 1"):
+        run(arguments(copy, "training.epochs=1"))
+    assert (copy / PACKED).is_file()
+
+
+def test_a_changed_recipe_goes_on_with_force(
+    copy: Path, arguments: Arguments, caplog: pytest.LogCaptureFixture
+) -> None:
+    (copy / "blocks/block_001.safetensors").unlink()
+    changed = arguments(copy, "training.epochs=1", "resume.force=true")
+    run(changed)
+    assert "resume.force: training.epochs 2 -> 1" in read_metrics(copy)["events"]
+    before = len(read_metrics(copy)["events"])
+    run(changed[:-1])  # once forced, this is what the run is made with
+    assert len(read_metrics(copy)["events"]) == before
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("quantization.bits=2", "training.epochs=1"),  # fewer than have been trained
+        ("quantization.bits=2", "training.optimizer=sign_sgd"),  # which has another state
+        ("quantization.bits=3", "quantization.bits=2"),  # at which no loss is as small as the one that was reached
+    ],
+)
+def test_what_is_in_training_begins_anew_with_force(
+    tmp_path: Path, arguments: Arguments, monkeypatch: pytest.MonkeyPatch, before: str, after: str
+) -> None:
+    begin = Supervisor.on_train_epoch_start
+
+    def interrupted(self: Supervisor, trainer: Any, module: Any) -> None:
+        if trainer.current_epoch == 2:
+            raise KeyboardInterrupt
+        begin(self, trainer, module)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Supervisor, "on_train_epoch_start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(arguments(tmp_path / "forced", "training.epochs=3", before))
+    assert (tmp_path / "forced/checkpoints/block_000/last.ckpt").is_file()
+    run(arguments(tmp_path / "forced", "training.epochs=3", after, "resume.force=true"))
+    run(arguments(tmp_path / "fresh", "training.epochs=3", after))
+    assert (tmp_path / "forced" / PACKED).read_bytes() == (tmp_path / "fresh" / PACKED).read_bytes()
+
+
+@pytest.mark.parametrize("key", ["quantization.group_size=32", "quantization.scale_bits=8"])
+def test_blocks_of_two_formats_are_not_joined(copy: Path, arguments: Arguments, key: str) -> None:
+    (copy / "blocks/block_001.safetensors").unlink()
+    with pytest.raises(
+        InputError, match=rf"run_dir: the blocks of .* another format .*: {key.partition('=')[0]} \d+ ->"
+    ):
+        run(arguments(copy, key, "resume.force=true"))
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
+def test_without_a_fingerprint_blocks_are_not_gone_on_from(
+    copy: Path, arguments: Arguments, damage: Callable[[Path], None]
+) -> None:
+    damage(copy / "fingerprint.json")
+    with pytest.raises(
+        InputError, match=r"fingerprint.json .*, so what the blocks were made from is unknown; restore it"
+    ):
+        run(arguments(copy))
+
+
+@pytest.mark.parametrize(("key", "stays"), [("quantization.widths", False), ("training.epochs", True), (None, True)])
+def test_a_sensitivity_of_other_values_is_measured_again(tmp_path: Path, key: str | None, stays: bool) -> None:
+    """Before the first block there is nothing else to go on from, and a changed recipe is not refused."""
+    folder = RunDirectory(tmp_path)
+    folder.open()
+    made_from = {"quantization.widths": [1, 2], "training.epochs": 8, "training.width_rates": {1: 0.5}}
+    folder.write("fingerprint.json", made_from)
+    folder.save_tensors(SENSITIVITY, {"channels": torch.ones(2)}, "")
+    if key is None:
+        folder.save_block(0, {}, {})  # now a difference would be refused
+    assert folder.check_fingerprint(made_from | ({key: 3} if key else {}), force=False) == []
+    assert (folder.load_tensors(SENSITIVITY, "") is not None) == stays
+
+
+def test_other_weights_under_the_same_name_are_refused(copy: Path, arguments: Arguments, tmp_path: Path) -> None:
+    recipe = load_recipe(arguments(copy))
+    model = Path(shutil.copytree(recipe.model.path, tmp_path / "model"))
+    flip(model / "model.safetensors")
+    with pytest.raises(InputError, match=r"made with other values: model\.path \w{16} -> \w{16}; restore"):
+        run(arguments(copy, model=model))
+    shutil.copy(Path(recipe.model.path) / "model.safetensors", model)
+    run(arguments(copy, model=model))  # another folder with the same weights is the same model
+
+
+def test_an_upgraded_library_is_a_warning(
+    copy: Path, arguments: Arguments, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(fingerprint, "version", lambda name: "99" if name == "torch" else "1")
+    monkeypatch.setattr("transformers.configuration_utils.__version__", "99")  # which it writes into configurations
+    run(arguments(copy))
+    assert "torch 2" in caplog.text
+    assert any("libraries changed" in event and "-> 99" in event for event in read_metrics(copy)["events"])
+
+
+def test_large_weights_are_sampled_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from slimplus.models.loading import ModelSource
+
+    monkeypatch.setattr(fingerprint, "LARGEST_WHOLE", 1000)
+    monkeypatch.setattr(fingerprint, "SAMPLE_BYTES", 10)
+    monkeypatch.setattr(fingerprint, "SAMPLES", 5)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(bytes(5000))
+    digests = {fingerprint.weights_digest(ModelSource(str(tmp_path)))}
+    for position in (0, 1250, 4999):
+        content = bytearray(5000)
+        content[position] = 1
+        file.write_bytes(content)
+        digests.add(fingerprint.weights_digest(ModelSource(str(tmp_path))))
+    assert len(digests) == 4
