@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from slimplus.models.loading import ModelSource
 from slimplus.models.streaming import BlockInputs, StreamedModel
 from tests.support.blocks import RUNNER
 from tests.support.models import ModelMaker, save_tiny_model
+from tests.support.processes import ROOT
 from tests.support.recipes import SMALL, Arguments
 from tests.support.runs import run
 
@@ -106,3 +110,17 @@ def model(packed: Path) -> Any:
 def tokenizer(packed: Path) -> Any:
     """The tokenizer beside it."""
     return AutoTokenizer.from_pretrained(packed)
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, since setuptools leaves a build folder that would go into the next wheel."""
+    source, built = tmp_path_factory.mktemp("source") / "slimplus", tmp_path_factory.mktemp("wheel")
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    (source / "kernels/configs").mkdir(exist_ok=True)
+    (source / "kernels/configs/gpu.json").write_text("{}")  # as `python -m slimplus.kernels.tune` leaves one behind
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(built)]
+    subprocess.run(build, cwd=source, capture_output=True, check=True)
+    (file,) = built.glob("slimplus-*.whl")
+    return file

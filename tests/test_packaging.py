@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -28,19 +27,6 @@ def run(*command: str | Path, folder: Path, pythonpath: Path | None = None) -> s
     process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stdout + process.stderr
     return process.stdout
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, since setuptools leaves a build folder that would go into the next wheel."""
-    source, built = tmp_path_factory.mktemp("source") / "slimplus", tmp_path_factory.mktemp("wheel")
-    ignored = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT, source, ignore=ignored)
-    (source / "kernels/configs").mkdir(exist_ok=True)
-    (source / "kernels/configs/gpu.json").write_text("{}")  # as `python -m slimplus.kernels.tune` leaves one behind
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", built, folder=source)
-    (file,) = built.glob("slimplus-*.whl")
-    return file
 
 
 @pytest.fixture(scope="module")

@@ -160,15 +160,6 @@ def _cells(line: Sequence[str]) -> str:
     return "| " + " | ".join(line) + " |"
 
 
-def pareto(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return those of the `(bits, perplexity)` that no other one beats in both, by rising bits."""
-    best: list[tuple[float, float]] = []
-    for bits, perplexity in sorted(points):
-        if not best or perplexity < best[-1][1]:
-            best.append((bits, perplexity))
-    return best
-
-
 def measured_rungs(rows: Sequence[Row], ladder: Ladder, text: str) -> list[tuple[Rung, float, float]]:
     """Return `(rung, perplexity, stored bits per weight)` of the measured rungs of a ladder, averaged over seeds."""
     budget = {name: getattr(ladder, name) for name in ("samples", "sequence_length", "epochs")}

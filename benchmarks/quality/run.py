@@ -7,7 +7,7 @@
 2. Every result is measured in the same way on every evaluation text.
 3. A result goes into the JSON as soon as it is measured, beside the results of earlier calls. Finished runs are reused
    and killed ones go on, so that the table can be filled piece by piece.
-4. The table is printed, and the plot is drawn beside the JSON, which needs matplotlib.
+4. The table is printed. `benchmarks/quality/report.py` draws the figure of the README from the JSON.
 
 `--keys` go to every method, as to train.py.
 """
@@ -28,14 +28,13 @@ from pathlib import Path
 from typing import Any
 
 from methods import AUTOROUND, AUTOROUND_KEYS, FULL, METHODS, Budget, identity
-from report import plot, table
+from report import table
 
 from slimplus.data.text import load_text
 from slimplus.recipe.parsing import load_recipe
 from slimplus.utils.errors import PREEMPTED, InputError
 from slimplus.utils.files import write_atomic
 from slimplus.utils.machine import commit, describe_machine
-from slimplus.utils.requirements import check_installed
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
@@ -66,7 +65,7 @@ def main() -> None:
     parser.add_argument("--end-to-end-epochs", type=int, default=4, help="passes over the windows for the whole model")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the windows and of training")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "quality", help="folder for the runs")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the JSON; the plot is drawn beside it")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the JSON")
     parser.add_argument("--keys", nargs="+", default=[], metavar="KEY=VALUE", help="keys of every method's recipe")
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))  # which ends the process at work as well
@@ -76,7 +75,6 @@ def main() -> None:
     steps = (given.samples, given.sequence_length, given.epochs, given.end_to_end_epochs)
     budgets = [Budget(given.bits, *steps, seed, tuple(given.keys)) for seed in given.seeds]
     try:
-        check_installed("The plot", {"matplotlib": "matplotlib"})
         check_keys(given.methods, budgets[0])
         digest = sha256(load_text(given.calibration, "calibration").encode()).hexdigest()[:8]
     except InputError as error:
@@ -87,9 +85,7 @@ def main() -> None:
                 keep(measured(method, budget, given.calibration, texts, given.runs / digest), given.results)
     except subprocess.CalledProcessError as error:
         parser.exit(1, f"{method}: its run ended with status {error.returncode}; its message above says why\n")
-    rows = json.loads(given.results.read_text())["rows"]
-    sys.stdout.write(table(rows) + "\n")
-    plot(rows, next(iter(texts)), given.results.with_suffix(".png"))
+    sys.stdout.write(table(json.loads(given.results.read_text())["rows"]) + "\n")
 
 
 def check_keys(methods: Sequence[str], budget: Budget) -> None:

@@ -43,7 +43,7 @@ def watched(fabric: Fabric) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # a collective raises it when its connection breaks
-        deadline = time.monotonic() + 4 * INTERVAL
+        deadline = time.monotonic() + GRACE  # on a busy machine, a failing process takes seconds to end
         while fabric.world_size > 1 and time.monotonic() < deadline:
             if os.getppid() != parent:
                 os._exit(TRY_AGAIN)  # the first process has given the reason

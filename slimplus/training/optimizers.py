@@ -115,7 +115,7 @@ def build_optimizer(
     if name == "sign_sgd":
         optimizer = SignSGD([group | {"bound": kind.bound} for group, kind in zip(groups, kinds, strict=True)])
     elif name == "adamw_8bit":
-        from bitsandbytes.optim import AdamW8bit  # an import of a second, from the extra `qat`
+        from bitsandbytes.optim import AdamW8bit  # an import of a second
 
         optimizer = AdamW8bit(groups, weight_decay=weight_decay, betas=(0.9, 0.95))
     else:

@@ -44,7 +44,7 @@ class Teacher:
 
 def _stored(layer: nn.Linear, storage: Storage, device: torch.device) -> nn.Module:
     """Return a linear layer of bitsandbytes with the weight of `layer`, on the device."""
-    import bitsandbytes as bnb  # an import of a second, from the extra `qat`
+    import bitsandbytes as bnb  # an import of a second
 
     sizes, weight, biased = (layer.in_features, layer.out_features), layer.weight.data, layer.bias is not None
     quantized: nn.Module

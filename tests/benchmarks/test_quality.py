@@ -14,8 +14,6 @@ from typing import Any
 
 import matplotlib
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from benchmarks.quality.methods import FULL, METHODS, Budget, identity
 from benchmarks.quality.report import (
@@ -26,7 +24,6 @@ from benchmarks.quality.report import (
     Ladder,
     Rung,
     measured_rungs,
-    pareto,
     plot,
     table,
 )
@@ -156,16 +153,6 @@ def test_the_figure_shows_the_value_of_every_line_that_was_measured(
     assert "SliM-LLM" not in figure
     assert DARK.text in figure
     assert DARK.background not in figure  # transparent
-
-
-@given(st.lists(st.tuples(st.floats(1, 8), st.floats(1, 1e6)), min_size=1))
-def test_no_point_beats_the_front(points: list[tuple[float, float]]) -> None:
-    front = pareto(points)
-    assert set(front) <= set(points)
-    for bits, perplexity in points:
-        assert any(best[0] <= bits and best[1] <= perplexity for best in front)
-    for one in front:
-        assert not any(other != one and other[0] <= one[0] and other[1] <= one[1] for other in points)
 
 
 def side_by_side(text: Path, model: Path, folder: Path, *methods: str) -> list[str | Path]:

@@ -102,3 +102,11 @@ def test_shards(arguments: Arguments, tmp_path: Path, monkeypatch: pytest.Monkey
     assert shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
     assert len(shards) > 2
     assert len(_packed_layers(slimplus.load(packed))) == 14
+
+
+def test_a_checkpoint_of_version_0_1_0_loads() -> None:
+    golden = Path(__file__).parents[1] / "golden" / "packed_0_1_0"
+    model = slimplus.load(golden / "checkpoint", dtype=torch.float32)
+    with torch.inference_mode():
+        logits = model(torch.arange(1, 33).view(1, 32)).logits[:, :8]
+    torch.testing.assert_close(logits, load_file(golden / "logits.safetensors")["logits"], rtol=1e-4, atol=1e-4)

@@ -53,6 +53,7 @@ class Network(nn.Module):
         return scale * self.head(hidden)
 
 
+@torch.no_grad()
 def error(packed: nn.Module, full: nn.Module, x: Tensor) -> float:
     expected = full(x)
     return float((packed(x) - expected).norm() / expected.norm())
@@ -62,8 +63,9 @@ def error(packed: nn.Module, full: nn.Module, x: Tensor) -> float:
 def test_a_module_is_quantized_to_the_bit_as_a_block_is(
     block_and_inputs: tuple[nn.Module, BlockInputs], method: Any
 ) -> None:
-    block, given = block_and_inputs
-    search = "slimllm" if method == "slimllm" else "uniform"
+    stored, given = block_and_inputs
+    block = RUNNER.load(stored)
+    search: Any = "slimllm" if method == "slimllm" else "uniform"
     config = QuantizationConfig(method, 2, GROUP, allocation=search)
     result = quantize_block(BlockData(block, given.hidden, given.arguments[0], RUNNER), config)
 
@@ -101,13 +103,10 @@ def test_a_layer_keeps_its_average_its_bias_and_most_of_its_output() -> None:
 
 def test_calibration_beats_rounding_and_salience_beats_equal_widths() -> None:
     full = layer()
+    options: dict[str, dict[str, Any]] = {"rtn": {"method": "rtn"}, "uniform": {"allocation": "uniform"}, "slimllm": {}}
     errors = {
-        name: error(slimplus.quantize_linear(full, inputs(2000), bits=2, group_size=GROUP, **options), full, inputs(2))
-        for name, options in {
-            "rtn": {"method": "rtn"},
-            "uniform": {"allocation": "uniform"},
-            "slimllm": {},
-        }.items()
+        name: error(slimplus.quantize_linear(full, inputs(2000), group_size=GROUP, **given), full, inputs(seed=2))
+        for name, given in options.items()
     }
     assert errors["slimllm"] < errors["uniform"] < errors["rtn"]
 
@@ -183,13 +182,21 @@ def test_a_module_is_copied_and_left_as_it_is() -> None:
     assert half(inputs(seed=3).to(torch.bfloat16)).dtype == torch.bfloat16
 
 
-def test_batches_are_arguments_keyword_arguments_or_one_tensor() -> None:
-    network, x = Network(), inputs()
-    expected = slimplus.quantize_module(network, [x], group_size=GROUP, bits=3)
-    for batches in (x, [(x, 2.0)], [[x]], {"x": x}, [{"x": x, "scale": 2.0}], iter([x])):
-        packed = slimplus.quantize_module(network, batches, group_size=GROUP, bits=3)
-        for name, tensor in packed.state_dict().items():
-            assert torch.equal(tensor, expected.state_dict()[name]), name
+@pytest.mark.parametrize("kind", ["tensor", "tuple", "list", "mapping", "mappings", "iterator"])
+def test_batches_are_arguments_keyword_arguments_or_one_tensor(kind: str) -> None:
+    network, x = Network(), inputs(50)
+    batches: dict[str, Any] = {
+        "tensor": x,
+        "tuple": [(x, 2.0)],
+        "list": [[x]],
+        "mapping": {"x": x},
+        "mappings": [{"x": x, "scale": 2.0}],
+        "iterator": iter([x]),
+    }
+    options: dict[str, Any] = {"group_size": GROUP, "method": "gptq"}
+    expected = slimplus.quantize_module(network, [x], **options).state_dict()
+    found = slimplus.quantize_module(network, batches[kind], **options).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
 def test_a_lone_layer_is_a_module_too() -> None:

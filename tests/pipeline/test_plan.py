@@ -85,7 +85,7 @@ BOTH = ("quantization.embedding_bits=8", "quantization.head_bits=4")
 def test_llama7b_gets_past_six_times() -> None:
     plan = dry_run(load_recipe(["recipe=llama7b_2bit", "dry_run=true", *BOTH]))
     assert "13.48 GB at 16 bit -> 1.97 GB packed (6.8 times smaller)" in plan
-    assert "model.embed_tokens 8 bits, lm_head 4 bits, 0.5 MB at 16 bit" in plan
+    assert "model.embed_tokens 8 bits, lm_head 4 bits, 532.5 kB at 16 bit" in plan
 
 
 def test_the_plan_of_an_imported_allocation_is_that_of_its_widths(

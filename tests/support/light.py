@@ -44,7 +44,7 @@ def link_libraries(folder: Path) -> None:
         tops = {file.parts[0] for file in each.files or () if file.parts[0] not in ("..", "__pycache__")}
         for top in tops:
             if not (folder / top).exists():
-                (folder / top).symlink_to(each.locate_file(top))
+                (folder / top).symlink_to(Path(str(each.locate_file(top))))
 
 
 def environment(folder: Path) -> dict[str, str]:

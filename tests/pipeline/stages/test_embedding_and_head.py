@@ -27,6 +27,7 @@ from slimplus.quantization.linear import QuantizationConfig, quantize_embedding_
 from slimplus.quantization.salience import HessianAccumulator
 from slimplus.recipe.parsing import load_recipe
 from slimplus.utils.errors import InputError
+from slimplus.utils.units import format_bytes
 from tests.support.models import ModelMaker
 from tests.support.processes import ROOT
 from tests.support.recipes import SMALL
@@ -196,7 +197,7 @@ def test_head_bits_alone_on_a_tied_model(arguments: Arguments, tmp_path: Path) -
 def test_the_plan_knows_the_size(arguments: Arguments, tmp_path: Path, keys: tuple[str, ...]) -> None:
     plan = dry_run(load_recipe(arguments("llama", tmp_path, "dry_run=true", *keys)))
     pipeline.run(load_recipe(arguments("llama", tmp_path, "quantization.method=rtn", *keys)))
-    assert f"-> {read_metrics(tmp_path)['size_bytes'] / 1e6:.1f} MB packed" in plan
+    assert f"-> {format_bytes(read_metrics(tmp_path)['size_bytes'])} packed" in plan
 
 
 @pytest.mark.slow
