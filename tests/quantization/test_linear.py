@@ -13,8 +13,8 @@ from slimplus.format.affine import (
     storable_zero_point,
     uniform_bits,
 )
-from slimplus.quantization.least_squares import output_error, refit_qparams
 from slimplus.quantization.gptq import quantize_weight
+from slimplus.quantization.least_squares import output_error, refit_qparams
 from slimplus.quantization.linear import QuantizationConfig, _minmax, quantize_embedding_or_head, quantize_linear
 from slimplus.quantization.salience import invert_hessian
 from slimplus.quantization.salience_allocation import paired_bits
