@@ -40,12 +40,14 @@ class Text:
         separator: string that belongs between them, unless the recipe gives another.
         path: name or path of the source.
         weight: share of the source in a mix, in relation to the other weights.
+        is_excerpt: whether documents of the source were left out.
     """
 
     documents: Sequence[str]
     separator: str = "\n\n"
     path: str = ""
     weight: float = 1.0
+    is_excerpt: bool = False
 
     @cached_property
     def joined(self) -> str:

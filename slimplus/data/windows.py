@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from slimplus.data.text import WHOLE, RenderChat, Text, TextError, share_samples
 from slimplus.utils.files import write_atomic
 
-PART = 2**20  # characters of a longer text that are tokenized at a time
+PART = 2**18  # characters of a longer text that are tokenized at a time
+THINNED = 16  # characters of a longer text that are tokenized for each token to draw: about four times as many
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +85,9 @@ def calibration_windows(
         generator = torch.Generator().manual_seed(seed)
         drawn = []
         for text, share in zip(sources, shares, strict=True):
-            candidates = _cut(text, tokenizer, sequence_length, packing)
+            candidates = _cut(_thin(text, THINNED * share * sequence_length), tokenizer, sequence_length, packing)
+            if len(candidates) < share:  # or the documents that were left out are the long ones
+                candidates = _cut(text, tokenizer, sequence_length, packing)
             if len(candidates) < share:
                 raise TextError(_too_short(text, len(candidates), share, samples, sequence_length, len(sources) > 1))
             order = torch.randperm(len(candidates), generator=generator)
@@ -167,8 +170,8 @@ def _cut(text: Text, tokenizer: PreTrainedTokenizerBase, sequence_length: int, p
 def _tokenize(text: Text, tokenizer: PreTrainedTokenizerBase, packing: Packing) -> Iterator[list[int]]:
     """Yield the tokens of a text, part by part.
 
-    A text of up to `WHOLE` characters is tokenized as one, a longer one in parts that end where a line does: the
-    tokenizer needs a hundred bytes for every token of what it is given at once.
+    A text of up to `WHOLE` characters is tokenized as one, a longer one and what `_thin` leaves of it in parts that end
+    where a line does: the tokenizer needs a hundred bytes for every token of what it is given at once.
     """
     separator = text.separator if packing.separator is None else packing.separator
     if separator == "eos":
@@ -183,13 +186,25 @@ def _tokenize(text: Text, tokenizer: PreTrainedTokenizerBase, packing: Packing) 
         return
     joined = text.joined if separator == text.separator else separator.join(text.documents)
     special = packing.bos == "auto"
-    for part in [joined] if len(joined) <= WHOLE else _lines(joined):
+    for part in [joined] if len(joined) <= WHOLE and not text.is_excerpt else _lines(joined):
         yield encode(part, add_special_tokens=special)["input_ids"]
         special = False  # they belong to the beginning of the text
 
 
+def _thin(text: Text, characters: int) -> Text:
+    """Return evenly spaced documents of a text longer than `WHOLE`, with about so many characters; else the text.
+
+    Tokenizing all of a long text would take a minute, for windows of which most are not drawn.
+    """
+    step = len(text.joined) // characters
+    if len(text.joined) <= WHOLE or step <= 1:
+        return text
+    documents = [part for document in text.documents for part in _lines(document)]
+    return replace(text, documents=documents[::step], is_excerpt=True)
+
+
 def _lines(text: str) -> Iterator[str]:
-    """Yield a text in parts of about a million characters that end with a line, or anywhere if lines are longer."""
+    """Yield a text in parts of about `PART` characters that end with a line, or anywhere if lines are longer."""
     start = 0
     while start < len(text):
         stop = text.rfind("\n", start, start + PART) + 1 if start + PART < len(text) else len(text)

@@ -252,6 +252,26 @@ def test_a_long_text_is_tokenized_in_parts(special: CountingTokenizer, monkeypat
     assert special.calls == calls + 9  # 148 characters are whole lines, and the long line is cut
 
 
+def test_of_a_long_text_no_more_is_tokenized_than_the_windows_need(
+    tokenizer: CountingTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(windows_module, "WHOLE", 50_000)
+    text = Text([("a" if i < 500 else "b") * 200 for i in range(1000)], "|")
+    tokens = 0
+
+    def encode(self: CountingTokenizer, part: str, **arguments: Any) -> Any:
+        nonlocal tokens
+        tokens += len(part)
+        return super(CountingTokenizer, self).__call__(part, **arguments)
+
+    monkeypatch.setattr(CountingTokenizer, "__call__", encode)
+    found = pieces(calibration_windows([text], tokenizer, 10, 100, seed=0).tokens, tokenizer)
+    assert 16_000 <= tokens < 20_000
+    assert {piece.replace("|", "")[0] for piece in found} == {"a", "b"}, "from all over the text"
+    uneven = Text(["long" * 10_000 if i == 1 else "" for i in range(1000)] + [" " * 20_000], "|")
+    assert len(calibration_windows([uneven], tokenizer, 300, 100, seed=0).tokens) == 300
+
+
 def test_chats_leave_the_bos_token_to_the_packing(special: CountingTokenizer) -> None:
     assert chat_renderer(special) is None
     special.chat_template = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
