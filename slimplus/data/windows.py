@@ -229,14 +229,17 @@ def _special_token(tokenizer: PreTrainedTokenizerBase, name: Literal["bos", "eos
 def chat_renderer(tokenizer: PreTrainedTokenizerBase) -> RenderChat | None:
     """Return what writes a chat out by the tokenizer's chat template, or None if it has none.
 
-    The beginning-of-text token that many templates put first is left out: `Packing.bos` says where it stands.
+    Where the tokenizer begins texts with a token, the same token that the template begins with is left out:
+    `Packing.bos` says where it stands.
     """
     if not tokenizer.chat_template:
         return None
+    begins = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+    bos = str(tokenizer.bos_token) if begins else ""
 
     def render(messages: Sequence[Mapping[str, Any]]) -> str:
         text = str(tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False))
-        return text.removeprefix(tokenizer.bos_token or "")
+        return text.removeprefix(bos)
 
     return render
 

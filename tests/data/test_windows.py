@@ -278,6 +278,10 @@ def test_chats_leave_the_bos_token_to_the_packing(special: CountingTokenizer) ->
     render = chat_renderer(special)
     assert render is not None
     assert render([{"role": "user", "content": "Hi"}]) == "<user>Hi"
+    special.backend_tokenizer.post_processor = None  # type: ignore[assignment]
+    render = chat_renderer(special)  # of ChatML, whose messages begin with what is called the BOS token
+    assert render is not None
+    assert render([{"role": "user", "content": "Hi"}]) == "^<user>Hi"
 
 
 def _recipes_of_the_offline_text() -> list[str]:
