@@ -29,12 +29,14 @@ class BlockResult:
         remainders: layer → what rounding left of its weights, `[out, in]`, see `RoundedWeight`.
         divergence: layer → KL for 0, 1, 2, … pairs of groups, if SliM-LLM's search found the widths.
         percdamp: layer → damping that its Hessian needed, as a part of the mean of its diagonal.
+        dead_columns: layer → number of its columns whose input is zero for every calibration token.
     """
 
     weights: dict[str, QuantizedWeight]
     remainders: dict[str, Tensor]
     divergence: dict[str, list[float]]
     percdamp: dict[str, float]
+    dead_columns: dict[str, int]
 
 
 def quantize_block(
@@ -66,7 +68,9 @@ def quantize_block(
     shared = {name: _broadcast_result(data, name, bits[name], own.get(name), config) for name in data.layers}
     weights = {name: weight for name, (weight, _) in shared.items()}
     remainders = {name: remainder for name, (_, remainder) in shared.items()}
-    return BlockResult(weights, remainders, divergence, _percdamp(data, inverses))
+    percdamp = _figure(data, {name: inverse.percdamp for name, inverse in inverses.items()})
+    dead = _figure(data, {name: float(inverse.dead.sum()) for name, inverse in inverses.items()})
+    return BlockResult(weights, remainders, divergence, percdamp, {name: int(count) for name, count in dead.items()})
 
 
 def _hessians(data: BlockData, config: QuantizationConfig) -> dict[str, Tensor]:
@@ -136,11 +140,10 @@ def _broadcast_result(
     return replace(quantized, integers=integers, scale=scale, zero_point=zero_point), remainder
 
 
-def _percdamp(data: BlockData, inverses: Mapping[str, InverseHessian]) -> dict[str, float]:
-    """Return, on every rank, the damping that each layer's Hessian needed."""
-    needed = {}
+def _figure(data: BlockData, own: Mapping[str, float]) -> dict[str, float]:
+    """Return, on every rank, a figure of each layer's Hessian, given those of the Hessians that this rank owns."""
+    figures = {}
     for name, leader in data.leader.items():
-        own = inverses[leader].percdamp if leader in inverses else 0.0
-        sent = data.ranks.send(data.owner[name], torch.tensor(own, dtype=torch.float64, device=data.runner.device))
-        needed[name] = float(sent)
-    return needed
+        value = torch.tensor(own.get(leader, 0.0), dtype=torch.float64, device=data.runner.device)
+        figures[name] = float(data.ranks.send(data.owner[name], value))
+    return figures

@@ -16,7 +16,8 @@ from slimplus.blockwise.sensitivity import allocate_block
 from slimplus.blockwise.swap import fake_quantized_block, trained_weights
 from slimplus.distributed.preemption import Preemption
 from slimplus.distributed.ranks import Ranks
-from slimplus.format.affine import QuantizedWeight
+from slimplus.format.affine import QuantizedWeight, lost_to_storage
+from slimplus.models.architectures import find_linears
 from slimplus.models.streaming import BlockArguments, BlockRunner
 from slimplus.nn import FakeQuantizedLinear, LearnedRoundingLinear, TrainedWeightLinear
 from slimplus.quantization.linear import QuantizationConfig
@@ -128,6 +129,7 @@ class BlockQuantizer:
         record: dict[str, Any] = {
             "divergence": result.divergence,
             "percdamp": result.percdamp,
+            "dead_columns": {name: count for name, count in result.dead_columns.items() if count},
             "seconds": {"calibration": time.perf_counter() - start},
             "events": [
                 f"the Hessian of {name} was singular; damping was raised to {percdamp:g}"
@@ -135,7 +137,16 @@ class BlockQuantizer:
                 if percdamp > self.quantization.percdamp
             ],
         }
-        return (self._train(task, result, record) if self.trains else result.weights), record
+        for name, count in record["dead_columns"].items():
+            record["events"].append(
+                f"no calibration token reaches {count} of the {result.weights[name].integers.shape[1]} input columns "
+                f"of {name}; they are rounded to nearest (more, or more varied, calibration text may reach them)"
+            )
+        weights = self._train(task, result, record) if self.trains else result.weights
+        layers = find_linears(task.block)
+        warnings = [storage_warning(name, layers[name].weight, weight) for name, weight in weights.items()]
+        record["events"] += filter(None, warnings)
+        return weights, record
 
     def _calibrate(self, task: BlockTask) -> BlockResult:
         """Find the widths if the task gives none, and quantize the block without training."""
@@ -168,3 +179,24 @@ class BlockQuantizer:
         if fit.loss is not None:
             record["events"].append("training ended above the calibrated loss; the calibrated quantizers are kept")
         return result.weights
+
+
+def storage_warning(name: str, weight: Tensor, quantized: QuantizedWeight) -> str | None:
+    """Return a sentence on the scales of a layer that the packed format cannot hold, or None if it holds all.
+
+    Args:
+        name: name of the layer.
+        weight: the weight that was quantized, `[out, in]`.
+        quantized: its packed form.
+    """
+    lost = lost_to_storage(weight, quantized)
+    if not lost.any():
+        return None
+    if quantized.scale_bits == 8:
+        limit, remedy = "8-bit scales reach", "quantization.scale_bits=16 reaches further"
+    else:
+        limit, remedy = "float16 scales reach", "multiply the layer and divide the norm before it, or leave it as it is"
+    return (
+        f"{name}: {int(lost.sum()):,} of {lost.numel():,} scales lie beyond what {limit}, and their weights are "
+        f"rounded more coarsely than the bits allow; {remedy}"
+    )

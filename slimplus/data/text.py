@@ -1,4 +1,4 @@
-"""Calibration and evaluation text from the hub, from local files, or from Python's own documentation.
+"""Calibration and evaluation text from the hub, from local files and folders, or from Python's own documentation.
 
 `datasets` and the hub client are imported inside the functions that need them: `check_source` is called while a command
 line is validated, and has to answer at once.
@@ -7,131 +7,111 @@ line is validated, and has to answer at once.
 from __future__ import annotations
 
 import difflib
-import glob
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
+from slimplus.data.formats import CHUNK, FORMATS, ColumnError, find_format, is_compressed, read_rows
+from slimplus.data.hub import HUB_SOURCES, HubStream, Split, download, streamed_rows
 from slimplus.utils.errors import InputError, named_first_line
 
-Split = Literal["calibration", "evaluation"]
+OFFLINE = "offline"
+WHOLE = 2**24  # characters that are read of any text, and tokenized as one; WikiText-2's train split has 11 million
+DAMAGED = (OSError, ValueError, EOFError, zlib.error, RecursionError)  # what the readers raise for bad files
+
+RenderChat = Callable[[Sequence[Mapping[str, Any]]], str]
+"""`messages [{"role": …, "content": …}, …] -> text`, such as a tokenizer's chat template gives."""
 
 
 class TextError(InputError):
     """Error of a text source that is missing, unreadable, empty or too short."""
 
 
-@dataclass(frozen=True)
-class TextFormat:
-    """How a file becomes a text.
+@dataclass(frozen=True, eq=False)
+class Text:
+    """The documents of one source.
 
     Attributes:
-        builder: name of the builder of `datasets` that reads the file.
-        column: name of the column that holds the text.
-        separator: string put between rows.
-        options: further arguments of the builder.
+        documents: the documents in order.
+        separator: string that belongs between them, unless the recipe gives another.
+        path: name or path of the source.
+        weight: share of the source in a mix, in relation to the other weights.
+        is_excerpt: whether documents of the source were left out.
     """
 
-    builder: str
-    column: str
-    separator: str
-    options: Mapping[str, Any] = field(default_factory=dict)
+    documents: Sequence[str]
+    separator: str = "\n\n"
+    path: str = ""
+    weight: float = 1.0
+    is_excerpt: bool = False
 
-
-FILE_FORMATS: Mapping[str, TextFormat] = {
-    ".txt": TextFormat("text", "text", "", {"sample_by": "document"}),
-    ".jsonl": TextFormat("json", "text", "\n\n"),
-    ".parquet": TextFormat("parquet", "text", "\n\n"),
-}
-
-
-@dataclass(frozen=True)
-class HubSource:
-    """A dataset on the hub.
-
-    Attributes:
-        repository: hub id of the dataset.
-        files: path in the repository of the file for each split.
-        text_format: how the files become text.
-        revision: branch, tag or commit.
-        rows: number of rows to take for a split; all rows for a split without an entry.
-    """
-
-    repository: str
-    files: Mapping[Split, str]
-    text_format: TextFormat
-    revision: str = "main"
-    rows: Mapping[Split, int] = field(default_factory=dict)
-
-
-HUB_SOURCES: Mapping[str, HubSource] = {
-    "wikitext2": HubSource(
-        repository="Salesforce/wikitext",
-        files={
-            "calibration": "wikitext-2-raw-v1/train-00000-of-00001.parquet",
-            "evaluation": "wikitext-2-raw-v1/test-00000-of-00001.parquet",
-        },
-        text_format=TextFormat("parquet", "text", "\n\n"),
-    ),
-    # 5000 documents are as long as the train split of WikiText-2 (2.4M tokens). 1100 documents, joined with a space,
-    # are the evaluation text of GPTQ and the papers after it.
-    "c4": HubSource(
-        repository="allenai/c4",
-        files={
-            "calibration": "en/c4-train.00000-of-01024.json.gz",
-            "evaluation": "en/c4-validation.00000-of-00008.json.gz",
-        },
-        text_format=TextFormat("json", "text", " "),
-        rows={"calibration": 5000, "evaluation": 1100},
-    ),
-    # The main revision is a loading script, which `datasets` does not run; the converted one holds the same rows.
-    "ptb": HubSource(
-        repository="ptb-text-only/ptb_text_only",
-        files={
-            "calibration": "penn_treebank/train/0000.parquet",
-            "evaluation": "penn_treebank/test/0000.parquet",
-        },
-        text_format=TextFormat("parquet", "sentence", " "),
-        revision="refs/convert/parquet",
-    ),
-}
-
-OFFLINE = "offline"
+    @cached_property
+    def joined(self) -> str:
+        """All documents as one string."""
+        return self.separator.join(self.documents)
 
 
 def load_text(path: str, split: Split) -> str:
-    """Return the text of a source as one string.
+    """Return the whole text of a source as one string; the arguments and errors are those of `read_text`."""
+    return read_text(path, split).joined
+
+
+def read_text(
+    path: str,
+    split: Split,
+    column: str | None = None,
+    limit: int | None = None,
+    render_chat: RenderChat | None = None,
+    weight: float = 1.0,
+) -> Text:
+    """Read the text of a source, as a stream: what lies beyond the limit costs nothing.
 
     Args:
-        path: a name in `HUB_SOURCES`, `offline`, or a local file, which gives the same text for both splits: a whole
-            `.txt` (UTF-8, with all line ends read as line feeds), or the column `text` of a `.jsonl` or `.parquet`, an
-            empty line between rows.
+        path: a name in `HUB_SOURCES`, `offline`, or a local file, or a folder with such files, which gives the same
+            text for both splits: a whole `.txt` (UTF-8, with all line ends read as line feeds), or a column of a
+            `.jsonl`, `.json`, `.csv` or `.parquet` file.
         split: which part of a source in `HUB_SOURCES` or of `offline` to return.
+        column: name of the column that holds the text, or the messages of a chat; None is `text`, or else `messages`
+            or `conversations`.
+        limit: characters after which no further document is read; None reads all.
+        render_chat: what makes a text of a chat; None where the tokenizer has no chat template.
+        weight: share of the source in a mix.
 
     Raises:
         TextError: if `check_source` refuses the source, or the source cannot be reached, cannot be read, or holds no
             text.
     """
     check_source(path, split)
+    reader = _Reader(path, split, column, render_chat)
     if path == OFFLINE:
-        return _offline_text(split)
-    if path in HUB_SOURCES:
-        source = HUB_SOURCES[path]
-        text = _read(path, split, _download(path, split), source.text_format, source.rows.get(split))
+        documents, separator = [_offline_text(split)], ""
+    elif path in HUB_SOURCES:
+        documents, separator = reader.read_hub(), HUB_SOURCES[path].separator
     else:
-        file = Path(path).expanduser()
-        text = _read(path, split, file, FILE_FORMATS[file.suffix])
-    if not text.strip():
+        documents = reader.read_files(limit)
+        separator = "" if reader.has_chats else "\n\n"
+    text = Text(documents, separator, path, weight)
+    if not any(document.strip() for document in documents):
         raise TextError(f"data.{split}.path: {path!r} holds no text; give {_alternatives()}")
     return text
 
 
+def share_samples(samples: int, weights: Sequence[float]) -> list[int]:
+    """Return how many of the windows each text of a mix gives; the shares of the largest remainders are rounded up."""
+    exact = [samples * weight / sum(weights) for weight in weights]
+    shares = [int(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda index: shares[index] - exact[index])
+    for index in by_remainder[: samples - sum(shares)]:
+        shares[index] += 1
+    return shares
+
+
 def check_source(path: str, split: Split) -> None:
-    """Check that `path` is a known source, or a file of a known format with text in it.
+    """Check that `path` is a known source, or a file of a known format with text in it, or a folder with such files.
 
     The check does not touch the network and imports nothing heavy, so it can run before any work.
 
@@ -140,107 +120,186 @@ def check_source(path: str, split: Split) -> None:
     """
     if path == OFFLINE or path in HUB_SOURCES:
         return
-    file = Path(path).expanduser()
-    if file.suffix not in FILE_FORMATS:
+    source = Path(path).expanduser()
+    if not path or not (source.is_dir() or find_format(source)):
         close = difflib.get_close_matches(path, (*HUB_SOURCES, OFFLINE), n=1)
         guess = f"; did you mean {close[0]}?" if close else ""
         raise TextError(f"data.{split}.path: unknown text source {path!r}; give {_alternatives()}{guess}")
-    if not file.is_file():
+    if not source.exists():
         raise TextError(f"data.{split}.path: there is no file {path!r}; give {_alternatives()}")
-    try:
-        with file.open("rb") as lines:
-            empty = not any(line.strip() for line in lines)
-    except OSError as error:
-        raise TextError(f"data.{split}.path: {path!r} cannot be read ({error.strerror}); make it readable") from error
+    files = text_files(source)
+    if not files:
+        raise TextError(f"data.{split}.path: the folder {path!r} holds no {', '.join(FORMATS)} file; give another")
+    empty = True
+    for file in files:
+        try:
+            with file.open("rb") as opened:
+                empty = empty and not any(chunk.strip() for chunk in iter(lambda: opened.read(CHUNK), b""))
+        except OSError as error:
+            raise TextError(
+                f"data.{split}.path: {str(file)!r} cannot be read ({error.strerror}); make it readable"
+            ) from error
     if empty:
         raise TextError(f"data.{split}.path: {path!r} holds no text; give {_alternatives()}")
 
 
+def text_files(source: Path) -> list[Path]:
+    """Return the files of a source: itself, or those of a known format in a folder and its subfolders, in order."""
+    if not source.is_dir():
+        return [source]
+    found = (file for file in source.rglob("*") if find_format(file) and file.is_file())
+    return sorted(file for file in found if not any(part.startswith(".") for part in file.relative_to(source).parts))
+
+
+def text_bytes(path: str) -> int | None:
+    """Return an upper bound on the bytes of a text, or None if only reading it would tell."""
+    if path == OFFLINE:
+        from pydoc_data.topics import topics
+
+        return sum(len(topic.encode()) for topic in topics.values())
+    files = [] if path in HUB_SOURCES else text_files(Path(path).expanduser())
+    if not files or any(is_compressed(file) for file in files):
+        return None
+    return sum(file.stat().st_size for file in files)
+
+
 def _alternatives() -> str:
     """Return the part of an error message that lists what a path may be."""
-    return f"one of {', '.join(HUB_SOURCES)}, {OFFLINE}, or a local {', '.join(FILE_FORMATS)} file"
+    return f"one of {', '.join(HUB_SOURCES)}, {OFFLINE}, or a local {', '.join(FORMATS)} file"
 
 
-def _download(path: str, split: Split) -> Path:
-    """Return the local copy of a hub source's file, downloading it if the hub's cache does not hold it.
+@dataclass
+class _Reader:
+    """What reads a source, and words its errors.
 
-    The hub client downloads the file, and `_read` reads it like a local one. `load_dataset` would not find its own copy
-    of a dataset without a network when files are named, and would convert all of a C4 shard.
+    Attributes:
+        has_chats: whether a row held a chat.
     """
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
-    source = HUB_SOURCES[path]
-    download = partial(
-        hf_hub_download,
-        source.repository,
-        source.files[split],
-        repo_type="dataset",
-        revision=source.revision,
-    )
-    try:
-        return Path(download(local_files_only=True))
-    except LocalEntryNotFoundError:
-        pass
-    try:
-        # Without a network, the download would be retried for half a minute; this request fails at once.
-        HfApi().dataset_info(source.repository, revision=source.revision, timeout=10)
-        return Path(download())
-    except (OSError, HTTPError) as error:  # HTTPError comes from whichever httpx the hub client uses
-        raise TextError(
-            f"data.{split}.path: {path!r} could not be downloaded from the hub ({source.repository}: "
-            f"{named_first_line(error)}); run once with a network, or give {OFFLINE} or a local "
-            f"{', '.join(FILE_FORMATS)} file"
-        ) from error
+    path: str
+    split: Split
+    column: str | None
+    render_chat: RenderChat | None
+    has_chats: bool = False
 
+    def read_hub(self) -> list[str]:
+        """Return the documents of a source on the hub."""
+        import pyarrow
+        from datasets.exceptions import DatasetsError
+        from huggingface_hub.errors import HTTPError
 
-def _read(path: str, split: Split, file: Path, text_format: TextFormat, limit: int | None = None) -> str:
-    """Return the text of a file, or of its first `limit` rows."""
-    import pyarrow
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
+        source = HUB_SOURCES[self.path]
+        try:
+            if isinstance(source, HubStream):
+                rows: list[object] = streamed_rows(self.path, source, self.split)
+                return list(self._documents(iter(rows)))
+            file = download(source, self.split)
+        except TextError:
+            raise
+        except (*DAMAGED, HTTPError, pyarrow.ArrowException, DatasetsError) as error:
+            # HTTPError comes from whichever httpx the hub client uses
+            raise TextError(
+                f"data.{self.split}.path: {self.path!r} could not be downloaded from the hub ({source.repository}: "
+                f"{named_first_line(error)}); run once with a network, or give {OFFLINE} or a local "
+                f"{', '.join(FORMATS)} file"
+            ) from error
+        column = self.column or source.column
+        return list(islice(self._read(file, column, WHOLE), source.rows.get(self.split)))
 
-    try:
-        # Streaming reads the file itself and keeps no converted copy, which could become stale.
-        with TemporaryDirectory() as cache:
-            stream = load_dataset(
-                text_format.builder,
-                data_files=glob.escape(str(file)),
-                split="train",
-                streaming=True,
-                cache_dir=cache,
-                **text_format.options,
+    def read_files(self, limit: int | None) -> list[str]:
+        """Return the documents of a file or a folder; where a folder is longer than the limit, a part of each file."""
+        files = text_files(Path(self.path).expanduser())
+        share = limit
+        if limit is not None and sum(file.stat().st_size for file in files) > limit:
+            share = -(-limit // len(files))
+        return [document for file in files for document in self._read_up_to(file, share)]
+
+    def _read_up_to(self, file: Path, limit: int | None) -> Iterator[str]:
+        taken = 0
+        for document in self._read(file, self.column, -1 if limit is None else limit):
+            yield document
+            taken += len(document)
+            if limit is not None and taken > limit:
+                return
+
+    def _read(self, file: Path, column: str | None, limit: int) -> Iterator[str]:
+        """Yield the documents of a file."""
+        import pyarrow
+
+        name = self.path if Path(self.path).expanduser() == file or self.path in HUB_SOURCES else str(file)
+        try:
+            yield from self._documents(read_rows(file, column, limit))
+        except ColumnError as error:
+            raise TextError(
+                f"data.{self.split}.path: {name!r} has no column {column or 'text'!r}, only "
+                f"{', '.join(map(repr, error.columns))}; name the column that holds the text in "
+                f"data.{self.split}.column"
+            ) from error
+        except TextError:
+            raise
+        except (*DAMAGED, pyarrow.ArrowException) as error:
+            kind = (find_format(file) or "").removeprefix(".").replace("txt", "text").replace("jsonl", "json")
+            raise TextError(
+                f"data.{self.split}.path: {name!r} cannot be read as {kind} ({named_first_line(error)}); "
+                f"repair the file, or give {_alternatives()}"
+            ) from error
+
+    def _documents(self, rows: Iterator[object]) -> Iterator[str]:
+        """Yield the text of each row; rows without a value are left out.
+
+        Raises:
+            TextError: if a value is neither a text nor a chat, or a chat cannot be written out.
+        """
+        for row in rows:
+            if row is None:
+                continue
+            text = row if isinstance(row, str) else self._chat(row)
+            if not text.isascii():  # JSON may hold halves of surrogate pairs, which no UTF-8 can
+                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            yield text
+
+    def _chat(self, row: object) -> str:
+        """Return the text of a chat."""
+        from jinja2 import TemplateError
+
+        messages = _messages(row)
+        if messages is None:
+            column = self.column or "the text column"
+            kind = type(row).__name__
+            raise TextError(
+                f"data.{self.split}.path: {column} of {self.path!r} holds {kind} values; it must hold strings, or "
+                "chats: lists of messages with role and content"
             )
-            rows = list(islice(stream, limit))
-    except (OSError, ValueError, pyarrow.ArrowException, DatasetsError) as error:
-        raise TextError(
-            f"data.{split}.path: {path!r} cannot be read as {text_format.builder} ({named_first_line(error)}); "
-            f"repair the file, or give {_alternatives()}"
-        ) from error
-    return text_format.separator.join(_column(rows, text_format.column, path, split))
+        if self.render_chat is None:
+            raise TextError(
+                f"data.{self.split}.path: {self.path!r} holds chats, and the model's tokenizer has no chat template to "
+                f"write them out by; give an instruct model, or a column of texts in data.{self.split}.column"
+            )
+        self.has_chats = True
+        try:
+            return self.render_chat(messages)
+        except (TemplateError, ValueError, TypeError) as error:
+            raise TextError(
+                f"data.{self.split}.path: the tokenizer's chat template refuses a chat of {self.path!r} "
+                f"({named_first_line(error)}); leave such chats out"
+            ) from error
 
 
-def _column(rows: Iterable[Mapping[str, Any]], column: str, path: str, split: Split) -> Iterable[str]:
-    """Yield the strings of a column; rows without a value are left out.
+SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}
 
-    Raises:
-        TextError: if a row lacks the column, or the column holds other values than strings.
+
+def _messages(row: object) -> list[dict[str, Any]] | None:
+    """Return the messages of a chat with the keys `role` and `content`, or None if the row is no chat.
+
+    ShareGPT's form, `from` and `value`, is taken as well.
     """
-    for row in rows:
-        if column not in row:
-            raise TextError(
-                f"data.{split}.path: {path!r} has no column {column!r}, only {', '.join(map(repr, row))}; "
-                f"rename the column that holds the text"
-            )
-        value = row[column]
-        if value is None:
-            continue
-        if not isinstance(value, str):
-            raise TextError(
-                f"data.{split}.path: column {column!r} of {path!r} holds {type(value).__name__} values; "
-                f"it must hold strings"
-            )
-        yield value
+    if not isinstance(row, list) or not row or not all(isinstance(message, dict) for message in row):
+        return None
+    if all("role" in message and "content" in message for message in row):
+        return row
+    if all("from" in message and "value" in message for message in row):
+        return [{"role": SPEAKERS.get(m["from"], m["from"]), "content": m["value"]} for m in row]
+    return None
 
 
 def _offline_text(split: Split) -> str:

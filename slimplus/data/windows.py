@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,8 +16,11 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from slimplus.data.text import TextError
+from slimplus.data.text import WHOLE, RenderChat, Text, TextError, share_samples
 from slimplus.utils.files import write_atomic
+
+PART = 2**18  # characters of a longer text that are tokenized at a time
+THINNED = 16  # characters of a longer text that are tokenized for each token to draw: about four times as many
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,42 +37,91 @@ class Windows:
     fingerprint: str
 
 
+@dataclass(frozen=True)
+class Packing:
+    """How documents are put one after the other before they are cut into windows.
+
+    Attributes:
+        bos: where the beginning-of-text token stands: at the beginning of the text if the tokenizer puts it there
+            (`auto`), nowhere, before each document, or at the beginning of each window.
+        separator: text between documents; `eos` is the tokenizer's end-of-text token; None is the source's own.
+    """
+
+    bos: Literal["auto", "never", "document", "window"] = "auto"
+    separator: str | None = None
+
+
+AS_IS = Packing()
+
+
 def calibration_windows(
-    text: str,
+    texts: str | Sequence[Text],
     tokenizer: PreTrainedTokenizerBase,
     samples: int,
     sequence_length: int,
     seed: int,
     cache: Path | None = None,
+    packing: Packing = AS_IS,
 ) -> Windows:
-    """Return windows drawn at random from the consecutive, non-overlapping windows of a text.
+    """Return windows drawn at random from the consecutive, non-overlapping windows of texts.
 
     Args:
-        text: the calibration text.
+        texts: the calibration text, or several, which share the windows in proportion to their weights.
         tokenizer: the model's tokenizer.
         samples: number of windows to draw.
         sequence_length: tokens per window.
         seed: seed of the draw and of the order.
         cache: file that keeps the windows; they are loaded from it, without tokenizing, if its fingerprint is equal,
             and otherwise built and written to it.
+        packing: how documents are put one after the other.
 
     Raises:
-        TextError: if the text holds fewer windows.
+        TextError: if a text holds fewer windows than its share, or the tokenizer lacks a token that `packing` needs.
     """
+    sources = [Text((texts,))] if isinstance(texts, str) else texts
+    shares = share_samples(samples, [text.weight for text in sources])
 
     def build() -> Tensor:
-        candidates = _cut(text, tokenizer, sequence_length)
-        if len(candidates) < samples:
-            raise TextError(
-                f"the calibration text holds {len(candidates)} windows of "
-                f"data.sequence_length={sequence_length} tokens, fewer than data.samples={samples}; "
-                f"lower data.samples or data.sequence_length, or give a longer text in data.calibration.path"
-            )
-        order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))
-        return candidates[order[:samples]]
+        generator = torch.Generator().manual_seed(seed)
+        drawn = []
+        for text, share in zip(sources, shares, strict=True):
+            candidates = _cut(_thin(text, THINNED * share * sequence_length), tokenizer, sequence_length, packing)
+            if len(candidates) < share:  # or the documents that were left out are the long ones
+                candidates = _cut(text, tokenizer, sequence_length, packing)
+            if len(candidates) < share:
+                raise TextError(_too_short(text, len(candidates), share, samples, sequence_length, len(sources) > 1))
+            order = torch.randperm(len(candidates), generator=generator)
+            drawn.append(candidates[order[:share]].long())
+        if len(drawn) == 1:
+            return drawn[0]
+        return torch.cat(drawn)[torch.randperm(samples, generator=generator)]
 
-    sizes = {"samples": samples, "sequence_length": sequence_length, "seed": seed}
-    return _cached(cache, _fingerprint(text, tokenizer, sizes), build)
+    sizes: dict[str, Any] = {"samples": samples, "sequence_length": sequence_length, "seed": seed}
+    if packing != AS_IS:
+        sizes["packing"] = asdict(packing)
+    return _cached(cache, _fingerprint(texts_identity(sources), tokenizer, sizes), build)
+
+
+def texts_identity(texts: Sequence[Text]) -> str:
+    """Return what identifies calibration texts: of one the text itself, of a mix the hashes and the weights."""
+    if len(texts) == 1:
+        return texts[0].joined
+    return json.dumps([[text.weight, hashlib.sha256(text.joined.encode()).hexdigest()] for text in texts])
+
+
+def _too_short(text: Text, found: int, share: int, samples: int, sequence_length: int, is_mix: bool) -> str:
+    """Return the message on a text that holds fewer windows than are to be drawn from it."""
+    if is_mix:
+        return (
+            f"data.calibration: {text.path!r} holds {found} windows of data.sequence_length={sequence_length} tokens, "
+            f"fewer than its share of {share} of data.samples={samples}; lower its weight, data.samples or "
+            "data.sequence_length, or give a longer text"
+        )
+    return (
+        f"the calibration text holds {found} windows of data.sequence_length={sequence_length} tokens, fewer than "
+        f"data.samples={samples}; lower data.samples or data.sequence_length, or give a longer text in "
+        "data.calibration.path"
+    )
 
 
 def evaluation_windows(
@@ -91,7 +145,7 @@ def evaluation_windows(
     """
 
     def build() -> Tensor:
-        candidates = _cut(text, tokenizer, sequence_length)
+        candidates = _cut(Text((text,)), tokenizer, sequence_length)
         if len(candidates) == 0:
             raise TextError(
                 f"the evaluation text is shorter than one window of {sequence_length} tokens; lower "
@@ -103,16 +157,94 @@ def evaluation_windows(
     return _cached(cache, _fingerprint(text, tokenizer, sizes), build)
 
 
-def _cut(text: str, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> Tensor:
+def _cut(text: Text, tokenizer: PreTrainedTokenizerBase, sequence_length: int, packing: Packing = AS_IS) -> Tensor:
     """Return all whole windows of a text, `[windows, sequence_length]`, int64; a shorter tail is dropped."""
+    starts = _special_token(tokenizer, "bos") if packing.bos == "window" else None
+    length = sequence_length - (starts is not None)
+    tokens = torch.cat([torch.tensor(part, dtype=torch.int32) for part in _tokenize(text, tokenizer, packing)])
+    count = len(tokens) // length
+    windows = tokens[: count * length].view(count, length).long()
+    return windows if starts is None else torch.nn.functional.pad(windows, (1, 0), value=starts)
+
+
+def _tokenize(text: Text, tokenizer: PreTrainedTokenizerBase, packing: Packing) -> Iterator[list[int]]:
+    """Yield the tokens of a text, part by part.
+
+    A text of up to `WHOLE` characters is tokenized as one, a longer one and what `_thin` leaves of it in parts that end
+    where a line does: the tokenizer needs a hundred bytes for every token of what it is given at once.
+    """
+    separator = text.separator if packing.separator is None else packing.separator
+    if separator == "eos":
+        separator = str(tokenizer.convert_ids_to_tokens(_special_token(tokenizer, "eos")))
     # verbose=False silences the warning that the text is longer than the model's context, as it is meant to be.
-    encoding = tokenizer(text, verbose=False, return_attention_mask=False)
-    tokens = torch.tensor(encoding["input_ids"], dtype=torch.int64)
-    count = len(tokens) // sequence_length
-    return tokens[: count * sequence_length].view(count, sequence_length)
+    encode: Any = partial(tokenizer.__call__, verbose=False, return_attention_mask=False)
+    if packing.bos == "document":
+        start = _special_token(tokenizer, "bos")
+        for number, document in enumerate(text.documents, start=1):
+            ended = document + (separator if number < len(text.documents) else "")
+            yield [start, *encode(ended, add_special_tokens=False)["input_ids"]]
+        return
+    joined = text.joined if separator == text.separator else separator.join(text.documents)
+    special = packing.bos == "auto"
+    for part in [joined] if len(joined) <= WHOLE and not text.is_excerpt else _lines(joined):
+        yield encode(part, add_special_tokens=special)["input_ids"]
+        special = False  # they belong to the beginning of the text
 
 
-def _fingerprint(text: str, tokenizer: PreTrainedTokenizerBase, sizes: dict[str, int]) -> str:
+def _thin(text: Text, characters: int) -> Text:
+    """Return evenly spaced documents of a text longer than `WHOLE`, with about so many characters; else the text.
+
+    Tokenizing all of a long text would take a minute, for windows of which most are not drawn.
+    """
+    step = len(text.joined) // characters
+    if len(text.joined) <= WHOLE or step <= 1:
+        return text
+    documents = [part for document in text.documents for part in _lines(document)]
+    return replace(text, documents=documents[::step], is_excerpt=True)
+
+
+def _lines(text: str) -> Iterator[str]:
+    """Yield a text in parts of about `PART` characters that end with a line, or anywhere if lines are longer."""
+    start = 0
+    while start < len(text):
+        stop = text.rfind("\n", start, start + PART) + 1 if start + PART < len(text) else len(text)
+        stop = stop or start + PART
+        yield text[start:stop]
+        start = stop
+
+
+def _special_token(tokenizer: PreTrainedTokenizerBase, name: Literal["bos", "eos"]) -> int:
+    """Return the id of a special token.
+
+    Raises:
+        TextError: if the tokenizer has none.
+    """
+    token: int | None = tokenizer.bos_token_id if name == "bos" else tokenizer.eos_token_id
+    if token is None:
+        key, others = ("data.bos", "auto or never") if name == "bos" else ("data.separator", "a text, such as '\\n\\n'")
+        raise TextError(f"{key}: the model's tokenizer has no {name.upper()} token; give {others}")
+    return token
+
+
+def chat_renderer(tokenizer: PreTrainedTokenizerBase) -> RenderChat | None:
+    """Return what writes a chat out by the tokenizer's chat template, or None if it has none.
+
+    Where the tokenizer begins texts with a token, the same token that the template begins with is left out:
+    `Packing.bos` says where it stands.
+    """
+    if not tokenizer.chat_template:
+        return None
+    begins = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+    bos = str(tokenizer.bos_token) if begins else ""
+
+    def render(messages: Sequence[Mapping[str, Any]]) -> str:
+        text = str(tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False))
+        return text.removeprefix(bos)
+
+    return render
+
+
+def _fingerprint(text: str, tokenizer: PreTrainedTokenizerBase, sizes: Mapping[str, Any]) -> str:
     """Return the SHA-256 of all that decides the tokens of windows, in hexadecimal."""
     digest = hashlib.sha256()
     for part in (json.dumps(sizes), tokenizer_identity(tokenizer), text):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, TextStreamer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -99,26 +100,45 @@ def stream(loaded: LoadedModel, prompt: str, sampling: Sampling, chat: bool = Fa
     """
     model: Any = loaded.model
     tokenizer = loaded.tokenizer
-    inputs: Any
+    inputs: Any  # only ids and mask: generate refuses what else a tokenizer gives, such as token_type_ids
     if chat:
         message = [{"role": "user", "content": prompt}]
         inputs = tokenizer.apply_chat_template(
             message, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
     else:
-        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        inputs = tokenizer(prompt, return_tensors="pt", return_attention_mask=True)
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     torch.manual_seed(sampling.seed)
     model.generate(
-        **inputs.to(model.device),
+        **{name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")},
         **sampling.arguments(),
         pad_token_id=padding,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        streamer=TextStreamer(cast("Any", _LenientDecoder(tokenizer)), skip_prompt=True),
     )
+
+
+@dataclass(frozen=True)
+class _LenientDecoder:
+    """A tokenizer, as far as a `TextStreamer` needs one, that decodes any tokens."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def decode(self, tokens: Tensor, **_: Any) -> str:
+        return decode(self.tokenizer, tokens)
 
 
 def continue_text(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int = 24) -> str:
     """Return a prompt and its greedy continuation of at most `tokens` tokens, on one line."""
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    written = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-    return " ".join(str(tokenizer.decode(written[0], skip_special_tokens=True)).split())
+    inputs = tokenizer(prompt, return_tensors="pt", return_attention_mask=True)
+    given = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    written = model.generate(**given, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    return " ".join(decode(tokenizer, written[0]).split())
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: Tensor) -> str:
+    """Return the text of tokens, without special tokens; bytes that are no UTF-8 become U+FFFD."""
+    try:
+        return str(tokenizer.decode(tokens, skip_special_tokens=True))
+    except UnicodeDecodeError as error:  # from tokenizers that decode bytes themselves, and strictly
+        return bytes(error.object).decode("utf-8", "replace")

@@ -57,7 +57,7 @@ def minmax_qparams(tile: Tensor, bits: int, shrink: float | Tensor = 1.0) -> tup
 
 def binary_qparams(tile: Tensor) -> tuple[Tensor, Tensor]:
     """Return the scale and zero point `[out]` of a 1-bit tile `[out, columns]`: levels `mean(w) ± mean|w|`."""
-    half_step = tile.abs().mean(dim=-1).clamp(min=SMALLEST_SCALE)
+    half_step = tile.abs().mean(dim=-1).clamp(min=SMALLEST_SCALE / 2)
     return 2 * half_step, 0.5 - tile.mean(dim=-1) / (2 * half_step)
 
 
@@ -182,6 +182,34 @@ class QuantizedWeight:
             level = torch.sub(source, zero_point, out=buffer[: len(source)])
             target.copy_(level.mul_(scale))
         return weight.T
+
+
+def lost_to_storage(weight: Tensor, quantized: QuantizedWeight) -> Tensor:
+    """Return a mask of the scales that the packed format cannot hold as small, or as large, as the weights ask for.
+
+    Such a scale lies at an end of what can be stored, and off what rounding to nearest would choose by more than the
+    factor 2, which is beyond what calibration and training change. Groups of zeros need no scale.
+
+    Args:
+        weight: the weight that was quantized, `[out, in]`.
+        quantized: its packed form.
+
+    Returns:
+        `[out, groups]`, bool.
+    """
+    steps = []
+    for group, width in zip(weight.split(quantized.group_size, dim=1), quantized.bits.tolist(), strict=True):
+        tile = group.float()
+        extent = tile.amax(1).clamp(min=0) - tile.amin(1).clamp(max=0)
+        steps.append(2 * tile.abs().mean(1) if width == 1 else extent / (2**width - 1))
+    wanted, scale = torch.stack(steps, dim=1), quantized.scale
+    ends = torch.tensor([0, torch.finfo(scale.dtype).max], dtype=scale.dtype, device=scale.device)
+    smallest, largest = storable_scale(ends[:, None], quantized.scale_bits)[:, 0]
+    if quantized.scale_bits == 8:
+        codes, exponents = encode_scales(scale)
+        smallest = decode_scales(torch.zeros_like(codes), exponents).to(scale.dtype).clamp(min=smallest)
+    too_small = (scale <= smallest) & (wanted > 0) & (2 * wanted < scale)
+    return too_small | ((scale >= largest) & (wanted > 2 * scale))
 
 
 def uniform_bits(in_features: int, group_size: int, target_bits: int) -> Tensor:

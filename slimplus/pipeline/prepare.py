@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,15 @@ from lightning.fabric import Fabric
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from slimplus.data.text import load_text
-from slimplus.data.windows import Windows, calibration_windows, evaluation_windows
+from slimplus.data.text import WHOLE, Text, read_text
+from slimplus.data.windows import (
+    Packing,
+    Windows,
+    calibration_windows,
+    chat_renderer,
+    evaluation_windows,
+    texts_identity,
+)
 from slimplus.distributed.preemption import Preemption
 from slimplus.distributed.strategies import launch
 from slimplus.models.architectures import blocks_path, embedding_and_head_bits, find_blocks, quantized_linears
@@ -79,14 +86,14 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption) -> Job:
     allocation = given_allocation(skeleton, recipe)
     bits = embedding_and_head_bits(skeleton, recipe.quantization.embedding_bits, recipe.quantization.head_bits)
     tokenizer = source.tokenizer()
-    text = load_text(recipe.data.calibration.path, "calibration")
-    identity = fingerprint(recipe, text, tokenizer, source, config, runner.precision)
+    texts = _calibration_texts(recipe, tokenizer)
+    identity = fingerprint(recipe, texts_identity(texts), tokenizer, source, config, runner.precision)
     blocks = len(find_blocks(skeleton))
     events = _check_and_repair(run, recipe, identity, blocks) if fabric.is_global_zero else []
     fabric.barrier()
     run.open()
     with fabric.rank_zero_first():
-        calibration, evaluation = _windows(recipe, text, tokenizer, run.tokens)
+        calibration, evaluation = _windows(recipe, texts, tokenizer, run.tokens)
     metrics = _start_metrics(recipe, run, fabric, evaluation, runner.precision, identity, events)
     if allocation is not None:
         _note_average(metrics, recipe, allocation, skeleton)
@@ -135,14 +142,39 @@ def _check_and_repair(run: RunDirectory, recipe: Recipe, identity: dict[str, Any
     return events
 
 
-def _windows(recipe: Recipe, text: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[Windows, Windows]:
+def _calibration_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Text]:
+    """Return the calibration texts, of which no more is read than the windows can need."""
+    data, render_chat = recipe.data, chat_renderer(tokenizer)
+    limit = _characters(data.samples * data.sequence_length)
+    return [
+        read_text(source.path, "calibration", source.column, limit, render_chat, source.weight)
+        for source in data.calibration.sources
+    ]
+
+
+def _characters(tokens: int) -> int:
+    """Return how many characters of a text to read for so many tokens: the windows are a choice among several."""
+    return max(WHOLE, 8 * tokens)
+
+
+def _windows(
+    recipe: Recipe, texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> tuple[Windows, Windows]:
     """Return the calibration and the evaluation windows, which are kept in `folder`."""
     data = recipe.data
     calibration = calibration_windows(
-        text, tokenizer, data.samples, data.sequence_length, recipe.seed, cache=folder / "calibration.safetensors"
+        texts,
+        tokenizer,
+        data.samples,
+        data.sequence_length,
+        recipe.seed,
+        folder / "calibration.safetensors",
+        Packing(data.bos, data.separator),
     )
+    limit = _characters(data.evaluation.windows * data.evaluation.sequence_length)
+    text = read_text(data.evaluation.path, "evaluation", data.evaluation.column, limit, chat_renderer(tokenizer))
     evaluation = evaluation_windows(
-        load_text(data.evaluation.path, "evaluation"),
+        text.joined,
         tokenizer,
         data.evaluation.windows,
         data.evaluation.sequence_length,

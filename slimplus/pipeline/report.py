@@ -36,18 +36,19 @@ def _embedding_and_head_row(metrics: Mapping[str, Any]) -> list[tuple[str, str]]
     return [("packed outside the blocks", f"{bits}: {format_bytes(metrics['outer_bytes'])}")] if bits else []
 
 
-def summary(metrics: Mapping[str, Any], packed: str, sentence: str) -> str:
+def summary(metrics: Mapping[str, Any], packed: str, sentence: str | None) -> str:
     """Return the summary of a run as plain text.
 
     Args:
         metrics: the content of metrics.json.
         packed: the folder of the packed checkpoint.
-        sentence: a sample of what the packed model writes.
+        sentence: a sample of what the packed model writes; None if it could not write one.
     """
     rows = results_table(metrics)
     width = max(len(name) for name, _ in rows)
     table = "\n".join(f"{name:<{width}}  {value}" for name, value in [*rows, *_events(metrics)])
-    return f"{table}\n\nThe packed checkpoint is in {packed}. It writes:\n\n    {sentence}\n"
+    sample = "" if sentence is None else f" It writes:\n\n    {sentence}"
+    return f"{table}\n\nThe packed checkpoint is in {packed}.{sample}\n"
 
 
 def _events(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -49,6 +49,8 @@ def quantize_weight(
     2. Round its columns one after the other. Each column's error, divided by the diagonal of the inverse Hessian's
        Cholesky factor, moves the columns after it (GPTQ, arXiv 2210.17323, algorithm 1).
 
+    A dead column, one that no token of the Hessian reaches, is rounded to nearest: other text may reach it.
+
     Args:
         weight: the weight, `[out, in]`, float32.
         bits: width of each group, `[groups]`.
@@ -59,7 +61,7 @@ def quantize_weight(
         scale_bits: bits that a scale takes in the packed format. With 8, a scale more than 8 octaves below the largest
             of its row is raised at the end, when all scales of the row are known; the group keeps its integers.
     """
-    remaining = weight.masked_fill(inverse.dead, 0)
+    remaining = weight.clone()
     upper = inverse.upper
     integers, remainders = torch.empty_like(remaining, dtype=torch.uint8), torch.empty_like(remaining)
     scales, zero_points, losses = [], [], []
@@ -74,6 +76,7 @@ def quantize_weight(
         zero_points.append(zero_point)
         if compensate:
             errors = _round_columns(tile, upper[span, span], scale, zero_point, 2**width - 1)
+            errors.masked_fill_(inverse.dead[span], 0)  # they cost no loss that was measured
             remaining[:, span.stop :] -= errors @ upper[span, span.stop :]
             losses.append(errors.square().sum(1) / 2)
         nearest = nearest_integers(tile, scale[:, None], zero_point[:, None], 2**width - 1)
@@ -81,7 +84,7 @@ def quantize_weight(
         remainders[:, span] = (tile / scale[:, None] + zero_point[:, None] - nearest).clamp_(-HALF, HALF)
         if not compensate:
             level = (nearest - zero_point[:, None]) * scale[:, None]
-            losses.append(((tile - level) / diagonal).square().sum(1) / 2)
+            losses.append(((tile - level) / diagonal).masked_fill(inverse.dead[span], 0).square().sum(1) / 2)
     scale = storable_scale(torch.stack(scales, 1), scale_bits)
     quantized = QuantizedWeight(integers, scale, torch.stack(zero_points, 1), bits, group_size, scale_bits)
     return RoundedWeight(quantized, remainders, torch.stack(losses, 1))

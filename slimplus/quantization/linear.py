@@ -59,7 +59,7 @@ def quantize_linear(
 
     Round to nearest and GPTQ take min-max grids. SliM-LLM calibrates the grids (arXiv 2405.14917, section 3.3). Beyond
     the paper, a least-squares fit of scales and zero points to the output error follows each rounding, and the next
-    rounding takes the fitted grid.
+    rounding takes the fitted grid. In the fit, a column whose input is always zero counts as much as the damping does.
 
     Args:
         weight: the weight, `[out, in]`, float32.
@@ -73,7 +73,7 @@ def quantize_linear(
     )
     if not config.calibrates:
         return rounding(weight, choose=_minmax, compensate=config.method == "gptq")
-    weight = weight.masked_fill(inverse.dead, 0)
+    hessian = hessian + torch.diag(inverse.dead * config.percdamp * hessian.diagonal().mean())
     rounded = rounding(weight, choose=calibrate_group, compensate=True)
     for round_ in range(REFITS):
         scale, zero_point = refit_qparams(weight, rounded.weight, hessian)

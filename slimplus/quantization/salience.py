@@ -52,7 +52,7 @@ class InverseHessian:
 
     Attributes:
         upper: upper factor `U` of `H⁻¹ = Uᵀ U`, `[in, in]`.
-        dead: mask of the columns whose input is always zero, `[in]`; their weights have no effect and become zero.
+        dead: mask of the columns whose input is always zero, `[in]`, on which the Hessian says nothing.
         percdamp: damping that the inversion needed, as a share of the mean diagonal.
     """
 

@@ -24,11 +24,17 @@ from pydantic_core import ErrorDetails
 
 from slimplus.recipe.schema import Recipe, RecipeError, Section, keys
 
-_SHORTHANDS = {
-    name: f"{name}.{field.annotation.shorthand}"
-    for name, field in Recipe.model_fields.items()
-    if isinstance(field.annotation, type) and issubclass(field.annotation, Section) and field.annotation.shorthand
-}
+
+def _shorthands(section: type[Section], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the dotted path of each section that a plain value may stand for, and of the key that the value sets."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            if field.annotation.shorthand:
+                yield prefix + name, f"{prefix}{name}.{field.annotation.shorthand}"
+            yield from _shorthands(field.annotation, f"{prefix}{name}.")
+
+
+_SHORTHANDS = dict(_shorthands(Recipe))
 
 
 def describe_type(field: FieldInfo) -> str:
@@ -54,6 +60,8 @@ def _kind(kind: Any) -> str:
         return _kind(inner[0])
     if origin is list:
         return f"[{_kind(inner[0])}, ...]"
+    if isinstance(kind, type) and issubclass(kind, Section):
+        return f"{{{', '.join(f'{name}: {describe_type(field)}' for name, field in kind.model_fields.items())}}}"
     if origin is dict:
         return f"{{{_kind(inner[0])}: {_kind(inner[1])}, ...}}"
     names: dict[Any, str] = {
@@ -156,7 +164,8 @@ def _read_document(file: Traversable) -> dict[str, Any]:
 
 def _override(document: dict[str, Any], key: str, value: object) -> str | None:
     """Set one dotted path in the document; return what is wrong, if anything is."""
-    key = _SHORTHANDS.get(key, key)
+    if not isinstance(value, dict):
+        key = _SHORTHANDS.get(key, key)
     node, parts = document, key.split(".")
     for depth, part in enumerate(parts[:-1], start=1):
         if node.get(part) is None:
@@ -216,8 +225,12 @@ def resolve_recipe(
         document = _read_document(recipe_file(source))
         document.setdefault("run_dir", f"runs/{re.sub(r'[.]ya?ml$', '', Path(source).name)}")
     for section, key in _SHORTHANDS.items():
-        if section in document and not isinstance(document[section], dict):
-            document[section] = {key.removeprefix(f"{section}."): document[section]}
+        *parents, name = section.split(".")
+        parent: Any = document
+        for part in parents:
+            parent = parent.get(part) if isinstance(parent, dict) else None
+        if isinstance(parent, dict) and name in parent and not isinstance(parent[name], dict | None):
+            parent[name] = {key.removeprefix(f"{section}."): parent[name]}
     own = document.get("model")
     if model is not None and not (isinstance(own, dict) and own.get("path") == model):
         document["model"] = {"path": model}

@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from slimplus.data.text import HUB_SOURCES, OFFLINE, Split, TextError, check_source
+from slimplus.data.hub import Split
+from slimplus.data.text import TextError, check_source, share_samples, text_bytes
 from slimplus.models.location import resolve_model_folder
 from slimplus.recipe.schema import EndToEndSection, ModelSection, Recipe, RecipeError, TrainingSection
 from slimplus.utils.errors import InputError, named_first_line
@@ -71,16 +72,8 @@ def _text_problem(path: str, split: Split, tokens: int, need: str) -> str | None
         check_source(path, split)
     except TextError as error:
         return str(error)
-    file = Path(path).expanduser()
-    if path == OFFLINE:
-        from pydoc_data.topics import topics
-
-        size = sum(len(topic.encode()) for topic in topics.values())
-    elif path in HUB_SOURCES or file.suffix == ".parquet":  # the size of the text is unknown, or compressed
-        return None
-    else:
-        size = file.stat().st_size
-    if size >= tokens:
+    size = text_bytes(path)
+    if size is None or size >= tokens:
         return None
     short = f"data.{split}.path: {path} has {size:,} bytes, too few for {need} ({tokens:,} tokens)"
     return f"{short}; give a longer text or ask for less of it"
@@ -182,9 +175,12 @@ def check_inputs(recipe: Recipe) -> None:
         problems.append(_model_problem(recipe.model))
     if not recipe.dry_run:
         problems += [*_library_problems(recipe), _folder_problem(recipe.run_dir)]
-        tokens = data.samples * data.sequence_length
-        need = f"data.samples={data.samples} windows of data.sequence_length={data.sequence_length}"
-        problems.append(_text_problem(data.calibration.path, "calibration", tokens, need))
+        sources = data.calibration.sources
+        shares = share_samples(data.samples, [source.weight for source in sources])
+        for source, share in zip(sources, shares, strict=True):
+            part = "" if len(sources) == 1 else f"its share of {share} of "
+            need = f"{part}data.samples={data.samples} windows of data.sequence_length={data.sequence_length}"
+            problems.append(_text_problem(source.path, "calibration", share * data.sequence_length, need))
         tokens = data.evaluation.sequence_length
         need = f"one window of data.evaluation.sequence_length={tokens}"
         problems.append(_text_problem(data.evaluation.path, "evaluation", tokens, need))

@@ -16,6 +16,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from slimplus.data.windows import tokenizer_identity
 from slimplus.models.loading import ModelSource
 from slimplus.recipe.schema import Recipe, flatten
+from slimplus.recipe.schema import keys as recipe_keys
 
 # Keys that may change between the starts of one run: they say where it runs, what is measured, or what comes later.
 FREE_KEYS = (
@@ -26,6 +27,8 @@ FREE_KEYS = (
     "end_to_end",  # comes after the blocks; its file holds the hash of what it was made from
     "training.accumulate_grad_batches",  # changes the memory of a step, not its result
 )
+# Keys that earlier versions did not have: left out at their defaults, so that a run begun with one of those goes on.
+LATER_KEYS = ("data.calibration.column", "data.bos", "data.separator")
 LIBRARIES = ("torch", "transformers", "lightning", "deepspeed", "safetensors", "tokenizers")
 WEIGHTS = ("*.safetensors", "*.gguf", "*.bin")
 LARGEST_WHOLE = 2**26  # bytes; larger files are hashed by samples
@@ -49,14 +52,19 @@ def fingerprint(
 
     Args:
         recipe: the resolved recipe.
-        text: the calibration text.
+        text: what identifies the calibration text, see `texts_identity`.
         tokenizer: the model's tokenizer.
         source: where the full-precision model comes from, pinned to a commit if it is on the hub.
         config: the model's configuration.
         precision: the resolved precision of the job.
     """
     free = FREE_KEYS if recipe.quantization.trains else (*FREE_KEYS, "training")
-    keys = {key: value for key, value in flatten(recipe).items() if not key.startswith(free)}
+    fields = recipe_keys()
+    keys = {
+        key: value
+        for key, value in flatten(recipe).items()
+        if not key.startswith(free) and not (key in LATER_KEYS and value == fields[key].default)
+    }
     # Contents instead of paths, and the resolved precision instead of `auto`.
     keys["data.calibration.path"] = digest(text)
     keys["model.path"] = weights_digest(source)

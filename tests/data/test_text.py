@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import datasets
 import huggingface_hub
 import pytest
+from jinja2 import TemplateError
 
-from slimplus.data.text import HUB_SOURCES, HubSource, Split, TextError, check_source, load_text
+from slimplus.data import formats
+from slimplus.data.hub import HUB_SOURCES, HubSource, HubStream, Split
+from slimplus.data.text import TextError, check_source, load_text, read_text, share_samples
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 
@@ -168,12 +174,16 @@ def test_hub_source_without_network(name: str) -> None:
     )
     message, cause = done.stdout.split("|")
     assert message.startswith(f"data.calibration.path: '{name}' could not be downloaded from the hub")
-    assert "offline or a local .txt, .jsonl, .parquet file" in message
+    assert "offline or a local .txt, .jsonl, .json, .csv, .parquet file" in message
     assert cause == "ConnectError"
 
 
+DOWNLOADS = {name: source for name, source in HUB_SOURCES.items() if isinstance(source, HubSource)}
+STREAMS = {name: source for name, source in HUB_SOURCES.items() if isinstance(source, HubStream)}
+
+
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize(("name", "source"), HUB_SOURCES.items(), ids=HUB_SOURCES)
+@pytest.mark.parametrize(("name", "source"), DOWNLOADS.items(), ids=DOWNLOADS)
 def test_hub_source_is_read_from_the_hubs_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, source: HubSource, split: Split
 ) -> None:
@@ -184,11 +194,160 @@ def test_hub_source_is_read_from_the_hubs_cache(
     file = commit / "snapshots" / ("0" * 40) / source.files[split]
     file.parent.mkdir(parents=True)
     texts = [f"{split} {i}" for i in range(2000)] + [""]
-    rows = [{source.text_format.column: text, "url": "where from"} for text in texts]
+    rows = [{source.column: text, "url": "where from"} for text in texts]
     write = {".gz": write_jsonl_gz, ".parquet": write_parquet}[file.suffix]
     write(file, rows)
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     kept = texts[: source.rows.get(split)]
-    assert load_text(name, split) == source.text_format.separator.join(kept)
+    assert load_text(name, split) == source.separator.join(kept)
+
+
+def write_out(messages: Sequence[Mapping[str, Any]]) -> str:
+    """Stands in for a chat template."""
+    return "".join(f"<{message['role']}>{message['content']}" for message in messages)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize(("name", "source"), STREAMS.items(), ids=STREAMS)
+def test_hub_stream_is_read_once_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, source: HubStream, split: Split
+) -> None:
+    parts: list[str] = []
+
+    def load_dataset(path: str, split: str, streaming: bool, **arguments: Any) -> Iterator[dict[str, Any]]:
+        assert streaming
+        assert path == source.repository or source.repository in arguments["data_files"]
+        part = len(parts)
+        parts.append(split)
+        for number in count():
+            text = f"{split} {part} {number}"
+            chat = [{"role": "user", "content": text}]
+            yield {"url": "where from", source.column: chat if source.column == "messages" else text}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(dataset_info=lambda *_, **__: None))
+    text = read_text(name, split, render_chat=write_out)
+    assert parts == [source.splits[split]] * len(source.arguments)
+    assert len(text.documents) == source.rows[split] <= 5000
+    after = 5000 if split == "evaluation" and source.splits["calibration"] == source.splits[split] else 0
+    number, part = divmod(after, len(source.arguments))
+    start = "<user>" if source.column == "messages" else ""
+    assert text.documents[0] == f"{start}{source.splits[split]} {part} {number}"
+    monkeypatch.setattr(datasets, "load_dataset", None)  # as without a network
+    assert read_text(name, split, render_chat=write_out).documents == text.documents
+
+
+@pytest.mark.parametrize("name", ["t.txt", "T.TXT", "t.txt.gz", "t.jsonl", "t.JSONL", "t.jsonl.gz", "t.json", "t.csv"])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str) -> None:
+    content = {"txt": "Hello", "jsonl": '{"text": "Hello"}', "json": '[{"text": "Hello"}]', "csv": "id,text\n1,Hello"}
+    data = b"\xef\xbb\xbf" + content[name.lower().split(".")[1]].encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    assert load_text(str(tmp_path / name), "calibration") == "Hello"
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "lines.json", "rows.json.gz", "rows.csv", "rows.parquet"])
+def test_a_column_is_read_whatever_the_others_hold(tmp_path: Path, name: str) -> None:
+    rows: list[dict[str, Any]] = [{"body": f'line "{i}"\n, é {i}', "date": None, "text": "no"} for i in range(3000)]
+    rows[-1]["date"] = "2026-01-01T00:00:00"
+    path = tmp_path / name
+    if name == "rows.csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    elif name == "rows.parquet":
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    else:
+        lines = name in ("rows.jsonl", "lines.json")
+        rows[1]["date"] = {"late": [1]}
+        text = "\n".join(map(json.dumps, rows)) if lines else json.dumps(rows, indent=1)
+        path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    documents = read_text(str(path), "calibration", "body").documents
+    assert documents == [row["body"] for row in rows]
+
+
+def test_rows_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a piece cuts through."""
+    path = tmp_path / "rows.json"
+    rows = [{"text": f'é {i} \\" [{{]}}'} for i in range(20)]
+    for content in (json.dumps(rows), json.dumps(rows, indent=2), "\n".join(map(json.dumps, rows))):
+        path.write_text(content)
+        for size in (1, 2, 7, 100):
+            monkeypatch.setattr(formats, "CHUNK", size)
+            assert load_text(str(path), "calibration") == "\n\n".join(row["text"] for row in rows)
+    path.write_text(json.dumps(rows)[:-1])
+    with pytest.raises(TextError, match="cannot be read as json.*the list has no end"):
+        load_text(str(path), "calibration")
+
+
+def test_half_a_character_of_json_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a \\ud83d b \\ud83d\\ude00"}')
+    assert load_text(str(path), "calibration") == "a \ufffd b \U0001f600"
+
+
+CHAT = [{"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Red."}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": CHAT, "id": 1},
+        {"conversations": [{"from": "human", "value": "Name a colour."}, {"from": "gpt", "value": "Red."}]},
+    ],
+)
+def test_chats_are_written_out_by_the_template(tmp_path: Path, row: dict[str, Any]) -> None:
+    path = write_jsonl(tmp_path / "chat.jsonl", [row, row])
+    text = read_text(path, "calibration", render_chat=write_out)
+    assert text.joined == "<user>Name a colour.<assistant>Red." * 2
+    with pytest.raises(TextError, match=r"holds chats, and the model's tokenizer has no chat template"):
+        read_text(path, "calibration")
+
+
+def test_a_template_may_refuse_a_chat(tmp_path: Path) -> None:
+    def refuse(_: object) -> str:
+        raise TemplateError("roles must alternate")
+
+    path = write_jsonl(tmp_path / "chat.jsonl", [{"messages": CHAT}])
+    with pytest.raises(TextError, match=r"chat template refuses a chat of .*chat\.jsonl.*roles must alternate"):
+        read_text(path, "calibration", render_chat=refuse)
+
+
+def test_a_folder_is_read_in_order_without_what_is_hidden_or_of_another_kind(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / ".git").mkdir()
+    for name, content in {
+        "b/2.txt": "two",
+        "a.TXT": "one",
+        "notes.md": "no",
+        ".git/x.txt": "no",
+        ".x.txt": "no",
+    }.items():
+        (tmp_path / name).write_text(content)
+    write_jsonl(tmp_path / "c.jsonl", [{"text": "three"}, {"text": "four"}])
+    assert load_text(str(tmp_path), "calibration") == "one\n\ntwo\n\nthree\n\nfour"
+    (tmp_path / "b" / "bad.jsonl").write_text("{")
+    with pytest.raises(TextError, match=r"b/bad\.jsonl' cannot be read as json"):
+        load_text(str(tmp_path), "calibration")
+
+
+def test_no_more_is_read_than_is_taken(tmp_path: Path) -> None:
+    rows = [{"text": f"{i:04d}" * 25} for i in range(100)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)) + "\nno JSON")
+    assert read_text(str(path), "calibration", limit=1000).documents == [row["text"] for row in rows[:11]]
+    for number in range(4):
+        (tmp_path / f"{number}.txt").write_text("".join(f"{number}{i:02d}\n" for i in range(100)))
+    path.unlink()
+    text = read_text(str(tmp_path), "calibration", limit=800)
+    assert [document[0] for document in text.documents] == ["0", "1", "2", "3"]
+    assert [len(document) for document in text.documents] == [204] * 4  # to the end of the next line
+
+
+def test_shares_of_a_mix_add_up() -> None:
+    assert share_samples(128, [3, 1]) == [96, 32]
+    assert share_samples(10, [1, 1, 1]) == [4, 3, 3]
+    assert share_samples(1, [1, 2]) == [0, 1]

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from slimplus.data.text import TextError, load_text
-from slimplus.data.windows import calibration_windows, evaluation_windows
+from slimplus.data import windows as windows_module
+from slimplus.data.text import Text, TextError, load_text
+from slimplus.data.windows import Packing, calibration_windows, chat_renderer, evaluation_windows
 from slimplus.pipeline.prepare import model_source
 from slimplus.recipe.parsing import load_recipe, recipe_names
 
@@ -122,12 +123,12 @@ def test_cache_hit_does_not_tokenize(tmp_path: Path, tokenizer: CountingTokenize
 
 @pytest.mark.parametrize(
     "changes",
-    [{"text": TEXT[1:]}, {"seed": 1}, {"samples": 4}, {"sequence_length": 99}, {"first_id": 1}],
+    [{"texts": TEXT[1:]}, {"seed": 1}, {"samples": 4}, {"sequence_length": 99}, {"first_id": 1}],
     ids=["text", "seed", "samples", "sequence_length", "tokenizer"],
 )
 def test_cache_of_something_else_is_rebuilt(tmp_path: Path, changes: dict[str, Any]) -> None:
     cache = tmp_path / "calibration.safetensors"
-    arguments: dict[str, Any] = {"text": TEXT, "samples": 5, "sequence_length": 100, "seed": 0, "first_id": 0}
+    arguments: dict[str, Any] = {"texts": TEXT, "samples": 5, "sequence_length": 100, "seed": 0, "first_id": 0}
 
     def windows(cache: Path | None, **changes: Any) -> Any:
         merged = arguments | changes
@@ -174,6 +175,113 @@ def test_failed_write_keeps_the_old_file(
         calibration_windows(TEXT, tokenizer, 5, 100, seed=1, cache=cache)
     assert cache.read_bytes() == whole
     assert list(tmp_path.iterdir()) == [cache]
+
+
+@pytest.fixture
+def special(tokenizer: CountingTokenizer) -> CountingTokenizer:
+    """A tokenizer that puts ^ before a text, and ends texts with $."""
+    tokenizer.add_special_tokens({"bos_token": "^", "eos_token": "$"})
+    bos: int = tokenizer.bos_token_id  # type: ignore[assignment]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="^ $A", special_tokens=[("^", bos)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("packing", "expected"),
+    [
+        (Packing(), "^one|two|three|four"),
+        (Packing("never"), "one|two|three|four"),
+        (Packing("document"), "^one|^two|^three|^four"),
+        (Packing("window"), "^one^|tw^o|t^hre^e|f^our"),
+        (Packing(separator=""), "^onetwothreefour"),
+        (Packing(separator="eos"), "^one$two$three$four"),
+        (Packing("document", "eos"), "^one$^two$^three$^four"),
+        (Packing("never", " / "), "one / two / three / four"),
+    ],
+)
+def test_documents_are_packed_as_asked(special: CountingTokenizer, packing: Packing, expected: str) -> None:
+    text = Text(["one", "two", "three", "four"], "|")
+    length = 4 if packing.bos == "window" else len(expected) // 3
+    count = len(expected) // length
+    drawn = calibration_windows([text], special, count, length, 0, packing=packing)
+    whole = expected[: count * length]
+    assert sorted(pieces(drawn.tokens, special)) == sorted(
+        whole[start : start + length] for start in range(0, len(whole), length)
+    )
+
+
+def test_packing_is_part_of_the_fingerprint(special: CountingTokenizer) -> None:
+    text = Text(["one", "two", "three", "four"], "|")
+    choices = [Packing(), Packing("never"), Packing("document"), Packing("window"), Packing("auto", "|")]
+    drawn = [calibration_windows([text], special, 3, 4, 0, packing=packing).fingerprint for packing in choices]
+    assert len(set(drawn)) == len(choices)
+    assert drawn[0] == calibration_windows(text.joined, special, 3, 4, 0).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("packing", "key"), [(Packing("window"), "data.bos"), (Packing("auto", "eos"), "data.separat")]
+)
+def test_a_tokenizer_may_lack_a_token(tokenizer: CountingTokenizer, packing: Packing, key: str) -> None:
+    with pytest.raises(TextError, match=rf"{key}.*the model's tokenizer has no (BOS|EOS) token"):
+        calibration_windows(TEXT, tokenizer, 1, 4, 0, packing=packing)
+
+
+def test_a_mix_shares_the_windows_by_weight(tokenizer: CountingTokenizer) -> None:
+    texts = [Text(["a" * 1000], weight=3), Text(["b" * 300]), Text(["c" * 1000], weight=2)]
+    drawn = calibration_windows(texts, tokenizer, 12, 100, seed=0)
+    found = pieces(drawn.tokens, tokenizer)
+    assert sorted(piece[0] for piece in found) == list("aaaaaabbcccc")
+    assert [piece[0] for piece in found] != sorted(piece[0] for piece in found)
+    again = calibration_windows(texts, tokenizer, 12, 100, seed=0)
+    assert torch.equal(again.tokens, drawn.tokens)
+    heavier = [Text(text.documents, weight=1) for text in texts]
+    assert calibration_windows(heavier, tokenizer, 6, 100, seed=0).fingerprint != drawn.fingerprint
+    with pytest.raises(TextError, match=r"data\.calibration: 'short' holds 3 windows .* fewer than its share of 5 of"):
+        calibration_windows([texts[0], Text(["b" * 300], path="short", weight=3)], tokenizer, 10, 100, seed=0)
+
+
+def test_a_long_text_is_tokenized_in_parts(special: CountingTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "".join(f"{i:03d}\n" for i in range(200)) + "x" * 333
+    whole = calibration_windows(text, special, 11, 100, seed=0).tokens
+    calls = special.calls
+    monkeypatch.setattr(windows_module, "WHOLE", 500)
+    monkeypatch.setattr(windows_module, "PART", 150)
+    assert torch.equal(calibration_windows(text, special, 11, 100, seed=0).tokens, whole)
+    assert special.calls == calls + 9  # 148 characters are whole lines, and the long line is cut
+
+
+def test_of_a_long_text_no_more_is_tokenized_than_the_windows_need(
+    tokenizer: CountingTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(windows_module, "WHOLE", 50_000)
+    text = Text([("a" if i < 500 else "b") * 200 for i in range(1000)], "|")
+    tokens = 0
+
+    def encode(self: CountingTokenizer, part: str, **arguments: Any) -> Any:
+        nonlocal tokens
+        tokens += len(part)
+        return super(CountingTokenizer, self).__call__(part, **arguments)
+
+    monkeypatch.setattr(CountingTokenizer, "__call__", encode)
+    found = pieces(calibration_windows([text], tokenizer, 10, 100, seed=0).tokens, tokenizer)
+    assert 16_000 <= tokens < 20_000
+    assert {piece.replace("|", "")[0] for piece in found} == {"a", "b"}, "from all over the text"
+    uneven = Text(["long" * 10_000 if i == 1 else "" for i in range(1000)] + [" " * 20_000], "|")
+    assert len(calibration_windows([uneven], tokenizer, 300, 100, seed=0).tokens) == 300
+
+
+def test_chats_leave_the_bos_token_to_the_packing(special: CountingTokenizer) -> None:
+    assert chat_renderer(special) is None
+    special.chat_template = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    render = chat_renderer(special)
+    assert render is not None
+    assert render([{"role": "user", "content": "Hi"}]) == "<user>Hi"
+    special.backend_tokenizer.post_processor = None  # type: ignore[assignment]
+    render = chat_renderer(special)  # of ChatML, whose messages begin with what is called the BOS token
+    assert render is not None
+    assert render([{"role": "user", "content": "Hi"}]) == "^<user>Hi"
 
 
 def _recipes_of_the_offline_text() -> list[str]:

@@ -13,9 +13,12 @@ from slimplus.format.affine import (
     binary_qparams,
     choose_qparams,
     dequantize,
+    lost_to_storage,
     nearest_integers,
     quantize,
     storable_scale,
+    storable_zero_point,
+    uniform_bits,
 )
 from tests.support.weights import quantized_weights
 
@@ -84,3 +87,30 @@ def test_ties_round_as_in_the_reference() -> None:
     weight = torch.tensor([0.5, 1.5, -0.5, 2.5])
     ours = nearest_integers(weight, torch.tensor(1.0), torch.tensor(1.0), 7)
     assert torch.equal(ours, torch.round(weight) + 1)
+
+
+def nearest(weight: torch.Tensor, bits: int, group_size: int, scale_bits: int) -> QuantizedWeight:
+    """The weight rounded to nearest and stored."""
+    widths = uniform_bits(weight.shape[1], group_size, bits)
+    scale, zero_point = choose_qparams(weight, widths, group_size)
+    scale, zero_point = storable_scale(scale, scale_bits), storable_zero_point(zero_point, widths)
+    integers = quantize(weight, scale, zero_point, widths, group_size)
+    return QuantizedWeight(integers, scale, zero_point, widths, group_size, scale_bits)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("scale_bits", SCALE_BITS)
+def test_scales_that_cannot_be_stored_are_found(bits: int, scale_bits: int) -> None:
+    weight = torch.randn(5, 96, generator=torch.Generator().manual_seed(0))
+    weight[0, :32] = 0  # needs no scale
+    assert not lost_to_storage(weight, nearest(weight, bits, 32, scale_bits)).any()
+    tiny = weight.clone()
+    tiny[3] *= 2.0**-25
+    assert lost_to_storage(tiny, nearest(tiny, bits, 32, scale_bits)).nonzero()[:, 0].tolist() == [3, 3, 3]
+    huge = weight * 2.0**26
+    found = lost_to_storage(huge, nearest(huge, bits, 32, scale_bits))
+    assert found.sum() == found.numel() - 1
+    uneven = weight.clone()
+    uneven[2, 40] *= 2.0**16  # in the second group, 8 octaves and more above the others of its row
+    found = lost_to_storage(uneven, nearest(uneven, bits, 32, scale_bits))
+    assert found.nonzero().tolist() == ([[2, 0], [2, 2]] if scale_bits == 8 else [])

@@ -13,8 +13,9 @@ from slimplus.format.affine import (
     storable_zero_point,
     uniform_bits,
 )
+from slimplus.quantization.gptq import quantize_weight
 from slimplus.quantization.least_squares import output_error, refit_qparams
-from slimplus.quantization.linear import QuantizationConfig, quantize_embedding_or_head, quantize_linear
+from slimplus.quantization.linear import QuantizationConfig, _minmax, quantize_embedding_or_head, quantize_linear
 from slimplus.quantization.salience import invert_hessian
 from slimplus.quantization.salience_allocation import paired_bits
 from tests.support.weights import layer_and_hessian
@@ -46,17 +47,31 @@ def test_what_is_stored_can_be_stored(method: str, bits: int) -> None:
     assert torch.equal(storable_zero_point(quantized.zero_point, widths), quantized.zero_point)
 
 
-def test_dead_columns_become_zero_and_the_hessian_is_left_alone() -> None:
+@pytest.mark.parametrize("method", ["gptq", "slimllm"])
+@pytest.mark.parametrize("dead", [slice(7, 8), slice(0, 64), slice(50, 90)], ids=["column", "group", "across groups"])
+def test_dead_columns_are_rounded_to_nearest_and_the_hessian_is_left_alone(method: str, dead: slice) -> None:
     weight, hessian = layer_and_hessian()
-    hessian[:, 7] = hessian[7] = 0
+    hessian[:, dead] = hessian[dead] = 0
     before = hessian.clone()
     inverse = invert_hessian(hessian)
-    quantized = quantize_linear(
-        weight, uniform_bits(160, 64, 4), hessian, inverse, QuantizationConfig("gptq", 4, 64)
-    ).weight
+    rounded = quantize_linear(weight, uniform_bits(160, 64, 4), hessian, inverse, QuantizationConfig(method, 4, 64))  # type: ignore[arg-type]
     assert torch.equal(hessian, before)
-    assert inverse.dead.nonzero().flatten().tolist() == [7]
-    assert (quantized.dequantize()[:, 7] == 0).all()
+    assert inverse.dead.nonzero().flatten().tolist() == list(range(160))[dead]
+    error = (rounded.weight.dequantize() - weight)[:, dead]
+    steps = per_column(rounded.weight.scale, 64, 160)[:, dead]
+    # The levels of SliM-LLM's ranges, which may be narrower than the weights, are fitted after the rounding.
+    assert (error.abs() <= (0.501 if method == "gptq" else 2) * steps).all()
+    assert error.norm() < 0.15 * weight[:, dead].norm()
+
+
+def test_dead_columns_cost_no_loss() -> None:
+    weight, hessian = layer_and_hessian()
+    hessian[:, :64] = hessian[:64] = 0
+    inverse = invert_hessian(hessian)
+    for compensate in (False, True):
+        loss = quantize_weight(weight, uniform_bits(160, 64, 2), 64, inverse, _minmax, compensate).loss
+        assert (loss[:, 0] == 0).all()
+        assert (loss[:, 1:] > 0).all()
 
 
 def test_a_layer_that_is_never_fed_anything_keeps_its_grid() -> None:

@@ -184,7 +184,7 @@ def test_a_folder_without_a_model_suggests_its_gguf_file(model_folder: Path) -> 
     ("name", "content", "said"),
     [
         ("missing.txt", None, "there is no file"),
-        ("table.csv", "a,b", "unknown text source"),
+        ("table.xls", "a,b", "unknown text source"),
         ("wikitext", None, "did you mean wikitext2?"),
         ("empty.txt", "", "holds no text"),
         ("blank.jsonl", " \n\t\n", "holds no text"),

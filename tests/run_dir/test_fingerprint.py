@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from slimplus.recipe.parsing import load_recipe
 from slimplus.run_dir import fingerprint
@@ -139,3 +142,25 @@ def test_large_weights_are_sampled_from_end_to_end(tmp_path: Path, monkeypatch: 
         file.write_bytes(content)
         digests.add(fingerprint.weights_digest(ModelSource(str(tmp_path))))
     assert len(digests) == 4
+
+
+def test_a_run_of_a_version_without_the_later_keys_goes_on(copy: Path, arguments: Arguments, text_file: Path) -> None:
+    """Keys that came later are in no fingerprint at their defaults, and the text counts by its content."""
+    before = json.loads((copy / "fingerprint.json").read_text())
+    assert not set(before) & set(fingerprint.LATER_KEYS)
+    assert before["data.calibration.path"] == hashlib.sha256(text_file.read_bytes()).hexdigest()[:16]
+    for key, value in (("data.bos", "never"), ("data.separator", "eos"), ("data.calibration.column", "body")):
+        with pytest.raises(InputError, match=rf"made with other values: .*{key} None -> {value}"):
+            run(arguments(copy, f"{key}={value}"))
+
+
+def test_a_mix_is_part_of_the_fingerprint(copy: Path, arguments: Arguments, text_file: Path, tmp_path: Path) -> None:
+    twice = f"data.calibration=[{{path: {text_file}, weight: 3}}, {{path: {text_file}}}]"
+    with pytest.raises(InputError, match=r"made with other values: data\.calibration\.path \w{16} -> \w{16};"):
+        run(arguments(copy, twice))
+    folder = tmp_path / "mix"
+    summary = run(arguments(folder, twice, "data.bos=window", "data.samples=8"))
+    tokens = load_file(folder / "tokens/calibration.safetensors")["tokens"]
+    assert tokens.shape == (8, 32)
+    assert (tokens[:, 0] == 0).all()
+    assert run([f"recipe={folder / 'recipe.yaml'}"]) == summary

@@ -9,6 +9,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from slimplus.blockwise.quantizer import storage_warning
 from slimplus.blockwise.swap import load_packed_block
 from slimplus.format.planes import pack
 from slimplus.models.architectures import find_embedding_and_head
@@ -41,9 +42,12 @@ def quantize_embedding_and_head(job: Job) -> dict[str, dict[str, Tensor]]:
             logger.info("%s: %d bits", name, bits)
             weight = model.get_parameter(f"{name}.weight")
             try:
-                packed[name] = pack(quantize_embedding_or_head(weight, hessian, replace(job.settings, bits=bits)))
+                quantized = quantize_embedding_or_head(weight, hessian, replace(job.settings, bits=bits))
             except ValueError as error:
                 raise InputError(f"{name}: {error}; finished blocks are kept") from error
+            if (warning := storage_warning(name, weight, quantized)) is not None:
+                job.metrics.note(warning)
+            packed[name] = pack(quantized)
     return packed
 
 

@@ -11,10 +11,13 @@ from slimplus.evaluation.perplexity import perplexity
 from slimplus.hub.checkpoint import load
 from slimplus.models.streaming import StreamedModel
 from slimplus.pipeline.job import Job
+from slimplus.utils.errors import named_first_line
 
 logger = logging.getLogger(__name__)
 
 PROMPT = "The history of the city begins"
+# What `generate` and tokenizers raise, some of which belong to the model: the figures of a finished run matter more.
+GENERATION_ERRORS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, AssertionError)
 
 
 def measure_full_precision(job: Job) -> None:
@@ -39,4 +42,8 @@ def measure_packed(job: Job) -> None:
         streamed = StreamedModel(model, job.runner)
         job.metrics["perplexity"]["quantized"] = perplexity(streamed, job.shard(job.evaluation.tokens), "packed")
         model.base_model.to(job.runner.device)
-        job.metrics["sentence"] = continue_text(model, job.tokenizer, PROMPT)
+        try:
+            job.metrics["sentence"] = continue_text(model, job.tokenizer, PROMPT)
+        except GENERATION_ERRORS as error:
+            job.metrics["sentence"] = None
+            job.metrics.note(f"the checkpoint's sample sentence could not be written: {named_first_line(error)}")
