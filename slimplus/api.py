@@ -124,9 +124,11 @@ def _resolve(
 
 
 def _plain(value: object) -> object:
-    """Return a value as YAML would hold it: a path as text, a tuple as a list."""
+    """Return a value as YAML would hold it: a path as text, a tuple as a list, at any depth."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
     return value

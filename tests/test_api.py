@@ -133,6 +133,11 @@ def test_another_model_leaves_nothing_of_the_recipes_own() -> None:
         ("data.calibration.path", "1e3.txt", "1e3.txt"),
         ("model.revision", "1234567", "1234567"),
         ("model.revision", "no", "no"),
+        (
+            "model.config",
+            {"model_type": "llama", "layer_types": (Path("x"),)},
+            {"model_type": "llama", "layer_types": ["x"]},
+        ),
     ],
 )
 def test_values_are_pythons_and_not_yaml(key: str, value: object, expected: object) -> None:

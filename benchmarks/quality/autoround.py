@@ -21,10 +21,9 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimplus.data.text import load_text
 from slimplus.data.windows import calibration_windows
 from slimplus.models.architectures import quantized_linears
-from slimplus.pipeline.prepare import model_source
+from slimplus.pipeline.prepare import calibration_texts, model_source
 from slimplus.recipe.parsing import load_recipe
 from slimplus.recipe.schema import Recipe
 from slimplus.utils.files import write_atomic
@@ -56,8 +55,8 @@ def quantize(recipe: Recipe) -> PreTrainedModel:
     """Return the recipe's model, the weights of its linear layers replaced by dequantized ones."""
     source, settings, data, training = model_source(recipe), recipe.quantization, recipe.data, recipe.training
     tokenizer = source.tokenizer()
-    text = load_text(data.calibration.path, "calibration")
-    tokens = calibration_windows(text, tokenizer, data.samples, data.sequence_length, recipe.seed).tokens
+    texts = calibration_texts(recipe, tokenizer)
+    tokens = calibration_windows(texts, tokenizer, data.samples, data.sequence_length, recipe.seed).tokens
     model, _ = AutoRound(
         source.model(),
         tokenizer,

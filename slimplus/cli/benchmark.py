@@ -80,8 +80,8 @@ def _check_length(config: Mapping[str, Any], tokens: int) -> None:
 def _dense(path: str, gguf_file: str | None) -> Candidate:
     """Return the dense model to measure, if it exists."""
     check_installed("--dense", RECIPE)
+    from slimplus.recipe.inputs import ModelSection
     from slimplus.recipe.preflight import check_model
-    from slimplus.recipe.schema import ModelSection
 
     try:
         check_model(ModelSection(path=path, gguf_file=gguf_file))

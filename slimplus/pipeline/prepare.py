@@ -86,7 +86,7 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption) -> Job:
     allocation = given_allocation(skeleton, recipe)
     bits = embedding_and_head_bits(skeleton, recipe.quantization.embedding_bits, recipe.quantization.head_bits)
     tokenizer = source.tokenizer()
-    texts = _calibration_texts(recipe, tokenizer)
+    texts = calibration_texts(recipe, tokenizer)
     identity = fingerprint(recipe, texts_identity(texts), tokenizer, source, config, runner.precision)
     blocks = len(find_blocks(skeleton))
     events = _check_and_repair(run, recipe, identity, blocks) if fabric.is_global_zero else []
@@ -142,7 +142,7 @@ def _check_and_repair(run: RunDirectory, recipe: Recipe, identity: dict[str, Any
     return events
 
 
-def _calibration_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Text]:
+def calibration_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Text]:
     """Return the calibration texts, of which no more is read than the windows can need."""
     data, render_chat = recipe.data, chat_renderer(tokenizer)
     limit = _characters(data.samples * data.sequence_length)

@@ -22,7 +22,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from slimplus.recipe.schema import Recipe, RecipeError, Section, keys
+from slimplus.recipe.schema import Recipe, keys
+from slimplus.recipe.section import RecipeError, Section
 
 
 def _shorthands(section: type[Section], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -11,7 +11,9 @@ from pathlib import Path
 from slimplus.data.hub import Split
 from slimplus.data.text import TextError, check_source, share_samples, text_bytes
 from slimplus.models.location import resolve_model_folder
-from slimplus.recipe.schema import EndToEndSection, ModelSection, Recipe, RecipeError, TrainingSection
+from slimplus.recipe.inputs import ModelSection
+from slimplus.recipe.schema import EndToEndSection, Recipe, TrainingSection
+from slimplus.recipe.section import RecipeError
 from slimplus.utils.errors import InputError, named_first_line
 
 

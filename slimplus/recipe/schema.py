@@ -6,125 +6,14 @@ of a command line is reported before PyTorch is loaded.
 
 from __future__ import annotations
 
-import contextlib
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from slimplus.utils.errors import InputError
-
-
-class RecipeError(InputError):
-    """Error in a recipe: one sentence a line, each naming the key or the file, and a remedy."""
-
-
-def _number(value: object) -> object:
-    """Return the number that a text stands for: YAML 1.1 reads `1e-3`, which has no dot, as text."""
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            return float(value)
-    return value
-
-
-Number = Annotated[float, BeforeValidator(_number)]
-
-
-class Section(BaseModel):
-    """Base of every part of a recipe: frozen, without unknown keys and silent conversions.
-
-    Attributes:
-        shorthand: the key of the section that a plain value, given in its place, sets.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-    shorthand: ClassVar[str | None] = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _expand(cls, value: object) -> object:
-        """Return a section for a plain value in its place."""
-        return value if cls.shorthand is None or isinstance(value, (dict, Section)) else {cls.shorthand: value}
-
-
-class ModelSection(Section):
-    """The model to quantize."""
-
-    path: str = Field(min_length=1, description="hub id org/name, local folder, or package:NAME for a package's folder")
-    gguf_file: str | None = Field(None, min_length=1, description="GGUF file inside that folder or hub repository")
-    revision: str | None = Field(
-        None, min_length=1, description="branch, tag or commit of a hub repository; its main branch if not given"
-    )
-    dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
-        "auto", description="dtype of the loaded weights; auto is the stored one"
-    )
-    config: dict[str, Any] | None = Field(
-        None,
-        description="architecture values over the transformers defaults, with model_type; "
-        "used by dry_run so that it needs no network",
-    )
-    trust_remote_code: bool = Field(False, description="let a hub repository run its own Python code")
-
-
-class TextSource(Section):
-    """One text of a mix."""
-
-    shorthand = "path"
-    path: str = Field(min_length=1, description="same choices as data.calibration.path")
-    weight: Number = Field(1.0, gt=0, description="share of the windows, in relation to the other weights")
-    column: str | None = Field(None, min_length=1, description="column that holds the text; null is that of the mix")
-
-
-class CalibrationSection(Section):
-    """What the model reads while it is quantized."""
-
-    shorthand = "path"
-    path: Annotated[str, Field(min_length=1)] | Annotated[list[TextSource], Field(min_length=1)] = Field(
-        "offline",
-        description="offline; wikitext2, c4, ptb, pile, fineweb, redpajama, slimpajama, the-stack-smol or ultrachat; a "
-        ".txt, .jsonl, .json, .csv or .parquet file, or a folder of them; or a list that shares the windows, such as "
-        "[{path: c4, weight: 3}, {path: code.jsonl, column: content}]; data.calibration=VALUE for short",
-    )
-    column: str | None = Field(
-        None,
-        min_length=1,
-        description="column that holds the text; null is text, messages or conversations",
-    )
-
-    @property
-    def sources(self) -> list[TextSource]:
-        """The texts of the mix, each with its column; a single text is a mix of one."""
-        given = [TextSource(path=self.path)] if isinstance(self.path, str) else self.path
-        return [source.model_copy(update={"column": source.column or self.column}) for source in given]
-
-
-class EvaluationSection(Section):
-    """What perplexity is measured on."""
-
-    path: str = Field("offline", min_length=1, description="text for perplexity; same choices as data.calibration.path")
-    column: str | None = Field(None, min_length=1, description="column that holds the text; as data.calibration.column")
-    sequence_length: int = Field(2048, ge=2, description="tokens in an evaluation window (the context length)")
-    windows: int = Field(16, ge=1, description="evaluation windows at most, taken from the start of the text")
-
-
-class DataSection(Section):
-    """Texts, cut into windows of tokens."""
-
-    calibration: CalibrationSection = CalibrationSection()
-    evaluation: EvaluationSection = EvaluationSection()
-    samples: int = Field(128, ge=1, description="calibration windows")
-    sequence_length: int = Field(2048, ge=2, description="tokens in a calibration window")
-    bos: Literal["auto", "never", "document", "window"] = Field(
-        "auto",
-        description="where the beginning-of-text token stands in calibration text: at its beginning if the tokenizer "
-        "puts it there, nowhere, before each document, or at the beginning of each window",
-    )
-    separator: str | None = Field(
-        None,
-        description="text between calibration documents; eos is the tokenizer's end-of-text token; null is the text's "
-        "own: an empty line, a space for c4 and ptb, nothing between chats",
-    )
+from slimplus.recipe.inputs import DataSection, ModelSection
+from slimplus.recipe.section import Number, Section
 
 
 class QuantizationSection(Section):

@@ -16,9 +16,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from slimplus.data import windows as windows_module
-from slimplus.data.text import Text, TextError, load_text
+from slimplus.data.text import Text, TextError
 from slimplus.data.windows import Packing, calibration_windows, chat_renderer, evaluation_windows
-from slimplus.pipeline.prepare import model_source
+from slimplus.pipeline.prepare import calibration_texts, model_source
 from slimplus.recipe.parsing import load_recipe, recipe_names
 
 TEXT = " ".join(f"{i:03d}" for i in range(250))[:-1]  # 998 characters, which are its tokens
@@ -278,7 +278,7 @@ def test_chats_leave_the_bos_token_to_the_packing(special: CountingTokenizer) ->
     render = chat_renderer(special)
     assert render is not None
     assert render([{"role": "user", "content": "Hi"}]) == "<user>Hi"
-    special.backend_tokenizer.post_processor = None  # type: ignore[assignment]
+    special.backend_tokenizer.post_processor = None
     render = chat_renderer(special)  # of ChatML, whose messages begin with what is called the BOS token
     assert render is not None
     assert render([{"role": "user", "content": "Hi"}]) == "^<user>Hi"
@@ -294,6 +294,6 @@ def _recipes_of_the_offline_text() -> list[str]:
 def test_the_offline_text_is_long_enough_for_the_recipes_that_take_it(name: str) -> None:
     recipe = load_recipe([f"recipe={name}"])
     data, tokenizer = recipe.data, model_source(recipe).tokenizer()
-    text = load_text(data.calibration.path, "calibration")
-    windows = calibration_windows(text, tokenizer, data.samples, data.sequence_length, recipe.seed)
+    texts = calibration_texts(recipe, tokenizer)
+    windows = calibration_windows(texts, tokenizer, data.samples, data.sequence_length, recipe.seed)
     assert windows.tokens.shape == (data.samples, data.sequence_length)

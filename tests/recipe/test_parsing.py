@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from slimplus.recipe.parsing import describe_type, load_recipe, recipe_names
-from slimplus.recipe.schema import Recipe, RecipeError, keys, to_yaml
+from slimplus.recipe.schema import Recipe, keys, to_yaml
+from slimplus.recipe.section import RecipeError
 
 RECIPE = "recipe=llama7b_2bit"
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from slimplus.models.location import resolve_model_folder
+from slimplus.recipe.inputs import ModelSection
 from slimplus.recipe.parsing import load_recipe
 from slimplus.recipe.preflight import check_inputs, check_model
-from slimplus.recipe.schema import ModelSection, RecipeError
+from slimplus.recipe.section import RecipeError
 
 DEMO = "recipe=smollm2_135m_2bit"
 
