@@ -181,7 +181,7 @@ def test_failed_write_keeps_the_old_file(
 def special(tokenizer: CountingTokenizer) -> CountingTokenizer:
     """A tokenizer that puts ^ before a text, and ends texts with $."""
     tokenizer.add_special_tokens({"bos_token": "^", "eos_token": "$"})
-    bos: int = tokenizer.bos_token_id  # type: ignore[assignment]
+    bos: int = tokenizer.bos_token_id
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="^ $A", special_tokens=[("^", bos)]
     )
