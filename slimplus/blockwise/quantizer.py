@@ -137,15 +137,18 @@ class BlockQuantizer:
                 if percdamp > self.quantization.percdamp
             ],
         }
-        for name, count in record["dead_columns"].items():
+        if dead := [
+            f"{count} of {result.weights[name].integers.shape[1]} of {name}"
+            for name, count in record["dead_columns"].items()
+        ]:
             record["events"].append(
-                f"no calibration token reaches {count} of the {result.weights[name].integers.shape[1]} input columns "
-                f"of {name}; they are rounded to nearest (more, or more varied, calibration text may reach them)"
+                f"no calibration token reaches these input columns: {', '.join(dead)}; they are rounded to nearest "
+                "(more, or more varied, calibration text may reach them)"
             )
         weights = self._train(task, result, record) if self.trains else result.weights
         layers = find_linears(task.block)
-        warnings = [storage_warning(name, layers[name].weight, weight) for name, weight in weights.items()]
-        record["events"] += filter(None, warnings)
+        warning = storage_warning({name: (layers[name].weight, weight) for name, weight in weights.items()})
+        record["events"] += [warning] if warning else []
         return weights, record
 
     def _calibrate(self, task: BlockTask) -> BlockResult:
@@ -181,22 +184,26 @@ class BlockQuantizer:
         return result.weights
 
 
-def storage_warning(name: str, weight: Tensor, quantized: QuantizedWeight) -> str | None:
-    """Return a sentence on the scales of a layer that the packed format cannot hold, or None if it holds all.
+def storage_warning(layers: Mapping[str, tuple[Tensor, QuantizedWeight]]) -> str | None:
+    """Return a sentence on the layers whose scales the packed format cannot hold, or None if it holds all.
 
     Args:
-        name: name of the layer.
-        weight: the weight that was quantized, `[out, in]`.
-        quantized: its packed form.
+        layers: name of each layer → the weight that was quantized, `[out, in]`, and its packed form.
     """
-    lost = lost_to_storage(weight, quantized)
-    if not lost.any():
+    found, scale_bits = [], 16
+    for name, (weight, quantized) in layers.items():
+        lost = lost_to_storage(weight, quantized)
+        if lost.any():
+            found.append(f"{int(lost.sum()):,} of {lost.numel():,} of {name}")
+            scale_bits = quantized.scale_bits
+    if not found:
         return None
-    if quantized.scale_bits == 8:
-        limit, remedy = "8-bit scales reach", "quantization.scale_bits=16 reaches further"
-    else:
-        limit, remedy = "float16 scales reach", "multiply the layer and divide the norm before it, or leave it as it is"
+    remedy = (
+        "quantization.scale_bits=16 reaches further"
+        if scale_bits == 8
+        else "multiply such a layer by a power of two, and divide what stands before it"
+    )
     return (
-        f"{name}: {int(lost.sum()):,} of {lost.numel():,} scales lie beyond what {limit}, and their weights are "
-        f"rounded more coarsely than the bits allow; {remedy}"
+        f"these scales lie beyond what {scale_bits} bits reach, and their weights are rounded more coarsely than their "
+        f"widths allow: {', '.join(found)}; {remedy}"
     )

@@ -43,10 +43,13 @@ def test_a_run_says_what_it_could_not_do_well(
     first, second = metrics["blocks"]
     assert first["dead_columns"] == {"fc2": 5}
     (blind,) = first["events"]
-    assert blind.startswith("no calibration token reaches 5 of the 128 input columns of fc2; they are rounded to near")
+    assert blind.startswith(
+        "no calibration token reaches these input columns: 5 of 128 of fc2; they are rounded to near"
+    )
     assert second["dead_columns"] == {}
     (small,) = second["events"]
-    assert small.startswith("self_attn.q_proj: 256 of 256 scales lie beyond what float16 scales reach")
+    assert small.startswith("these scales lie beyond what 16 bits reach, ")
+    assert ": 256 of 256 of self_attn.q_proj; multiply" in small
     (failed,) = metrics["events"]
     assert failed == "the checkpoint's sample sentence could not be written: IndexError: index out of range in self"
     assert all(sentence in summary for sentence in (blind, small, failed))

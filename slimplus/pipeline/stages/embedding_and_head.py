@@ -45,7 +45,7 @@ def quantize_embedding_and_head(job: Job) -> dict[str, dict[str, Tensor]]:
                 quantized = quantize_embedding_or_head(weight, hessian, replace(job.settings, bits=bits))
             except ValueError as error:
                 raise InputError(f"{name}: {error}; finished blocks are kept") from error
-            if (warning := storage_warning(name, weight, quantized)) is not None:
+            if (warning := storage_warning({name: (weight, quantized)})) is not None:
                 job.metrics.note(warning)
             packed[name] = pack(quantized)
     return packed
