@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -82,16 +83,21 @@ class ModelSource:
         arguments: dict[str, Any] = {"trust_remote_code": self.trust_remote_code, "revision": self.revision or "main"}
         return arguments | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
 
-    def _explain(self, error: Exception) -> ModelLoadError | TemporaryFailure:
-        """Return the error to raise in the place of one that the hub client or transformers raised."""
+    def _explain(self, error: Exception, part: str = "config.json") -> ModelLoadError | TemporaryFailure:
+        """Return the error to raise in the place of one that the hub client or transformers raised.
+
+        Args:
+            error: the error.
+            part: the files of a local folder that are most likely to be wrong.
+        """
         if is_full(error):
             return TemporaryFailure(
                 f"model.path: no space is left to download {self.path}; free some, or set HF_HOME to another disk"
             )
         if Path(self.path).is_dir():
             return ModelLoadError(
-                f"model.path: cannot load {self.path} ({named_first_line(error)}); check config.json, or download the "
-                "model again"
+                f"model.path: cannot load {self.path} ({named_first_line(error)}); check {part}, or download the model "
+                "again"
             )
         return ModelLoadError(
             f"model.path: cannot load '{self.path}' ({first_line(error)}); check the hub id and your login, "
@@ -146,7 +152,7 @@ class ModelSource:
         try:
             return read_tokenizer(self.path, **self._arguments())
         except UNBUILDABLE as error:
-            raise self._explain(error) from error
+            raise self._explain(error, "tokenizer.json and tokenizer_config.json") from error
 
     def _load(self, **arguments: Any) -> tuple[PreTrainedModel, Mapping[str, Any]]:
         """Return the model, and what transformers tells of the loading."""
@@ -271,6 +277,12 @@ def read_tokenizer(path: str | Path, **arguments: Any) -> PreTrainedTokenizerBas
     Raises:
         ValueError: if tokenizer.json is damaged; other errors of `UNBUILDABLE` come from other damage.
     """
+    file = Path(path, "tokenizer.json")
+    if file.is_file():
+        try:
+            json.loads(file.read_bytes())
+        except (ValueError, RecursionError) as error:  # transformers says this without the file's name
+            raise ValueError(f"{file.name} is damaged: {error}") from error
     with _NoBareException():
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **arguments)
         return tokenizer
