@@ -18,6 +18,7 @@ from slimplus.distributed.preemption import Preemption
 from slimplus.distributed.ranks import Ranks
 from slimplus.format.affine import QuantizedWeight, lost_to_storage
 from slimplus.models.architectures import find_linears
+from slimplus.models.precision import with_remedy
 from slimplus.models.streaming import BlockArguments, BlockRunner
 from slimplus.nn import FakeQuantizedLinear, LearnedRoundingLinear, TrainedWeightLinear
 from slimplus.quantization.linear import QuantizationConfig
@@ -160,7 +161,8 @@ class BlockQuantizer:
                 bits = allocate_block(data, self.quantization)
             return quantize_block(data, self.quantization, bits)
         except ValueError as error:  # a Hessian that no damping makes invertible
-            raise InputError(f"{task.name}: {error}; finished blocks are kept") from error
+            said = with_remedy(error, self.runner.precision)
+            raise InputError(f"{task.name}: {said}; finished blocks are kept") from error
 
     def _train(self, task: BlockTask, result: BlockResult, record: dict[str, Any]) -> dict[str, QuantizedWeight]:
         """Train a calibrated block, add the training to `record`, and return the better of both sets of weights."""

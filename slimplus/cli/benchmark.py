@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from slimplus.hub.contents import read_contents
 from slimplus.models.location import resolve_model_folder
 from slimplus.utils.errors import InputError
 from slimplus.utils.files import write_atomic
+from slimplus.utils.json_text import to_json
 from slimplus.utils.requirements import RECIPE, check_installed
 
 
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     result = benchmark(candidates, workload)
     if arguments.json:
-        write_atomic(arguments.json, json.dumps(result, indent=2) + "\n")
+        write_atomic(arguments.json, to_json(result, indent=2) + "\n")
     write(table(result))
 
 

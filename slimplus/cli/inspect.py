@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
 from slimplus.cli.console import write
 from slimplus.hub.contents import CheckpointContents, read_contents
+from slimplus.utils.json_text import to_json
 from slimplus.utils.units import format_bytes
 
 
@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> None:
         InputError: if there is no packed checkpoint, or it is damaged.
     """
     contents = read_contents(arguments.path)
-    write(json.dumps(figures(contents), indent=2) if arguments.json else f"{overview(contents)}\n\n{table(contents)}")
+    write(to_json(figures(contents), indent=2) if arguments.json else f"{overview(contents)}\n\n{table(contents)}")
 
 
 def figures(contents: CheckpointContents) -> dict[str, Any]:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import sys
 
-from slimplus.cli import benchmark, generate, inspect
+from slimplus.cli import benchmark, check, generate, inspect
 from slimplus.cli.console import Parser, write
 from slimplus.utils.errors import BAD_INPUT, INTERRUPTED, InputError
 from slimplus.utils.requirements import QUANTIZATION, check_installed
 
-COMMANDS = {"generate": generate, "inspect": inspect, "benchmark": benchmark}
+COMMANDS = {"check": check, "generate": generate, "inspect": inspect, "benchmark": benchmark}
 
 
 def parser() -> Parser:

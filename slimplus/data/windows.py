@@ -157,6 +157,27 @@ def evaluation_windows(
     return _cached(cache, _fingerprint(text, tokenizer, sizes), build)
 
 
+def check_ids(tokens: Tensor, rows: int, tokenizer: PreTrainedTokenizerBase, key: str) -> None:
+    """Check that a model's embedding has a row for every token of a text.
+
+    Args:
+        tokens: ids, of any shape.
+        rows: rows of the embedding.
+        tokenizer: the model's tokenizer.
+        key: key of the recipe, or the argument, that gives the text.
+
+    Raises:
+        TextError: naming a token that has none.
+    """
+    if (beyond := tokens[tokens >= rows]).numel():
+        token = int(beyond[0])
+        raise TextError(
+            f"{key}: the tokenizer makes token {token} ({tokenizer.decode([token])!r}) of it, and the model's "
+            f"embedding has {rows} rows, for tokens 0 to {rows - 1}; give the tokenizer that belongs to the model, or "
+            "resize the model's embedding and train the new rows"
+        )
+
+
 def _cut(text: Text, tokenizer: PreTrainedTokenizerBase, sequence_length: int, packing: Packing = AS_IS) -> Tensor:
     """Return all whole windows of a text, `[windows, sequence_length]`, int64; a shorter tail is dropped."""
     starts = _special_token(tokenizer, "bos") if packing.bos == "window" else None

@@ -8,11 +8,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, TextStreamer
+from transformers import PreTrainedModel, TextStreamer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from slimplus.data.windows import check_ids
 from slimplus.hub.checkpoint import load
-from slimplus.models.loading import UNREADABLE, check_tokenizer_file
+from slimplus.models.architectures import embedding_rows, longest_sequence
+from slimplus.models.loading import UNBUILDABLE, read_tokenizer
 from slimplus.utils.errors import InputError, first_line
 
 
@@ -80,9 +82,8 @@ def load_for_generation(folder: Path, device: str, dtype: str) -> LoadedModel:
     """
     where = str(find_device(device))
     try:
-        check_tokenizer_file(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except UNREADABLE as error:
+        tokenizer = read_tokenizer(folder, trust_remote_code=False)
+    except UNBUILDABLE as error:
         raise InputError(
             f"{folder} has no tokenizer that can be read ({first_line(error)}); export it again"
         ) from error
@@ -97,6 +98,9 @@ def stream(loaded: LoadedModel, prompt: str, sampling: Sampling, chat: bool = Fa
         prompt: text to continue, or the message to answer.
         sampling: how tokens are chosen.
         chat: whether to put the prompt into the tokenizer's chat template.
+
+    Raises:
+        InputError: if the model has no row for a token, or no positions for so many.
     """
     model: Any = loaded.model
     tokenizer = loaded.tokenizer
@@ -108,6 +112,9 @@ def stream(loaded: LoadedModel, prompt: str, sampling: Sampling, chat: bool = Fa
         )
     else:
         inputs = tokenizer(prompt, return_tensors="pt", return_attention_mask=True)
+    length = inputs["input_ids"].shape[1]
+    check_ids(inputs["input_ids"], embedding_rows(model), tokenizer, "the prompt")
+    _check_length(length, sampling.max_new_tokens, longest_sequence(model))
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     torch.manual_seed(sampling.seed)
     model.generate(
@@ -126,6 +133,16 @@ class _LenientDecoder:
 
     def decode(self, tokens: Tensor, **_: Any) -> str:
         return decode(self.tokenizer, tokens)
+
+
+def _check_length(prompt: int, new: int, longest: int | None) -> None:
+    """Check that a prompt and the new tokens have positions in the model's table, if it has one."""
+    if longest is not None and prompt + new > longest:
+        remedy = f"give at most {longest - prompt}" if prompt < longest else "shorten the prompt"
+        raise InputError(
+            f"--max-new-tokens: {prompt} tokens of prompt and {new} new ones are more than the {longest} positions of "
+            f"the model; {remedy}"
+        )
 
 
 def continue_text(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int = 24) -> str:

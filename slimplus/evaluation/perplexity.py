@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torchmetrics.text import Perplexity
 
+from slimplus.models.precision import overflow_remedy
 from slimplus.models.streaming import StreamedModel
+from slimplus.utils.errors import InputError
 
 TOKENS_AT_A_TIME = 256  # bounds memory: the metric holds several copies of `tokens × vocabulary` probabilities
 
@@ -18,6 +22,9 @@ def perplexity(model: StreamedModel, tokens: Tensor, description: str) -> float:
         model: the model, run one block at a time.
         tokens: this rank's windows, `[windows, sequence_length]`; the metric adds up the sums of all ranks.
         description: text of the progress bar.
+
+    Raises:
+        InputError: if the perplexity is NaN or infinite.
     """
     hidden = model.last_hidden(model.block_inputs(tokens), description)
     device = model.runner.device
@@ -28,4 +35,10 @@ def perplexity(model: StreamedModel, tokens: Tensor, description: str) -> float:
         for start in range(0, expected.shape[1], TOKENS_AT_A_TIME):
             span = slice(start, start + TOKENS_AT_A_TIME)
             metric.update(logits[:, span].double(), expected[:, span])
-    return float(metric.compute())
+    measured = float(metric.compute())
+    if not math.isfinite(measured):
+        raise InputError(
+            f"perplexity, {description}: it is {measured}, so the model's activations or its output overflowed; "
+            f"{overflow_remedy(model.runner.precision)}; what is finished is kept"
+        )
+    return measured

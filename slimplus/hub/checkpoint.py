@@ -165,6 +165,11 @@ def _read(path: str | Path, arguments: dict[str, Any]) -> PreTrainedModel:
     model, found = loaded
     if missing := sorted(found["missing_keys"]):  # transformers gives them random values
         raise InputError(f"{path} lacks {len(missing)} tensors, {missing[0]} among them; export or download it again")
+    if unexpected := sorted(found["unexpected_keys"]):  # what they hold would be lost
+        raise InputError(
+            f"{path} holds {unexpected[0]}, which is no tensor of the model that its config.json describes; export or "
+            "download it again"
+        )
     return cast(PreTrainedModel, model.to(device) if device else model)
 
 

@@ -29,6 +29,7 @@ from slimplus.hub.checks import (
     read_headers,
 )
 from slimplus.hub.contents import METHOD
+from slimplus.models.exact import not_finite
 from slimplus.nn import PackedEmbedding, PackedLinear, TiedHead, prepare_inference
 from slimplus.nn.packed_linear import offloading_hook
 
@@ -111,6 +112,8 @@ class SlimplusQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         check_packed_layers(model)
+        if found := not_finite(model.state_dict().items()):
+            raise ValueError(f"{found}; export or download the checkpoint again")
         prepare_inference(model)
         return model
 

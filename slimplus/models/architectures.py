@@ -6,7 +6,7 @@ Supporting another architecture takes one entry in `BLOCKS`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
@@ -121,6 +121,25 @@ def find_embedding_and_head(model: PreTrainedModel) -> EmbeddingAndHead:
         )
     names = {id(module): name for name, module in model.named_modules()}
     return EmbeddingAndHead(names[id(embedding)], names[id(head)], tied=head.weight is embedding.weight)
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Return how many tokens a model's embedding has rows for."""
+    return cast(int, model.get_input_embeddings().num_embeddings)
+
+
+def longest_sequence(model: PreTrainedModel) -> int | None:
+    """Return how many positions a model has a table of, or None if it computes positions, of which there is no last."""
+    embedding = model.get_input_embeddings()
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module is not embedding]
+    longest = getattr(model.config, "max_position_embeddings", None)
+    return longest if tables else None
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Return whether a model's embedding and head share one weight."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", False)
 
 
 def embedding_and_head_bits(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
@@ -22,10 +25,16 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
-from slimplus.utils.errors import InputError, TemporaryFailure, first_line, is_full
+from slimplus.models.architectures import is_tied
+from slimplus.models.exact import finite_problem, key_problem
+from slimplus.models.source_files import CONFIG, SourceFileError, code_problem, stored_weights, weight_files
+from slimplus.utils.errors import InputError, TemporaryFailure, first_line, is_full, named_first_line
 
 UNREADABLE = (OSError, ValueError, SafetensorError, StrictDataclassError)  # what transformers raises for bad files
+# What transformers and PyTorch raise for values of config.json that no model can be built from.
+UNBUILDABLE = (*UNREADABLE, ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
 
 
 class ModelLoadError(InputError):
@@ -74,11 +83,21 @@ class ModelSource:
         arguments: dict[str, Any] = {"trust_remote_code": self.trust_remote_code, "revision": self.revision or "main"}
         return arguments | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
 
-    def _explain(self, error: Exception) -> ModelLoadError | TemporaryFailure:
-        """Return the error to raise in the place of one that the hub client or transformers raised."""
+    def _explain(self, error: Exception, part: str = "config.json") -> ModelLoadError | TemporaryFailure:
+        """Return the error to raise in the place of one that the hub client or transformers raised.
+
+        Args:
+            error: the error.
+            part: the files of a local folder that are most likely to be wrong.
+        """
         if is_full(error):
             return TemporaryFailure(
                 f"model.path: no space is left to download {self.path}; free some, or set HF_HOME to another disk"
+            )
+        if Path(self.path).is_dir():
+            return ModelLoadError(
+                f"model.path: cannot load {self.path} ({named_first_line(error)}); check {part}, or download the model "
+                "again"
             )
         return ModelLoadError(
             f"model.path: cannot load '{self.path}' ({first_line(error)}); check the hub id and your login, "
@@ -94,7 +113,7 @@ class ModelSource:
         """
         try:
             config: PretrainedConfig = AutoConfig.from_pretrained(self.path, **self._arguments())
-        except UNREADABLE as error:
+        except UNBUILDABLE as error:
             raise self._explain(error) from error
         if (quantized := getattr(config, "quantization_config", None)) is not None:
             values = quantized if isinstance(quantized, Mapping) else quantized.to_dict()
@@ -131,47 +150,155 @@ class ModelSource:
             TemporaryFailure: if the disk is full.
         """
         try:
-            check_tokenizer_file(self.path)
-            return AutoTokenizer.from_pretrained(self.path, **self._arguments())
-        except UNREADABLE as error:
+            return read_tokenizer(self.path, **self._arguments())
+        except UNBUILDABLE as error:
+            raise self._explain(error, "tokenizer.json and tokenizer_config.json") from error
+
+    def _load(self, **arguments: Any) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+        """Return the model, and what transformers tells of the loading."""
+        # A GGUF file stores blocks of integers, not a dtype; bfloat16 is what dequantized weights are served in.
+        dtype = "bfloat16" if self.dtype == "auto" and self.gguf_file else self.dtype
+        arguments |= self._arguments()
+        if self.gguf_file and hasattr(transformers, "GgufConfig"):  # newer versions keep the integers by default
+            arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        fixed: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which are refused
+        try:
+            with _quiet(progress="device_map" not in arguments or not Path(self.path).is_dir()):
+                loaded: Any = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype, **arguments, **fixed)
+        except UNBUILDABLE as error:
             raise self._explain(error) from error
+        return loaded
+
+    def check_weights(self) -> None:
+        """Check that the files hold exactly the tensors of the architecture; none of them is read.
+
+        Raises:
+            ModelLoadError: naming the tensor that is missing, has another shape or has no place, or the file that is
+                damaged.
+            TemporaryFailure: if the disk is full.
+        """
+        _, info = self._load(device_map={"": "meta"})
+        self._check(info)
+
+    def _check(self, info: Mapping[str, Any]) -> None:
+        """Raise ModelLoadError if the tensors that were loaded are not those of the architecture."""
+        try:
+            problem = key_problem(info) or code_problem(stored_weights(self.weight_files()))
+        except SourceFileError as error:
+            problem = str(error)
+        if problem:
+            raise ModelLoadError(f"model.path: {self.path}: {problem}")
+
+    def weight_files(self) -> list[Path]:
+        """Return the files that the weights are read from; those of a hub id once they have been downloaded.
+
+        Raises:
+            SourceFileError: if a local folder holds no weights, or their index is damaged.
+        """
+        if Path(self.path).is_dir():
+            return weight_files(Path(self.path), self.gguf_file)
+        cached = try_to_load_from_cache(self.path, self.gguf_file or CONFIG, revision=self.revision)
+        return weight_files(Path(cached).parent, None) if isinstance(cached, str) and not self.gguf_file else []
+
+    def is_tied(self) -> bool:
+        """Return whether embedding and head are one weight; where a file holds both, they are compared.
+
+        Raises:
+            ModelLoadError: if the model cannot be loaded.
+        """
+        model, _ = self._load(device_map={"": "meta"})
+        if not self.config().tie_word_embeddings or is_tied(model):
+            return is_tied(model)
+        stored = stored_weights(self.weight_files())
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        names = [f"{name}.weight" for name, module in model.named_modules() if module in ends]
+        if not all(name in stored for name in names):
+            return is_tied(self.model())
+        embedding, head = (stored[name].read(name) for name in names)
+        return torch.equal(embedding, head)
 
     def model(self) -> PreTrainedModel:
         """Load the model on the CPU, in its stored dtype (or `dtype`), in evaluation mode, frozen.
 
+        `tie_word_embeddings` of its configuration says whether the weights that were loaded are tied, which the file
+        may contradict.
+
         Raises:
-            ModelLoadError: if the model cannot be loaded.
+            ModelLoadError: if the model cannot be loaded exactly, or holds NaN or infinity.
             TemporaryFailure: if the disk is full.
         """
-        # A GGUF file stores blocks of integers, not a dtype; bfloat16 is what dequantized weights are served in.
-        dtype = "bfloat16" if self.dtype == "auto" and self.gguf_file else self.dtype
-        arguments = self._arguments()
-        if self.gguf_file and hasattr(transformers, "GgufConfig"):  # newer versions keep the integers by default
-            arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        try:
-            model = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype, **arguments)
-        except UNREADABLE as error:
-            raise self._explain(error) from error
+        model, info = self._load()
+        self._check(info)
+        if problem := finite_problem(model):
+            if self.dtype != "auto":
+                replace(self, dtype="auto").model()  # which says if the file itself holds it
+                raise ModelLoadError(f"model.dtype: {self.path}: {problem.split(';')[0]} as {self.dtype}; give auto")
+            raise ModelLoadError(f"model.path: {self.path}: {problem}")
+        model.config.tie_word_embeddings = is_tied(model)
         return model.eval().requires_grad_(False)
 
 
-def check_tokenizer_file(folder: str | Path) -> None:
-    """Check that tokenizer.json is whole, if a local folder holds one.
+@contextmanager
+def _quiet(progress: bool) -> Iterator[None]:
+    """Keep transformers from reporting on tensors, which `key_problem` does, and from a bar if nothing is read."""
+    log, shown = logging.getLogger("transformers.modeling_utils"), transformers_logging.is_progress_bar_enabled()
 
-    The library tokenizers raises a bare Exception for half a copy of the file, which nothing should have to catch.
+    def drop(_: logging.LogRecord) -> bool:
+        return False
 
-    Raises:
-        ValueError: if tokenizer.json is not JSON.
-    """
-    file = Path(folder, "tokenizer.json")
-    if file.is_file():
-        try:
-            json.loads(file.read_bytes())
-        except (ValueError, RecursionError) as error:
+    log.addFilter(drop)
+    if not progress:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.removeFilter(drop)
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+class _NoBareException(AbstractContextManager[None]):
+    """Context that makes a ValueError of a bare Exception, which the library tokenizers raises for damaged files."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is Exception:
             raise ValueError(f"tokenizer.json is damaged: {error}") from error
 
 
+def read_tokenizer(path: str | Path, **arguments: Any) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a model or of a packed checkpoint.
+
+    Args:
+        path: folder or hub id.
+        **arguments: arguments of `AutoTokenizer.from_pretrained`.
+
+    Raises:
+        ValueError: if tokenizer.json is damaged; other errors of `UNBUILDABLE` come from other damage.
+    """
+    file = Path(path, "tokenizer.json")
+    if file.is_file():
+        try:
+            json.loads(file.read_bytes())
+        except (ValueError, RecursionError) as error:  # transformers says this without the file's name
+            raise ValueError(f"{file.name} is damaged: {error}") from error
+    with _NoBareException():
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **arguments)
+        return tokenizer
+
+
 def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:
-    """Build a model on the meta device: its weights have shapes and take no memory."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    """Build a model on the meta device: its weights have shapes and take no memory.
+
+    Raises:
+        ModelLoadError: if no causal language model can be built from the configuration.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except UNBUILDABLE as error:
+        raise ModelLoadError(
+            f"model.path: no causal language model can be built from the configuration of this {config.model_type} "
+            f"({named_first_line(error)}); correct its config.json"
+        ) from error

@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from slimplus.quantization.salience import NotFiniteError
+
 AUTOCAST_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": None}
 """Lightning's name of a precision → dtype that autocast uses; None turns autocast off."""
 
@@ -31,6 +33,23 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
     # Emulated bfloat16 is several times slower than float32. PyTorch has no public function that tells native support.
     return "bf16-mixed" if torch.cpu._is_avx512_bf16_supported() else "32-true"
+
+
+def with_remedy(error: ValueError, precision: str) -> str:
+    """Return an error's message, with what to try if activations overflowed.
+
+    Args:
+        error: the error.
+        precision: Lightning's name of the job's precision.
+    """
+    return f"{error}; {overflow_remedy(precision)}" if isinstance(error, NotFiniteError) else str(error)
+
+
+def overflow_remedy(precision: str) -> str:
+    """Return what to try where activations became NaN or infinity, given Lightning's name of the job's precision."""
+    if precision == "32-true":
+        return "float32 does not hold them, so the weights or config.json are wrong: download the model again"
+    return "try trainer.precision=32-true"
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:

@@ -16,6 +16,7 @@ from slimplus.models.architectures import blocks_path, find_blocks
 from slimplus.models.precision import autocast
 from slimplus.nn import PackedLinear
 from slimplus.nn.packed_linear import PackedModule
+from slimplus.quantization.salience import NotFiniteError
 from slimplus.utils.progress import track
 
 BlockArguments = dict[str, Any]
@@ -245,15 +246,13 @@ class StreamedModel:
             The gradient on the device, in the shape of `hidden`, float32.
 
         Raises:
-            ValueError: if the prediction holds NaN or infinity.
+            NotFiniteError: if the prediction holds NaN or infinity.
         """
         hidden = hidden.to(self.runner.device, torch.float32).requires_grad_()
         with torch.enable_grad():
             predicted = self._logits(tokens, hidden).float().log_softmax(-1)
             if not torch.isfinite(predicted).all():
-                raise ValueError(
-                    "the model predicts NaN or infinity: its activations overflowed; try trainer.precision=32-true"
-                )
+                raise NotFiniteError("the model predicts NaN or infinity: its activations overflowed")
             generator = torch.Generator(predicted.device).manual_seed(seed)
             drawn = torch.multinomial(predicted.detach().exp().flatten(0, -2), 1, generator=generator)
             (gradient,) = torch.autograd.grad(-predicted.flatten(0, -2).gather(1, drawn).sum(), hidden)

@@ -19,12 +19,20 @@ from slimplus.data.windows import (
     Windows,
     calibration_windows,
     chat_renderer,
+    check_ids,
     evaluation_windows,
     texts_identity,
 )
 from slimplus.distributed.preemption import Preemption
 from slimplus.distributed.strategies import launch
-from slimplus.models.architectures import blocks_path, embedding_and_head_bits, find_blocks, quantized_linears
+from slimplus.models.architectures import (
+    blocks_path,
+    embedding_and_head_bits,
+    embedding_rows,
+    find_blocks,
+    is_tied,
+    quantized_linears,
+)
 from slimplus.models.loading import ModelSource, build_on_meta
 from slimplus.models.location import resolve_model_folder
 from slimplus.models.precision import resolve_precision
@@ -84,7 +92,8 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption) -> Job:
     skeleton = build_on_meta(config)
     check_shapes(skeleton, recipe)
     allocation = given_allocation(skeleton, recipe)
-    bits = embedding_and_head_bits(skeleton, recipe.quantization.embedding_bits, recipe.quantization.head_bits)
+    source.check_weights()
+    bits = _embedding_and_head_bits(recipe, source, skeleton)
     tokenizer = source.tokenizer()
     texts = calibration_texts(recipe, tokenizer)
     identity = fingerprint(recipe, texts_identity(texts), tokenizer, source, config, runner.precision)
@@ -94,6 +103,9 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption) -> Job:
     run.open()
     with fabric.rank_zero_first():
         calibration, evaluation = _windows(recipe, texts, tokenizer, run.tokens)
+    rows = embedding_rows(skeleton)
+    check_ids(calibration.tokens, rows, tokenizer, "data.calibration.path")
+    check_ids(evaluation.tokens, rows, tokenizer, "data.evaluation.path")
     metrics = _start_metrics(recipe, run, fabric, evaluation, runner.precision, identity, events)
     if allocation is not None:
         _note_average(metrics, recipe, allocation, skeleton)
@@ -116,6 +128,17 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption) -> Job:
         metrics=metrics,
         allocation=allocation,
     )
+
+
+def _embedding_and_head_bits(recipe: Recipe, source: ModelSource, skeleton: PreTrainedModel) -> dict[str, int]:
+    """Return name → bits of the layers outside the blocks that get packed.
+
+    Where a head is to be packed alone, it must not be tied to the embedding. A file may hold a head of its own although
+    the configuration says that the two are tied, so the weights decide.
+    """
+    embedding, head = recipe.quantization.embedding_bits, recipe.quantization.head_bits
+    alone = head is not None and embedding is None
+    return embedding_and_head_bits(source.model() if alone and is_tied(skeleton) else skeleton, embedding, head)
 
 
 def _pinned_source(recipe: Recipe, run: RunDirectory) -> ModelSource:

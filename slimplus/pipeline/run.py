@@ -12,7 +12,7 @@ from slimplus.pipeline.stages.evaluate import measure_full_precision, measure_pa
 from slimplus.pipeline.stages.export import export
 from slimplus.pipeline.stages.sensitivity import measure_sensitivity
 from slimplus.recipe.schema import Recipe
-from slimplus.run_dir.lock import locked
+from slimplus.run_dir.lock import locked, readable_errors
 
 
 def run(recipe: Recipe) -> str | None:
@@ -26,8 +26,8 @@ def run(recipe: Recipe) -> str | None:
         TemporaryFailure: if the run failed for a reason that passes, such as a lost process.
         Preempted: if SIGTERM or SIGUSR1 ended the run.
     """
-    fabric = start(recipe)
-    with Preemption() as preemption, watched(fabric), locked(recipe.run_dir, fabric.is_global_zero):
+    fabric, root = start(recipe), recipe.run_dir
+    with Preemption() as preemption, watched(fabric), readable_errors(root), locked(root, fabric.is_global_zero):
         job = prepare(recipe, fabric, preemption)
         measure_full_precision(job)
         measure_sensitivity(job)

@@ -61,6 +61,10 @@ class InverseHessian:
     percdamp: float
 
 
+class NotFiniteError(ValueError):
+    """Error of activations that overflowed to NaN or infinity."""
+
+
 def invert_hessian(hessian: Tensor, percdamp: float = 0.01) -> InverseHessian:
     """Damp a Hessian and invert it; the damping rises tenfold, up to 1, until the Cholesky factorization succeeds.
 
@@ -69,13 +73,12 @@ def invert_hessian(hessian: Tensor, percdamp: float = 0.01) -> InverseHessian:
         percdamp: first damping, as a share of the mean diagonal.
 
     Raises:
-        ValueError: if the Hessian holds NaN or infinity, or stays singular at full damping.
+        NotFiniteError: if the Hessian holds NaN or infinity.
+        ValueError: if it stays singular at full damping.
     """
     diagonal = hessian.diagonal()
     if not torch.isfinite(diagonal).all():
-        raise ValueError(
-            "the Hessian holds NaN or infinity: the block's inputs overflowed; try trainer.precision=32-true"
-        )
+        raise NotFiniteError("the Hessian holds NaN or infinity: the block's inputs overflowed")
     dead = diagonal == 0
     damped = hessian + torch.diag(dead.to(hessian.dtype))
     mean_diagonal = damped.diagonal().mean()

@@ -4,59 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from slimplus.data.hub import Split
 from slimplus.data.text import TextError, check_source, share_samples, text_bytes
-from slimplus.models.location import resolve_model_folder
+from slimplus.models.source_files import location_problem
 from slimplus.recipe.inputs import ModelSection
 from slimplus.recipe.schema import EndToEndSection, Recipe, TrainingSection
 from slimplus.recipe.section import RecipeError
-from slimplus.utils.errors import InputError, named_first_line
 
-
-def _model_problem(model: ModelSection) -> str | None:
-    """Return a sentence if the model is not where the recipe says."""
-    try:
-        folder = Path(resolve_model_folder(model.path))
-    except InputError as error:
-        return str(error)
-    if not folder.exists():
-        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model.path):
-            return _hub_problem(model.path, model.revision)
-        return f"model.path: {model.path} does not exist; give a folder, a hub id org/name or package:NAME"
-    if folder.is_file():
-        return f"model.path: {folder} is a file; give its folder, and a GGUF file's name as model.gguf_file"
-    ggufs = sorted(file.name for file in folder.glob("*.gguf"))
-    if model.gguf_file and not (folder / model.gguf_file).is_file():
-        found = f"its GGUF files are {', '.join(ggufs)}" if ggufs else "it holds no GGUF file"
-        return f"model.gguf_file: {model.gguf_file} is not in {folder}; {found}"
-    if not model.gguf_file and not (folder / "config.json").is_file():
-        remedy = f"give model.gguf_file={ggufs[0]}" if ggufs else "give a folder that save_pretrained wrote"
-        return f"model.path: {folder} has no config.json; {remedy}"
-    if unreadable := [file for file in sorted(folder.iterdir()) if not os.access(file, os.R_OK)]:
-        return f"model.path: {unreadable[0]} cannot be read; change its permissions"
-    return None
-
-
-def _hub_problem(repository: str, revision: str | None) -> str | None:
-    """Return a sentence if neither the local cache nor the hub has the model; the request takes a second."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError, HTTPError
-
-    try:
-        if isinstance(try_to_load_from_cache(repository, "config.json", revision=revision), str):
-            return None
-        HfApi().model_info(repository, revision=revision, timeout=10)
-    except (OSError, HTTPError, HFValidationError) as error:
-        reason = named_first_line(error)
-        return (
-            f"model.path: {repository} is no local folder and cannot be had from the hub ({reason}); "
-            "check the id, the network and your login, or download the model and give its folder"
-        )
-    return None
+RUN_FOLDERS = ("tokens", "blocks", "checkpoints", "logs", "packed")
+RUN_FILES = (".lock", "manifest.json", "fingerprint.json", "metrics.json", "recipe.yaml")
 
 
 def _text_problem(path: str, split: Split, tokens: int, need: str) -> str | None:
@@ -111,6 +70,14 @@ def _folder_problem(run_dir: str) -> str | None:
         return f"run_dir: {existing} is a file; give a folder"
     if not os.access(existing, os.W_OK | os.X_OK):
         return f"run_dir: {existing} cannot be written to; give another folder"
+    for name in RUN_FOLDERS:
+        if (path := folder / name).exists() and not (path.is_dir() and os.access(path, os.R_OK | os.W_OK | os.X_OK)):
+            return (
+                f"run_dir: {path} is no folder that can be written to; change its permissions, or give another run_dir"
+            )
+    for name in RUN_FILES:
+        if (path := folder / name).exists() and not (path.is_file() and os.access(path, os.R_OK | os.W_OK)):
+            return f"run_dir: {path} is no file that can be written to; change its permissions, or give another run_dir"
     return None
 
 
@@ -158,7 +125,7 @@ def check_model(model: ModelSection) -> None:
     Raises:
         RecipeError: if the model is not there, or is not readable.
     """
-    problem = _model_problem(model)
+    problem = location_problem(model.path, model.gguf_file, model.revision)
     if problem:
         raise RecipeError(problem)
 
@@ -174,7 +141,8 @@ def check_inputs(recipe: Recipe) -> None:
     problems: list[str | None] = []
     data, allocation = recipe.data, recipe.quantization.allocation
     if not (recipe.dry_run and recipe.model.config):
-        problems.append(_model_problem(recipe.model))
+        model = recipe.model
+        problems.append(location_problem(model.path, model.gguf_file, model.revision, weights=not recipe.dry_run))
     if not recipe.dry_run:
         problems += [*_library_problems(recipe), _folder_problem(recipe.run_dir)]
         sources = data.calibration.sources

@@ -36,6 +36,7 @@ from slimplus.run_dir.lock import LOCK
 from slimplus.training.checkpoints import CHECKPOINT, END_TO_END, TrainingCheckpoints
 from slimplus.utils.errors import InputError
 from slimplus.utils.files import clean
+from slimplus.utils.json_text import to_json
 from slimplus.utils.manifest import Manifest
 
 logger = logging.getLogger(__name__)
@@ -232,7 +233,7 @@ class RunDirectory:
 
     def save_block(self, index: int, tensors: Mapping[str, Tensor], record: Record) -> None:
         """Write a finished block, and drop the checkpoints of its training."""
-        data = save(dict(tensors), metadata={"record": json.dumps(record)})
+        data = save(dict(tensors), metadata={"record": to_json(record)})
         self.manifest.write(self._block_file(index), data)
         self.manifest.forget(self._checkpoint_folder(index))
 
@@ -277,7 +278,7 @@ class RunDirectory:
         self, name: str, tensors: Mapping[str, Tensor], parent_hash: str, record: Record | None = None
     ) -> None:
         """Write a file of tensors, with the hash of what they were made from and a record of how."""
-        metadata = {"made_from": parent_hash, "record": json.dumps(record or {})}
+        metadata = {"made_from": parent_hash, "record": to_json(record or {})}
         self.manifest.write(self.root / name, save(dict(tensors), metadata=metadata))
 
     def load_tensors(self, name: str, parent_hash: str) -> dict[str, Tensor] | None:
@@ -309,4 +310,4 @@ def lineage(parent_hash: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _json(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, indent=2) + "\n"
+    return to_json(content, indent=2) + "\n"

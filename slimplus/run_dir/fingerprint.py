@@ -30,7 +30,6 @@ FREE_KEYS = (
 # Keys that earlier versions did not have: left out at their defaults, so that a run begun with one of those goes on.
 LATER_KEYS = ("data.calibration.column", "data.bos", "data.separator")
 LIBRARIES = ("torch", "transformers", "lightning", "deepspeed", "safetensors", "tokenizers")
-WEIGHTS = ("*.safetensors", "*.gguf", "*.bin")
 LARGEST_WHOLE = 2**26  # bytes; larger files are hashed by samples
 SAMPLE_BYTES, SAMPLES = 2**16, 256
 
@@ -79,7 +78,7 @@ def fingerprint(
 
 
 def weights_digest(source: ModelSource) -> str:
-    """Return what identifies a model's weights: its commit on the hub, or a hash of its local files.
+    """Return what identifies a model's weights: its commit on the hub, or a hash of the local files that are read.
 
     Files above 64 MiB are hashed by their size and 256 evenly spaced samples of 64 KiB. The first sample holds the
     header, and training changes every tensor, so that other weights give another hash; 140 GB take a second.
@@ -87,11 +86,8 @@ def weights_digest(source: ModelSource) -> str:
     folder = Path(source.path)
     if not folder.is_dir():
         return f"{source.path}@{source.revision}"
-    files = (
-        [folder / source.gguf_file] if source.gguf_file else sorted(p for kind in WEIGHTS for p in folder.glob(kind))
-    )
     hashed = hashlib.sha256()
-    for file in files:
+    for file in (file for file in source.weight_files() if file.suffix != ".json"):  # an index only names the others
         size = file.stat().st_size
         hashed.update(f"{file.name} {size}".encode())
         with file.open("rb") as stream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 from collections.abc import Iterator
@@ -13,6 +14,33 @@ from slimplus.utils.errors import InputError
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP)
+
+
+@contextmanager
+def readable_errors(root: str | Path) -> Iterator[None]:
+    """Turn errors of the system about a file below a run directory, but for a full disk, into InputError.
+
+    Args:
+        root: the run directory.
+
+    Raises:
+        InputError: if a file or a folder of the run cannot be read or written.
+    """
+    try:
+        yield
+    except OSError as error:
+        folder, file = Path(root).expanduser().absolute(), error.filename
+        if (
+            error.errno not in UNUSABLE
+            or not isinstance(file, str)
+            or folder not in (Path(file).absolute(), *Path(file).absolute().parents)
+        ):
+            raise
+        raise InputError(
+            f"run_dir: {file} cannot be used ({error.strerror}); change its permissions or owner, or give another "
+            "run_dir"
+        ) from error
 
 
 @contextmanager

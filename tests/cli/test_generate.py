@@ -13,7 +13,10 @@ import torch
 
 import slimplus
 from slimplus.cli.main import main
-from tests.support.models import expected_text
+from slimplus.evaluation.generation import LoadedModel, Sampling, stream
+from slimplus.models.loading import ModelSource
+from slimplus.utils.errors import InputError
+from tests.support.models import ModelMaker, expected_text
 from tests.support.processes import run_console
 
 PROMPT = "Functions are"
@@ -77,3 +80,32 @@ def test_chat_uses_the_template(copy: Path, model: Any, tokenizer: Any, capsys: 
     assert main(["generate", str(copy), "Hi", "--chat", "--max-new-tokens", "8", "--dtype", "float32"]) == 0
     expected = expected_text(model, tokenizer, "<user>Hi<me>", max_new_tokens=8, do_sample=False)
     assert capsys.readouterr().out == f"{expected}\n"
+
+
+def test_a_model_with_a_table_of_positions_is_not_asked_for_more(
+    make_model: ModelMaker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """OPT looks positions up; LLaMA computes them."""
+    sampling = Sampling(200)
+    for kind in ("opt", "llama"):
+        source = ModelSource(str(make_model(kind)), dtype="float32")
+        loaded = LoadedModel(source.model(), source.tokenizer())
+        if kind == "llama":
+            stream(loaded, "a" * 57, sampling)
+            continue
+        with pytest.raises(
+            InputError, match="57 tokens of prompt and 200 new ones are more than the 256 positions of the"
+        ):
+            stream(loaded, "a" * 57, sampling)
+        with pytest.raises(InputError, match="300 tokens of prompt and 200 new ones .*; shorten the prompt"):
+            stream(loaded, "a" * 300, sampling)
+        stream(loaded, "a" * 56, sampling)
+
+
+def test_a_prompt_with_a_token_beyond_the_embedding(make_model: ModelMaker) -> None:
+    source = ModelSource(str(make_model("llama")))
+    tokenizer = source.tokenizer()
+    tokenizer.add_tokens(["<|sys|>"])
+    said = r"the prompt: the tokenizer makes token 257 \('<|sys|>'\) of it, and the model's embedding has 257 rows"
+    with pytest.raises(InputError, match=said.replace("|", r"\|")):
+        stream(LoadedModel(source.model(), tokenizer), "<|sys|> x", Sampling(1))

@@ -38,7 +38,9 @@ def strict_model(written: bytes) -> Any:
             streamer.end()
         return torch.cat([input_ids, new], dim=1)
 
-    return SimpleNamespace(device=torch.device("cpu"), generate=generate)
+    model = torch.nn.Embedding(256, 1)
+    places = {"get_input_embeddings": lambda: model, "modules": model.modules, "config": None}
+    return SimpleNamespace(device=torch.device("cpu"), generate=generate, **places)
 
 
 def test_a_sentence_takes_ids_and_mask_alone_and_survives_bytes_that_are_no_text() -> None:

@@ -11,8 +11,9 @@ from torchmetrics.text import Perplexity
 
 from slimplus.evaluation.perplexity import perplexity
 from slimplus.models.loading import ModelSource
-from slimplus.models.streaming import StreamedModel
-from tests.support.blocks import RUNNER
+from slimplus.models.streaming import BlockRunner, StreamedModel
+from slimplus.utils.errors import InputError
+from tests.support.blocks import CPU, RUNNER
 from tests.support.models import ModelMaker
 
 
@@ -35,3 +36,16 @@ def test_perplexity_is_that_of_the_whole_model(make_model: ModelMaker, tokens: t
     expected = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).exp()
     measured = perplexity(StreamedModel(source.model(), RUNNER), tokens, "test")
     assert measured == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("precision", "remedy"), [("32-true", "download the model again"), ("bf16-mixed", "try trainer.precision=32-true")]
+)
+def test_a_perplexity_that_is_no_number_is_no_result(
+    make_model: ModelMaker, tokens: torch.Tensor, precision: str, remedy: str
+) -> None:
+    model = ModelSource(str(make_model("llama")), dtype="float32").model()
+    model.lm_head.weight.data *= float("inf")
+    streamed = StreamedModel(model, BlockRunner(CPU, precision))
+    with pytest.raises(InputError, match=rf"perplexity, test: it is nan, so .*overflowed; .*{remedy}"):
+        perplexity(streamed, tokens, "test")

@@ -6,6 +6,8 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from slimplus.models.location import resolve_model_folder
 from slimplus.recipe.inputs import ModelSection
@@ -40,7 +42,9 @@ def test_a_model_that_the_hub_does_not_have(hub: pytest.MonkeyPatch) -> None:
 def model_folder(tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "config.json").write_text("{}")
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).write_text("{}")
+    save_file({"weight": torch.ones(1)}, folder / "model.safetensors")
     return folder
 
 
@@ -225,6 +229,32 @@ def test_a_file_without_permission_to_read_is_named(model_folder: Path, monkeypa
     monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "config.json")
     with pytest.raises(RecipeError, match=r"model\.path: .*config\.json cannot be read; change its permissions"):
         check_model(ModelSection(path=str(model_folder)))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("blocks", "folder"), ("tokens", "folder"), (".lock", "file"), ("manifest.json", "file")]
+)
+def test_what_stands_in_the_way_in_the_run_directory(tmp_path: Path, name: str, kind: str) -> None:
+    path = tmp_path / name
+    path.touch() if kind == "folder" else path.mkdir()
+    (line,) = input_problems("model.path=org/name", f"run_dir={tmp_path}")
+    assert (
+        line == f"run_dir: {path} is no {kind} that can be written to; change its permissions, or give another run_dir"
+    )
+
+
+@pytest.mark.parametrize("name", ["blocks", "manifest.json"])
+def test_permissions_in_the_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    (tmp_path / "blocks").mkdir()
+    (tmp_path / "manifest.json").touch()
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != name)
+    (line,) = input_problems("model.path=org/name", f"run_dir={tmp_path}")
+    assert line.startswith(f"run_dir: {tmp_path / name} is no ")
+
+
+def test_a_link_to_nothing_that_nobody_reads(model_folder: Path) -> None:
+    (model_folder / "training_args.bin").symlink_to("nowhere")
+    check_model(ModelSection(path=str(model_folder)))
 
 
 def test_a_missing_allocation_is_said_with_the_rest() -> None:

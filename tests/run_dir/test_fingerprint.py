@@ -6,19 +6,22 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from slimplus.models.loading import ModelSource
 from slimplus.recipe.parsing import load_recipe
 from slimplus.run_dir import fingerprint
 from slimplus.run_dir.directory import SENSITIVITY, RunDirectory
 from slimplus.training.supervisor import Supervisor
 from slimplus.utils.errors import InputError
 from tests.support.damage import flip, truncate
+from tests.support.models import ModelMaker
 from tests.support.recipes import Arguments
 from tests.support.runs import read_metrics, run
 
@@ -127,9 +130,30 @@ def test_an_upgraded_library_is_a_warning(
     assert any("libraries changed" in event and "-> 99" in event for event in read_metrics(copy)["events"])
 
 
-def test_large_weights_are_sampled_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from slimplus.models.loading import ModelSource
+def test_a_file_that_is_not_read_changes_no_fingerprint(make_model: ModelMaker, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(make_model("llama"), tmp_path / "model"))
+    source = ModelSource(str(folder))
+    before = fingerprint.weights_digest(source)
+    for name in ("training_args.bin", "consolidated.safetensors", "m.gguf", "pytorch_model.bin"):
+        (folder / name).write_bytes(b"GGUF")
+    assert fingerprint.weights_digest(source) == before
+    assert fingerprint.weights_digest(replace(source, gguf_file="m.gguf")) != before
 
+
+def test_every_shard_counts(make_model: ModelMaker, tmp_path: Path) -> None:
+    tensors = load_file(make_model("llama") / "model.safetensors")
+    digests = set()
+    for changed in (None, *sorted(tensors)[:2]):
+        places = {name: f"{number % 2}.safetensors" for number, name in enumerate(sorted(tensors))}
+        for file in set(places.values()):
+            held = {name: tensors[name] + (name == changed) for name in tensors if places[name] == file}
+            save_file(held, tmp_path / file)
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+        digests.add(fingerprint.weights_digest(ModelSource(str(tmp_path))))
+    assert len(digests) == 3
+
+
+def test_large_weights_are_sampled_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fingerprint, "LARGEST_WHOLE", 1000)
     monkeypatch.setattr(fingerprint, "SAMPLE_BYTES", 10)
     monkeypatch.setattr(fingerprint, "SAMPLES", 5)

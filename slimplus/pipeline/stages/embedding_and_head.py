@@ -13,6 +13,7 @@ from slimplus.blockwise.quantizer import storage_warning
 from slimplus.blockwise.swap import load_packed_block
 from slimplus.format.planes import pack
 from slimplus.models.architectures import find_embedding_and_head
+from slimplus.models.precision import with_remedy
 from slimplus.pipeline.job import Job
 from slimplus.quantization.linear import quantize_embedding_or_head
 from slimplus.quantization.salience import HessianAccumulator
@@ -44,7 +45,8 @@ def quantize_embedding_and_head(job: Job) -> dict[str, dict[str, Tensor]]:
             try:
                 quantized = quantize_embedding_or_head(weight, hessian, replace(job.settings, bits=bits))
             except ValueError as error:
-                raise InputError(f"{name}: {error}; finished blocks are kept") from error
+                said = with_remedy(error, job.runner.precision)
+                raise InputError(f"{name}: {said}; finished blocks are kept") from error
             if (warning := storage_warning({name: (weight, quantized)})) is not None:
                 job.metrics.note(warning)
             packed[name] = pack(quantized)
@@ -52,7 +54,10 @@ def quantize_embedding_and_head(job: Job) -> dict[str, dict[str, Tensor]]:
 
 
 def packed_config(job: Job) -> PretrainedConfig:
-    """Return the configuration of the packed model, where a head with its own bits is not tied to the embedding."""
+    """Return the configuration of the packed model, where a head with its own bits is not tied to the embedding.
+
+    Otherwise the weights that were loaded decide, see `ModelSource.model`.
+    """
     config = deepcopy(job.model.model.config)
     bits = job.embedding_and_head_bits
     if bits and find_embedding_and_head(job.model.model).head in bits:

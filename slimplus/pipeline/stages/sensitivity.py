@@ -11,6 +11,7 @@ from torch import Tensor
 from slimplus.blockwise.data import BlockData, search_windows
 from slimplus.blockwise.sensitivity import OutputGradient, backward_statistics, block_tables
 from slimplus.models.architectures import quantized_linears
+from slimplus.models.precision import with_remedy
 from slimplus.pipeline.job import Job
 from slimplus.quantization.knapsack import allocate, costs_and_budget
 from slimplus.run_dir.directory import SENSITIVITY
@@ -49,7 +50,7 @@ def _measure(job: Job) -> dict[str, Tensor]:
     try:
         return _run_backwards(job)
     except ValueError as error:
-        raise InputError(f"sensitivity: {error}") from error
+        raise InputError(f"sensitivity: {with_remedy(error, job.runner.precision)}") from error
 
 
 def _run_backwards(job: Job) -> dict[str, Tensor]:

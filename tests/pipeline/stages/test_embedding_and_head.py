@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import slimplus
 from slimplus.format.planes import packed_size
+from slimplus.models.loading import ModelSource
 from slimplus.models.streaming import BlockRunner, StreamedModel
 from slimplus.nn import PackedEmbedding, PackedLinear, TiedHead
 from slimplus.pipeline import run as pipeline
@@ -31,7 +33,7 @@ from slimplus.utils.units import format_bytes
 from tests.support.models import ModelMaker
 from tests.support.processes import ROOT
 from tests.support.recipes import SMALL
-from tests.support.runs import read_metrics
+from tests.support.runs import read_metrics, run
 
 GPTQ = (*SMALL, "quantization.method=gptq", "quantization.bits=4")
 BOTH = ("quantization.embedding_bits=8", "quantization.head_bits=4")
@@ -213,3 +215,21 @@ def test_the_command_packs_embedding_and_head_on_two_processes(
     ours, theirs = (load_file(folder / "packed/model.safetensors") for folder in (tmp_path, packed_tied))
     for name in ("lm_head.qplane4", "lm_head.scales", "model.embed_tokens.qplane8"):
         assert torch.equal(ours[name], theirs[name]), name
+
+
+@pytest.mark.parametrize("bits", [("quantization.embedding_bits=8",), ("quantization.head_bits=8",), BOTH])
+def test_a_head_of_its_own_is_kept_though_the_configuration_denies_it(
+    make_model: ModelMaker, arguments: Arguments, tmp_path: Path, tokens: torch.Tensor, bits: tuple[str, ...]
+) -> None:
+    folder = Path(shutil.copytree(make_model("llama"), tmp_path / "model"))
+    held = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(1)
+    held["lm_head.weight"] = torch.randn(held["model.embed_tokens.weight"].shape, generator=generator).bfloat16()
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    keys = (f"model.path={folder}", "quantization.method=rtn", "quantization.bits=8", *bits)
+    run(arguments("llama", tmp_path / "run", *keys))
+    packed = slimplus.load(tmp_path / "run/packed", dtype=torch.float32)
+    assert not packed.config.tie_word_embeddings
+    with torch.no_grad():
+        expected = ModelSource(str(folder), dtype="float32").model()(input_ids=tokens).logits
+        assert (packed(input_ids=tokens).logits - expected).abs().mean() < 0.1 * expected.abs().mean()

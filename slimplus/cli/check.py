@@ -1,0 +1,47 @@
+"""Check a model before a run: what it is, and what is wrong with its files, tensors and tokenizer."""
+
+from __future__ import annotations
+
+import argparse
+
+from slimplus.cli.console import write
+from slimplus.models.location import resolve_model_folder
+from slimplus.models.source_files import location_problem
+from slimplus.utils.errors import InputError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `slimplus check`."""
+    parser.add_argument("model", help="folder, hub id or package:NAME of a full-precision model")
+    parser.add_argument("--gguf-file", metavar="NAME", help="the file in MODEL that holds the weights, if it is a GGUF")
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id; default: main")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that ships with the model")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run `slimplus check`: write what is known of the model, then notes on what is unusual.
+
+    Raises:
+        InputError: a sentence a line for everything that is wrong with the model.
+    """
+    if problem := location_problem(arguments.model, arguments.gguf_file, arguments.revision):
+        raise InputError(problem.replace("model.path: ", "").replace("model.gguf_file: ", "--gguf-file: "))
+
+    from slimplus.models.loading import ModelSource  # with PyTorch
+    from slimplus.models.source_check import check_source
+
+    source = ModelSource(
+        resolve_model_folder(arguments.model),
+        arguments.gguf_file,
+        trust_remote_code=arguments.trust_remote_code,
+        revision=arguments.revision,
+    )
+    report = check_source(source.pinned())
+    width = max(map(len, report.facts), default=0)
+    for name, value in report.facts.items():
+        write(f"{name:<{width}}  {value}")
+    for note in report.notes:
+        write(f"note: {note}")
+    if report.problems:
+        raise InputError("\n".join(problem.removeprefix("model.path: ") for problem in report.problems))
+    write("no problems found")
