@@ -6,6 +6,7 @@ Nothing heavy is imported until the recipe, or the arguments, and their inputs h
 from __future__ import annotations
 
 import sys
+from io import TextIOWrapper
 
 from slimplus.cli import benchmark, generate, inspect
 from slimplus.cli.console import Parser, write
@@ -36,6 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
         SystemExit: if the arguments ask for help or are wrong (raised by argparse).
     """
     given = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, TextIOWrapper):  # a terminal in ASCII gets an escape for what it cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if given[:1] == ["train"]:
             check_installed("slimplus train", QUANTIZATION)

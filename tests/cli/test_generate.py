@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import torch
 import slimplus
 from slimplus.cli.main import main
 from tests.support.models import expected_text
-from tests.support.processes import run_console
+from tests.support.processes import ROOT, run_console
 
 PROMPT = "Functions are"
 
@@ -77,3 +79,15 @@ def test_chat_uses_the_template(copy: Path, model: Any, tokenizer: Any, capsys: 
     assert main(["generate", str(copy), "Hi", "--chat", "--max-new-tokens", "8", "--dtype", "float32"]) == 0
     expected = expected_text(model, tokenizer, "<user>Hi<me>", max_new_tokens=8, do_sample=False)
     assert capsys.readouterr().out == f"{expected}\n"
+
+
+def test_a_terminal_in_ascii_and_a_prompt_in_no_encoding(packed: Path) -> None:
+    script = "import sys; from slimplus.cli.main import main; sys.exit(main())"
+    command = [sys.executable, "-c", script, "generate", str(packed)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([*command, "é", "--max-new-tokens", "3"], env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii()
+    done = subprocess.run([*command, b"caf\xff"], env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr == b"the prompt is not valid UTF-8; convert it, with iconv for example\n"
