@@ -8,12 +8,12 @@ from __future__ import annotations
 import sys
 from io import TextIOWrapper
 
-from slimplus.cli import benchmark, generate, inspect
+from slimplus.cli import benchmark, export, generate, inspect
 from slimplus.cli.console import Parser, write
 from slimplus.utils.errors import BAD_INPUT, INTERRUPTED, InputError
 from slimplus.utils.requirements import QUANTIZATION, check_installed
 
-COMMANDS = {"generate": generate, "inspect": inspect, "benchmark": benchmark}
+COMMANDS = {"generate": generate, "inspect": inspect, "benchmark": benchmark, "export": export}
 
 
 def parser() -> Parser:

@@ -67,7 +67,7 @@ def write_checkpoint(
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    size = _write_shards(folder, tensors)
+    size = write_shards(folder, tensors)
     packed_config = type(config).from_dict(config.to_dict())
     packed_config.quantization_config = quantization.to_dict()
     packed_config.save_pretrained(folder)
@@ -80,7 +80,7 @@ def write_checkpoint(
     return size
 
 
-def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> int:
+def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> int:
     """Write the tensors into shards, and return their size in bytes.
 
     A shard's name holds the number of shards, which is known only at the end: shards are renamed then.

@@ -18,8 +18,8 @@ KEPT_DENSE_ROWS = 32  # rows of input from which a kept dequantized weight is fa
 class _Product(torch.autograd.Function):
     """The product of a packed layer, with the gradients of its inputs and its bias, for adapters trained beside it.
 
-    The weight is frozen. It is dequantized again by the backward pass: kept, the dequantized weights of all layers would
-    take the memory that packing has saved.
+    The weight is frozen. It is dequantized again by the backward pass: if all layers kept their dequantized weights,
+    these would take the memory that packing has saved.
     """
 
     @staticmethod

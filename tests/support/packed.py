@@ -1,4 +1,4 @@
-"""Packed checkpoints of tiny models made without a run: rounded to nearest, with widths that differ within each layer."""
+"""Packed checkpoints of tiny models made without a run: rounded to nearest, with several widths in each layer."""
 
 from __future__ import annotations
 
