@@ -2,8 +2,8 @@
 
 A group of up to 4 bits is a row of `Q4_1` blocks: 32 weights share a scale `d` and an offset `m`, both float16, and
 stand for `d q + m`. That is the packed format's `(q - zero) scale` with `d = scale`, exactly, and `m = -scale zero`,
-rounded once. Blocks know nothing of widths: a layer of 1 to 4 bits mixed is a tensor of one type. `Q5_1` is the same for
-5 bits; wider layers are rounded to `Q8_0`. The layout is in `quants.py` of the library gguf, and in
+rounded once. Blocks know nothing of widths: a layer of 1 to 4 bits mixed is a tensor of one type. `Q5_1` is the same
+for 5 bits; wider layers are rounded to `Q8_0`. The layout is in `quants.py` of the library gguf, and in
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 

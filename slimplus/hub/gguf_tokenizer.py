@@ -33,7 +33,8 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocabulary: int) -> Non
         vocabulary: rows of the embedding; tokens that the tokenizer lacks are filled up.
 
     Raises:
-        InputError: if there is no tokenizer, or one that is no byte-level BPE whose split llama.cpp knows.
+        InputError: if there is no tokenizer, one with more tokens than the embedding has rows, or one that is no
+            byte-level BPE whose split llama.cpp knows.
     """
     file = folder / "tokenizer.json"
     try:
@@ -69,6 +70,8 @@ def _vocabulary(tokenizer: Mapping[str, Any], size: int) -> tuple[list[str], lis
     by_id = {index: token for token, index in tokenizer["model"]["vocab"].items()}
     added = {each["id"]: each for each in tokenizer.get("added_tokens", ())}
     by_id |= {index: each["content"] for index, each in added.items()}
+    if (largest := max(by_id, default=0)) >= size:
+        raise InputError(f"GGUF: the tokenizer has a token {largest}, but the embedding has only {size} rows")
     tokens, types = [], []
     for index in range(size):
         tokens.append(by_id.get(index, f"[PAD{index}]"))
