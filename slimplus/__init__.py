@@ -7,6 +7,7 @@ nothing heavy: the names below are imported when they are first used.
 |---|---|
 | `quantize`, `QuantizationResult` | quantize a language model as a recipe says |
 | `load` | load a packed checkpoint |
+| `dequantize` | make ordinary layers of a model's packed ones |
 | `quantize_linear`, `quantize_module`, `PackedLinear` | quantize one linear layer, or those of a module of one's own |
 | `HessianAccumulator`, `invert_hessian`, `group_salience` | salience of a weight's groups |
 | `allocate_bits` | widths of the groups, by salience (SBA) |
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from slimplus.api import QuantizationResult, quantize
     from slimplus.format.affine import QuantizedWeight
     from slimplus.format.planes import pack, unpack
-    from slimplus.hub.checkpoint import load
+    from slimplus.hub.checkpoint import dequantize, load
     from slimplus.nn.packed_linear import PackedLinear
     from slimplus.nn.quantize import quantize_linear, quantize_module
     from slimplus.quantization.salience import HessianAccumulator, group_salience, invert_hessian
@@ -46,6 +47,7 @@ __all__ = [
     "__version__",
     "allocate_bits",
     "calibrate_group",
+    "dequantize",
     "group_salience",
     "invert_hessian",
     "load",
@@ -60,7 +62,7 @@ _MODULES = {
     "slimplus.api": ("QuantizationResult", "quantize"),
     "slimplus.format.affine": ("QuantizedWeight",),
     "slimplus.format.planes": ("pack", "unpack"),
-    "slimplus.hub.checkpoint": ("load",),
+    "slimplus.hub.checkpoint": ("dequantize", "load"),
     "slimplus.nn.packed_linear": ("PackedLinear",),
     "slimplus.nn.quantize": ("quantize_linear", "quantize_module"),
     "slimplus.quantization.salience": ("HessianAccumulator", "group_salience", "invert_hessian"),
@@ -87,8 +89,13 @@ if not TYPE_CHECKING:  # to a type checker it would say that every name is there
         return getattr(importlib.import_module(_HOMES[name]), name)
 
 
-def _register() -> None:
+def _register_quantizer() -> None:
     importlib.import_module("slimplus.hub.transformers_quantizer")
 
 
-after_import("transformers.quantizers", _register)
+def _register_lora() -> None:
+    importlib.import_module("slimplus.hub.peft_lora")
+
+
+after_import("transformers.quantizers", _register_quantizer)
+after_import("peft.tuners.lora.model", _register_lora)

@@ -39,6 +39,8 @@ def run(arguments: argparse.Namespace) -> None:
     """
     if not arguments.prompt:
         raise InputError("the prompt is empty; give some text to continue")
+    if any("\ud800" <= character <= "\udfff" for character in arguments.prompt):  # bytes that Python could not decode
+        raise InputError("the prompt is not valid UTF-8; convert it, with iconv for example")
     if not 0 < arguments.top_p <= 1:
         raise InputError(f"--top-p: expected a number above 0 and at most 1, got {arguments.top_p:g}")
     contents = read_contents(arguments.path)

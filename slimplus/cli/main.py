@@ -6,13 +6,14 @@ Nothing heavy is imported until the recipe, or the arguments, and their inputs h
 from __future__ import annotations
 
 import sys
+from io import TextIOWrapper
 
-from slimplus.cli import benchmark, check, generate, inspect
+from slimplus.cli import benchmark, check, export, generate, inspect
 from slimplus.cli.console import Parser, write
 from slimplus.utils.errors import BAD_INPUT, INTERRUPTED, InputError
 from slimplus.utils.requirements import QUANTIZATION, check_installed
 
-COMMANDS = {"check": check, "generate": generate, "inspect": inspect, "benchmark": benchmark}
+COMMANDS = {"check": check, "generate": generate, "inspect": inspect, "benchmark": benchmark, "export": export}
 
 
 def parser() -> Parser:
@@ -36,6 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
         SystemExit: if the arguments ask for help or are wrong (raised by argparse).
     """
     given = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, TextIOWrapper):  # a terminal in ASCII gets an escape for what it cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if given[:1] == ["train"]:
             check_installed("slimplus train", QUANTIZATION)

@@ -7,23 +7,26 @@ import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, is_accelerate_available
 
 from slimplus.hub.checks import check_architecture, check_quantization
-from slimplus.hub.contents import METHOD
-from slimplus.hub.transformers_quantizer import SlimplusConfig  # which registers the method with transformers
+from slimplus.hub.contents import HUB_ID, METHOD
+from slimplus.hub.transformers_quantizer import SlimplusConfig, SlimplusQuantizer  # registers with transformers
 from slimplus.nn import prepare_inference
+from slimplus.nn.dequantize import replace_packed_layers
 from slimplus.utils.errors import InputError
+
+Model = TypeVar("Model", bound=nn.Module)
 
 SHARD_BYTES = 2 * 2**30  # of tensors in a file, held in memory until it is written
 # Arguments of `from_pretrained` that say where the files are.
@@ -64,7 +67,7 @@ def write_checkpoint(
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    size = _write_shards(folder, tensors)
+    size = write_shards(folder, tensors)
     packed_config = type(config).from_dict(config.to_dict())
     packed_config.quantization_config = quantization.to_dict()
     packed_config.save_pretrained(folder)
@@ -77,7 +80,7 @@ def write_checkpoint(
     return size
 
 
-def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> int:
+def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> int:
     """Write the tensors into shards, and return their size in bytes.
 
     A shard's name holds the number of shards, which is known only at the end: shards are renamed then.
@@ -143,8 +146,34 @@ def load(path: str | Path, *, fuse: bool = True, keep_dense: bool = False, **arg
     return model
 
 
+def dequantize(model: Model, dtype: torch.dtype | None = None) -> Model:
+    """Replace the packed layers of a model by ordinary ones, in place, and return the model.
+
+    Ordinary layers take as much memory as before the model was quantized. They can be trained, resized and saved, and
+    an adapter that was trained on packed layers can be merged into them:
+
+    ```python
+    merged = slimplus.dequantize(adapted).merge_and_unload()
+    ```
+
+    Args:
+        model: a model that `load`, `from_pretrained` or `quantize_module` returned, or an adapter's model around it.
+        dtype: dtype of the weights; None takes that of the model's other tensors, float32 if there are none. Weights
+            are exact in float32.
+    """
+    other = (tensor.dtype for tensor in model.parameters() if tensor.is_floating_point())
+    dtype = dtype or next(other, torch.float32)
+    for module in list(model.modules()):
+        if isinstance(getattr(module, "hf_quantizer", None), SlimplusQuantizer):
+            module.dequantize(dtype)
+    replace_packed_layers(model, dtype)
+    return model
+
+
 def _read(path: str | Path, arguments: dict[str, Any]) -> PreTrainedModel:
     """Check config.json, load the model with transformers, and raise InputError for anything that is wrong."""
+    if not Path(path).is_dir() and not re.fullmatch(HUB_ID, str(path)):
+        raise InputError(f"{path} does not exist; give the folder of a packed checkpoint, or a hub id org/name")
     try:
         location = {key: value for key, value in arguments.items() if key in LOCATION_ARGUMENTS}
         config, _ = PretrainedConfig.get_config_dict(path, **location)

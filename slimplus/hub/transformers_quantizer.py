@@ -7,7 +7,7 @@ may import only what `transformers.quantizers` imports as well.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -31,10 +31,13 @@ from slimplus.hub.checks import (
 from slimplus.hub.contents import METHOD
 from slimplus.models.exact import not_finite
 from slimplus.nn import PackedEmbedding, PackedLinear, TiedHead, prepare_inference
+from slimplus.nn.dequantize import replace_packed_layers
 from slimplus.nn.packed_linear import offloading_hook
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Value = TypeVar("Value")
 
 
 class SlimplusConfig(QuantizationConfigMixin):
@@ -104,10 +107,18 @@ class SlimplusQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config
-        swap_packed_layers(model, config)
         stored = read_headers(checkpoint_files or [])
         check_packed_tensors(stored, config.group_size, config.modules, config.shapes, config.scale_bits)
+        whole = type(model).__name__ in (model.config.architectures or [type(model).__name__])
+        if not whole:  # such as AutoModel and AutoModelForSequenceClassification build
+            config.modules = names_in_part(model, config.modules)
+            config.shapes = names_in_part(model, config.shapes)
+            stored = names_in_part(model, stored)
+        swap_packed_layers(model, config)
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        if not whole:  # transformers warns that a head of its own is newly initialized
+            inside = "" if _is_base(model) else f"{model.base_model_prefix}."
+            shapes = {name: shape for name, shape in shapes.items() if name.startswith(inside)}
         check_other_tensors(stored, shapes, model.all_tied_weights_keys)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -123,13 +134,42 @@ class SlimplusQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Whether the model can be trained: packed layers have no gradients."""
-        return False
+        """Whether adapters can be trained: packed layers pass gradients on to their inputs."""
+        return True
 
     @property
     def is_compileable(self) -> bool:
         """Whether transformers may compile the decoding: packed products are operators that `torch.compile` knows."""
         return True
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Replace the packed layers of `model` by ordinary ones; `PreTrainedModel.dequantize` calls this."""
+        replace_packed_layers(model, dtype or model.dtype)
+        for name in ("_tied_weights_keys", "resize_token_embeddings"):  # back to those of the class
+            model.__dict__.pop(name, None)
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+        return model
+
+
+def _is_base(model: PreTrainedModel) -> bool:
+    """Return whether `model` is a base model, such as AutoModel builds, and no head stands around it."""
+    return not hasattr(model, model.base_model_prefix)
+
+
+def names_in_part(model: PreTrainedModel, values: Mapping[str, Value]) -> dict[str, Value]:
+    """Return `values` by their names in a model that is only a part of the one that was quantized.
+
+    A base model has the names without its prefix. What lies outside the base model, as the head does, is left out.
+
+    Args:
+        model: a base model, or one with another head.
+        values: values by name of a layer or a tensor in the whole model.
+    """
+    prefix = f"{model.base_model_prefix}."
+    if not any(name.startswith(prefix) for name in values):  # saved from a base model
+        return dict(values)
+    dropped = prefix if _is_base(model) else ""
+    return {name.removeprefix(dropped): value for name, value in values.items() if name.startswith(prefix)}
 
 
 def swap_packed_layers(model: PreTrainedModel, config: SlimplusConfig) -> None:
@@ -150,9 +190,21 @@ def swap_packed_layers(model: PreTrainedModel, config: SlimplusConfig) -> None:
             raise ValueError(f"quantization_config.modules: {name}: {error}") from error
         model.set_submodule(name, packed)
     embedding = model.get_input_embeddings()
-    if model.config.tie_word_embeddings and isinstance(embedding, PackedEmbedding):
-        model.set_output_embeddings(TiedHead(embedding, model.get_output_embeddings().bias))
+    if not isinstance(embedding, PackedEmbedding):
+        return
+    model.resize_token_embeddings = _refuse_resizing
+    head = model.get_output_embeddings()
+    if model.config.tie_word_embeddings and head is not None:
+        model.set_output_embeddings(TiedHead(embedding, head.bias))
         model._tied_weights_keys, model.all_tied_weights_keys = {}, {}  # transformers can tie only ordinary weights
+
+
+def _refuse_resizing(*_: Any, **__: Any) -> None:
+    """Take the place of a model's `resize_token_embeddings` where the embedding is packed."""
+    raise ValueError(
+        "a packed embedding cannot be resized; slimplus.dequantize(model) makes an ordinary one, or quantize the model "
+        "with quantization.embedding_bits=null"
+    )
 
 
 def check_packed_layers(model: nn.Module) -> None:

@@ -68,6 +68,10 @@ class PackedEmbedding(PackedModule):
         """Return the weight `[num_embeddings, embedding_dim]`, exact in float32, rounded once to any other dtype."""
         return self._dequantize(self.packed_tensors(), self.num_embeddings, dtype)
 
+    def to_embedding(self, dtype: torch.dtype = torch.float32) -> nn.Embedding:
+        """Return an ordinary embedding of `dtype` with the same weight."""
+        return nn.Embedding.from_pretrained(self.dequantize(dtype).contiguous())
+
     def _dequantize(self, tensors: Mapping[str, Tensor], rows: int, dtype: torch.dtype) -> Tensor:
         return dequantize_packed(tensors, self.bit_counts, (rows, self.embedding_dim), self.group_size, dtype)
 
@@ -111,6 +115,11 @@ class TiedHead(PackedLinear):
         self.group_size, self.bit_counts = embedding.group_size, embedding.bit_counts
         self.bias = bias
 
+    @property
+    def embedding(self) -> PackedEmbedding:
+        """The embedding whose packed weight the head shares."""
+        return self._embedding[0]
+
     def forward(self, inputs: Tensor) -> Tensor:
         """Multiply `inputs` `[..., in]` as any packed layer does, on the embedding's device, if it is another one."""
         return super().forward(inputs.to(self.scales.device)).to(inputs.device)
@@ -118,12 +127,12 @@ class TiedHead(PackedLinear):
     @property
     def scales(self) -> Tensor:  # type: ignore[override]
         """The scales of the embedding."""
-        return self._embedding[0].scales
+        return self.embedding.scales
 
     def packed_tensors(self) -> dict[str, Tensor]:
         """Return the packed tensors of the embedding by name."""
-        return self._embedding[0].packed_tensors()
+        return self.embedding.packed_tensors()
 
     def replace_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace the packed tensors of the embedding by others of the same values."""
-        self._embedding[0].replace_tensors(tensors)
+        self.embedding.replace_tensors(tensors)

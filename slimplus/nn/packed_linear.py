@@ -15,19 +15,31 @@ from slimplus.format.planes import BitCounts, check_features, count_bits, pack, 
 KEPT_DENSE_ROWS = 32  # rows of input from which a kept dequantized weight is faster than int4 on a CPU
 
 
-class _InferenceOnly(torch.autograd.Function):
-    """The identity of `outputs`, computed from `inputs` elsewhere, with a backward pass that raises a helpful error."""
+class _Product(torch.autograd.Function):
+    """The product of a packed layer, with the gradients of its inputs and its bias, for adapters trained beside it.
+
+    The weight is frozen. It is dequantized again by the backward pass: if all layers kept their dequantized weights,
+    these would take the memory that packing has saved.
+    """
 
     @staticmethod
-    def forward(context: Any, inputs: Tensor, outputs: Tensor) -> Tensor:
-        return outputs.view_as(outputs)
+    def forward(context: Any, inputs: Tensor, bias: Tensor | None, layer: PackedLinear, dtype: torch.dtype) -> Tensor:
+        packed = layer.packed_tensors()  # kept themselves: accelerate may take offloaded ones from the layer
+        context.save_for_backward(*packed.values())
+        context.packed = tuple(packed), layer.bit_counts, layer.shape, layer.group_size
+        outputs = layer.product(inputs, dtype)
+        return outputs if outputs._base is None else outputs.clone()  # autograd lets nobody change a view in place
 
     @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        raise RuntimeError(
-            "packed layers are for inference only and give no gradients; call the model under torch.inference_mode(), "
-            "or replace its packed layers by ordinary ones with to_linear()"
-        )
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        (gradient,), (names, *layout) = gradients, context.packed
+        of_inputs = of_bias = None
+        if context.needs_input_grad[0]:
+            weight = dequantize_packed(dict(zip(names, context.saved_tensors, strict=True)), *layout, gradient.dtype)
+            of_inputs = gradient @ weight  # autograd casts it to the dtype of the inputs
+        if context.needs_input_grad[1]:
+            of_bias = gradient.flatten(0, -2).sum(0)
+        return of_inputs, of_bias, None, None
 
 
 def dequantize_packed(
@@ -130,7 +142,7 @@ class FusedProduct(Protocol):
 
 
 class PackedLinear(PackedModule):
-    """`nn.Linear` for inference over the packed format of `slimplus.format.planes`.
+    """`nn.Linear` over the packed format of `slimplus.format.planes`, whose weight is frozen.
 
     After `prepare_inference`, few rows of input are multiplied by `fused`: by Triton kernels on a GPU, by PyTorch's
     weight-only operators on a CPU. Otherwise the forward dequantizes the whole weight to the dtype of the input and
@@ -212,6 +224,11 @@ class PackedLinear(PackedModule):
         """Shape of the weight, `[out, in]`."""
         return self.out_features, self.in_features
 
+    @property
+    def qweight(self) -> Tensor:
+        """Packed integers of the widest plane, under the name by which PEFT finds a quantized layer's device."""
+        return next(tensor for name, tensor in reversed(self.packed_tensors().items()) if name.startswith("qplane"))
+
     def quantized_weight(self) -> QuantizedWeight:
         """Return the integers, scales and zero points, in the original order of columns."""
         return unpack(self.packed_tensors(), self.out_features, self.in_features, self.group_size)
@@ -220,35 +237,48 @@ class PackedLinear(PackedModule):
         """Return the weight `[out, in]`, exact in float32, rounded once to any other dtype."""
         return dequantize_packed(self.packed_tensors(), self.bit_counts, self.shape, self.group_size, dtype)
 
-    def to_linear(self) -> nn.Linear:
-        """Return an ordinary float32 layer with the same weight and bias."""
+    def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
+        """Return an ordinary layer of `dtype` with the same weight and bias."""
         with torch.device("meta"):
             linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
-        tensors = {"weight": self.dequantize()} | ({} if self.bias is None else {"bias": self.bias.float()})
+        tensors = {"weight": self.dequantize(dtype)}
+        if self.bias is not None:
+            tensors["bias"] = self.bias.detach().to(dtype)
         linear.load_state_dict(tensors, assign=True)
         return linear.requires_grad_(False)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Multiply `inputs` `[..., in]` by the weight, `[..., out]`, in their dtype or in that of autocast.
 
+        Inputs and bias get gradients if they require them; the weight has none.
+
         Raises:
             ValueError: if the inputs do not have `in_features` columns.
-            RuntimeError: in the backward pass.
         """
         if inputs.shape[-1] != self.in_features:
             raise ValueError(f"the inputs have {inputs.shape[-1]} columns, but this layer takes {self.in_features}")
         device = inputs.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs.dtype
+        if torch.is_grad_enabled() and (inputs.requires_grad or self._trains_bias):
+            outputs: Tensor = _Product.apply(inputs, self.bias, self, dtype)
+            return outputs
+        with torch.no_grad():
+            return self.product(inputs, dtype)
+
+    @property
+    def _trains_bias(self) -> bool:
+        return self.bias is not None and self.bias.requires_grad
+
+    def product(self, inputs: Tensor, dtype: torch.dtype) -> Tensor:
+        """Multiply `inputs` `[..., in]` by the weight in `dtype`, `[..., out]`, without gradients."""
         rows = inputs.numel() // self.in_features
         kept = self.keep_dense and rows >= KEPT_DENSE_ROWS
-        refused = torch.is_grad_enabled() and inputs.requires_grad
-        with torch.no_grad():  # else every dequantized weight would be kept for a backward pass, which is refused
-            if self.fused is not None and not kept and self.fused.supports(dtype, rows):
-                outputs = self.fused(inputs, self, dtype)
-            else:
-                bias = None if self.bias is None else self.bias.to(dtype)
-                outputs = nn.functional.linear(inputs.to(dtype), self._dense_weight(dtype), bias)
-        return _InferenceOnly.apply(inputs, outputs) if refused else outputs
+        if self._trains_bias:
+            self.forget()  # backends copy the bias
+        elif self.fused is not None and rows and not kept and self.fused.supports(dtype, rows):
+            return self.fused(inputs, self, dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return nn.functional.linear(inputs.to(dtype), self._dense_weight(dtype), bias)
 
     def _dense_weight(self, dtype: torch.dtype) -> Tensor:
         """Return the dequantized weight, from the last call if it was kept in this dtype."""

@@ -81,10 +81,10 @@ tags:
 
 The weights of the transformer blocks are quantized in groups of mixed precision, with
 [SliM-LLM](https://arxiv.org/abs/2405.14917)'s salience-driven allocation where the method below says so, and packed by
-slimplus.
+slimplus. It has to be installed: transformers does not know the format by itself. It would warn that some weights are
+newly initialized, and answer with random linear layers.
 
 ```python
-import slimplus  # without this import transformers gives random linear layers
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("PATH")

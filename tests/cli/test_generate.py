@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from slimplus.evaluation.generation import LoadedModel, Sampling, stream
 from slimplus.models.loading import ModelSource
 from slimplus.utils.errors import InputError
 from tests.support.models import ModelMaker, expected_text
-from tests.support.processes import run_console
+from tests.support.processes import ROOT, run_console
 
 PROMPT = "Functions are"
 
@@ -109,3 +111,15 @@ def test_a_prompt_with_a_token_beyond_the_embedding(make_model: ModelMaker) -> N
     said = r"the prompt: the tokenizer makes token 257 \('<|sys|>'\) of it, and the model's embedding has 257 rows"
     with pytest.raises(InputError, match=said.replace("|", r"\|")):
         stream(LoadedModel(source.model(), tokenizer), "<|sys|> x", Sampling(1))
+
+
+def test_a_terminal_in_ascii_and_a_prompt_in_no_encoding(packed: Path) -> None:
+    script = "import sys; from slimplus.cli.main import main; sys.exit(main())"
+    command = [sys.executable, "-c", script, "generate", str(packed)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([*command, "é", "--max-new-tokens", "3"], env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii()
+    done = subprocess.run([*command, b"caf\xff"], env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr == b"the prompt is not valid UTF-8; convert it, with iconv for example\n"

@@ -78,6 +78,12 @@ def test_load_refuses_what_is_not_packed(make_model: ModelMaker) -> None:
         slimplus.load(make_model("llama"))
 
 
+@pytest.mark.parametrize("path", ["/no/such/folder", "./packed", "runs/no/packed"])
+def test_a_missing_folder_is_told_as_such(path: str) -> None:
+    with pytest.raises(InputError, match=f"^{path} does not exist; give the folder of a packed checkpoint"):
+        slimplus.load(path)
+
+
 def test_the_checkpoint_is_as_readable_as_the_other_files(finished: Path) -> None:
     modes = {file.name: file.stat().st_mode for file in (finished / "packed").iterdir()}
     assert len(set(modes.values())) == 1, modes

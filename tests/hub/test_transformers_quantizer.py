@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import CompileConfig, pipeline
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    CompileConfig,
+    pipeline,
+)
 
 import slimplus
-from tests.support.models import expected_text
+from tests.support.models import ModelMaker, expected_text
+from tests.support.packed import save_packed
 
 PROMPT = "Functions are"
 
@@ -71,3 +80,57 @@ def test_lm_eval_scores_the_model(model: Any, tokenizer: Any) -> None:
         with torch.no_grad():
             chances = model(tokens).logits[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None])
         assert score == pytest.approx(chances[-len(tokenizer(continuation)["input_ids"]) :].sum().item(), rel=1e-4)
+
+
+def test_a_base_model_and_one_with_another_head_are_parts_of_the_checkpoint(
+    packed: Path, model: Any, tmp_path: Path
+) -> None:
+    tokens = torch.randint(1, 250, (2, 12), generator=torch.Generator().manual_seed(0))
+    expected = model.model(tokens).last_hidden_state
+    base = AutoModel.from_pretrained(packed, dtype=torch.float32)
+    assert torch.equal(base(tokens).last_hidden_state, expected)
+    classifier: Any = AutoModelForSequenceClassification.from_pretrained(packed, dtype=torch.float32, num_labels=3)
+    assert torch.equal(classifier.model(tokens).last_hidden_state, expected)
+    assert classifier(tokens[:1]).logits.shape == (1, 3)
+    base.save_pretrained(tmp_path / "base")
+    classifier.save_pretrained(tmp_path / "classifier")
+    again: Any = AutoModel.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    assert torch.equal(again(tokens).last_hidden_state, expected)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "classifier", dtype=torch.float32)
+    assert torch.equal(again(tokens[:1]).logits, classifier(tokens[:1]).logits)
+
+
+def test_a_tensor_that_is_missing_in_a_part_is_named(packed: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(packed, tmp_path / "packed")
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    for kind in (AutoModel, AutoModelForSequenceClassification):
+        with pytest.raises(ValueError, match=r"lacks the tensor (model\.)?norm\.weight"):
+            kind.from_pretrained(copy)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "outer"),
+    [("llama", ["model.embed_tokens"]), ("opt", ["model.decoder.embed_tokens"]), ("qwen2", ["lm_head"])],
+)
+def test_dequantized_models_are_ordinary_ones(
+    make_model: ModelMaker, tmp_path: Path, model_type: str, outer: list[str]
+) -> None:
+    packed = save_packed(make_model(model_type), tmp_path / "packed", outer=outer)
+    tokens = torch.randint(1, 250, (2, 12), generator=torch.Generator().manual_seed(0))
+    model: Any = slimplus.load(packed, dtype=torch.float32)
+    expected = model(tokens).logits
+    base: Any = AutoModel.from_pretrained(packed, dtype=torch.float32)
+    assert torch.equal(base(tokens).last_hidden_state, model.base_model(tokens).last_hidden_state)
+    if outer != ["lm_head"]:
+        with pytest.raises(ValueError, match=r"packed embedding cannot be resized; slimplus\.dequantize"):
+            model.resize_token_embeddings(300)
+    assert slimplus.dequantize(model) is model
+    assert torch.equal(model(tokens).logits, expected)
+    model.save_pretrained(tmp_path / "dense")
+    dense: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    assert dense.config.to_dict().get("quantization_config") is None
+    torch.testing.assert_close(dense(tokens).logits, expected, atol=1e-4, rtol=1e-5)
+    model.resize_token_embeddings(300, mean_resizing=False)
+    torch.testing.assert_close(model(tokens).logits[..., :257], expected, atol=1e-4, rtol=1e-5)

@@ -79,14 +79,57 @@ def test_autocast_decides_the_dtype() -> None:
     assert relative_error(found, expected) < TOLERANCE
 
 
-def test_gradients_are_refused_in_words() -> None:
+@pytest.mark.parametrize("prepared", [False, True])
+def test_inputs_get_the_gradient_of_an_ordinary_layer(prepared: bool) -> None:
+    module, inputs = Attention(), inputs_of(2).requires_grad_()
+    if prepared:
+        prepare_inference(module)
+    outputs = module(inputs)
+    (found,) = torch.autograd.grad([output.sum() for output in outputs], inputs)
+    weights = [layer.dequantize(torch.bfloat16) for layer in (module.q_proj, module.k_proj, module.v_proj)]
+    expected = sum((weight.double().sum(0) for weight in weights), torch.zeros(200).double()).expand(1, 2, -1)
+    assert found.dtype == torch.bfloat16
+    assert relative_error(found, expected) < TOLERANCE
+    outputs[0].add_(1)  # autograd would refuse it for a view
+
+
+def test_gradients_of_the_inputs_are_exact_in_float32() -> None:
+    layer = Attention().k_proj
+    inputs = inputs_of(3, dtype=torch.float32).requires_grad_()
+    torch.autograd.gradcheck(lambda x: layer(x.float()).double(), inputs.double(), eps=1e-3, atol=1e-3)
+    expected = torch.autograd.grad(layer.to_linear()(inputs).square().sum(), inputs)[0]
+    assert torch.equal(torch.autograd.grad(layer(inputs).square().sum(), inputs)[0], expected)
+
+
+def test_autocast_gives_gradients_in_the_dtype_of_the_inputs() -> None:
+    layer, inputs = Attention().q_proj, inputs_of(2, dtype=torch.float32).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = layer(inputs)
+    assert outputs.dtype == torch.bfloat16
+    assert torch.autograd.grad(outputs.sum(), inputs)[0].dtype == torch.float32
+
+
+def test_a_bias_can_be_trained() -> None:
     module = Attention()
-    for prepared in (False, True):
-        if prepared:
-            prepare_inference(module)
-        output = module.q_proj(inputs_of(2).requires_grad_())  # a forward outside no_grad is no error
-        with pytest.raises(RuntimeError, match="for inference only.*inference_mode"):
-            output.sum().backward()
+    prepare_inference(module)
+    module.k_proj(inputs_of(2))
+    assert module.k_proj.bias is not None
+    module.k_proj.bias.requires_grad_()
+    module.k_proj(inputs_of(2)).sum().backward()
+    assert torch.equal(module.k_proj.bias.grad, torch.full((20,), 2.0))  # type: ignore[arg-type]
+    with torch.no_grad():
+        module.k_proj.bias += 100
+    module.k_proj.bias.requires_grad_(False)
+    assert (module.k_proj(inputs_of(2)) > 50).all()  # no backend has kept the bias of before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_batch_without_rows_gives_one_without_rows(dtype: torch.dtype) -> None:
+    module = Attention()
+    prepare_inference(module)
+    for output, rows in zip(module(torch.empty(0, 5, 200, dtype=dtype)), (48, 20, 16), strict=True):
+        assert output.shape == (0, 5, rows)
+        assert output.dtype == dtype
 
 
 def test_a_forward_with_gradients_keeps_no_dequantized_weight() -> None:

@@ -1,0 +1,79 @@
+"""Write a packed checkpoint in the format of another engine, layer by layer, and tell what is exact."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from slimplus.cli.console import write
+from slimplus.hub.contents import CheckpointContents, read_contents
+from slimplus.utils.errors import InputError, first_line, is_full
+from slimplus.utils.files import TEMPORARY_SUFFIX, remove, sync_folder
+from slimplus.utils.requirements import check_installed
+
+FORMATS = ("dense", "gguf")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `slimplus export`."""
+    parser.add_argument("path", help="run directory, folder of a packed checkpoint, or a hub id")
+    parser.add_argument(
+        "--to",
+        choices=FORMATS,
+        required=True,
+        help="dense: safetensors that transformers loads without slimplus; gguf: one file for llama.cpp and Ollama",
+    )
+    parser.add_argument("out", help="folder (dense) or file (gguf) to write; it must not exist")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="of a dense export; default: %(default)s",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run `slimplus export`: write the checkpoint, and a table of what is exact.
+
+    Raises:
+        InputError: if there is no packed checkpoint, the target exists, or the format cannot hold the model.
+    """
+    packed = Path(arguments.path, "packed")
+    contents = read_contents(str(packed) if (packed / "config.json").is_file() else arguments.path)
+    out = Path(arguments.out).expanduser()
+    if out.exists():
+        raise InputError(f"{out} exists; give a name that is free, or remove it")
+    if not out.parent.is_dir():
+        raise InputError(f"{out.parent} is not a folder; make it, or give another name")
+    temporary = out.with_name(f".{out.name}{TEMPORARY_SUFFIX}")
+    remove(temporary)
+    try:
+        rows = _export(contents, temporary, arguments)
+        for path in (*temporary.rglob("*"), temporary):
+            sync_folder(path)
+        temporary.rename(out)
+    except OSError as error:
+        remedy = "free some space" if is_full(error) else "check its permissions"
+        raise InputError(f"{out} cannot be written ({first_line(error)}); {remedy}") from error
+    finally:
+        remove(temporary)
+    sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        write("  ".join(f"{cell:<{size}}" for cell, size in zip(row, sizes, strict=True)).rstrip())
+
+
+def _export(
+    contents: CheckpointContents, target: Path, arguments: argparse.Namespace
+) -> list[tuple[str, str, str, str]]:
+    """Write the checkpoint to a temporary file or folder, and return the table of what is exact."""
+    if arguments.to == "gguf":
+        check_installed("slimplus export --to gguf", {"gguf": "gguf"})
+        from slimplus.hub.gguf import export_gguf
+
+        return export_gguf(contents, target).rows()
+    import torch
+
+    from slimplus.hub.dense import export_dense
+
+    target.mkdir()
+    return export_dense(contents, target, getattr(torch, arguments.dtype)).rows()

@@ -1,0 +1,70 @@
+"""What all exports of a packed checkpoint share: its tensors, read one at a time, and the record of what is exact."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+
+from slimplus.format.affine import QuantizedWeight
+from slimplus.format.checks import check_packed
+from slimplus.format.planes import unpack
+from slimplus.hub.contents import CheckpointContents, PackedLayer
+from slimplus.utils.errors import InputError
+
+
+class PackedTensors:
+    """The tensors of a packed checkpoint, of which only the one that is asked for is in memory.
+
+    Args:
+        contents: contents of the checkpoint.
+    """
+
+    def __init__(self, contents: CheckpointContents) -> None:
+        self._places: dict[str, Path] = {}
+        for file in sorted(contents.folder.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as stored:
+                self._places |= dict.fromkeys(stored.keys(), file)
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor by its name in the files."""
+        with safe_open(self._places[name], framework="pt") as stored:
+            tensor: Tensor = stored.get_tensor(name)
+        return tensor
+
+    def read_layer(self, layer: PackedLayer) -> QuantizedWeight:
+        """Return the weight of a packed layer.
+
+        Raises:
+            InputError: if the layer's tensors are damaged.
+        """
+        names = [name for name in self._places if name.rpartition(".")[0] == layer.name and not name.endswith(".bias")]
+        tensors = {name.rpartition(".")[2]: self.read(name) for name in names}
+        try:
+            check_packed(tensors, (layer.rows, layer.columns), layer.group_size)
+        except ValueError as error:
+            raise InputError(f"{layer.name}: {error}; export or download the checkpoint again") from error
+        return unpack(tensors, layer.rows, layer.columns, layer.group_size)
+
+
+@dataclass
+class Exactness:
+    """How exactly a format holds the tensors of a checkpoint.
+
+    Attributes:
+        counts: number of tensors, by what they are, how they are stored and how exact that is.
+    """
+
+    counts: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+
+    def add(self, what: str, stored_as: str, exact: str) -> None:
+        """Count one tensor."""
+        self.counts[what, stored_as, exact] += 1
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """Return a table, head first: tensors, their number, what they are stored as, and how exact that is."""
+        head = ("tensors", "number", "stored as", "exact")
+        return [head, *((what, str(number), stored, exact) for (what, stored, exact), number in self.counts.items())]
