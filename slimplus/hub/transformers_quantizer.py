@@ -23,12 +23,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from slimplus.format.checks import check_packed
 from slimplus.hub.checks import (
     check_architecture,
+    check_buffers,
     check_other_tensors,
     check_packed_tensors,
     check_quantization,
     read_headers,
 )
 from slimplus.hub.contents import METHOD
+from slimplus.models.architectures import embedding_scale, linear_shape
 from slimplus.nn import PackedEmbedding, PackedLinear, TiedHead, prepare_inference
 from slimplus.nn.packed_linear import offloading_hook
 
@@ -108,6 +110,7 @@ class SlimplusQuantizer(HfQuantizer):
         check_packed_tensors(stored, config.group_size, config.modules, config.shapes, config.scale_bits)
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         check_other_tensors(stored, shapes, model.all_tied_weights_keys)
+        check_buffers({name: buffer for name, buffer in model.named_buffers() if name not in shapes})
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         check_packed_layers(model)
@@ -171,18 +174,16 @@ def check_packed_layers(model: nn.Module) -> None:
                 raise ValueError(f"{name}: {error}") from error
 
 
-def _empty_packed(
-    layer: nn.Module, config: SlimplusConfig, counts: Mapping[int, int]
-) -> PackedLinear | PackedEmbedding:
+def _empty_packed(layer: Any, config: SlimplusConfig, counts: Mapping[int, int]) -> PackedLinear | PackedEmbedding:
     """Return a packed layer of the same shape as `layer`, with `counts` groups of each width."""
     group_size, scale_bits = config.group_size, config.scale_bits
-    if isinstance(layer, nn.Embedding):
-        rows, columns = layer.num_embeddings, layer.embedding_dim
-        return PackedEmbedding(rows, columns, group_size, counts, layer.weight.dtype, scale_bits)
-    if not isinstance(layer, nn.Linear):
+    if (scale := embedding_scale(layer)) is not None:
+        rows, columns = layer.weight.shape
+        return PackedEmbedding(rows, columns, group_size, counts, layer.weight.dtype, scale_bits, scale)
+    if (shape := linear_shape(layer)) is None:
         raise ValueError(f"a {type(layer).__name__} cannot be packed, only a linear layer or an embedding")
     bias, dtype = layer.bias is not None, layer.weight.dtype
-    return PackedLinear(layer.in_features, layer.out_features, group_size, counts, bias, dtype, scale_bits)
+    return PackedLinear(shape[1], shape[0], group_size, counts, bias, dtype, scale_bits)
 
 
 def register() -> None:

@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from slimplus.models.architectures import plain_linears
 from slimplus.utils.errors import InputError, TemporaryFailure, first_line, is_full
 
 UNREADABLE = (OSError, ValueError, SafetensorError, StrictDataclassError)  # what transformers raises for bad files
@@ -152,7 +153,7 @@ class ModelSource:
             model = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype, **arguments)
         except UNREADABLE as error:
             raise self._explain(error) from error
-        return model.eval().requires_grad_(False)
+        return plain_linears(model.eval().requires_grad_(False))
 
 
 def check_tokenizer_file(folder: str | Path) -> None:
@@ -172,6 +173,10 @@ def check_tokenizer_file(folder: str | Path) -> None:
 
 
 def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:
-    """Build a model on the meta device: its weights have shapes and take no memory."""
+    """Build a model on the meta device: its weights have shapes and take no memory.
+
+    Raises:
+        UnsupportedModelError: if the model has no list of blocks.
+    """
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return plain_linears(AutoModelForCausalLM.from_config(config))

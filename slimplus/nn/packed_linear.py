@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 import torch
@@ -129,6 +130,31 @@ class FusedProduct(Protocol):
         """Memory held beside the packed tensors, in bytes."""
 
 
+@dataclass(frozen=True)
+class WeightDescription:
+    """What code of a model may ask of a layer's weight without using its values.
+
+    Attributes:
+        shape: shape of the weight, `[out, in]`.
+        dtype: dtype that the weight is computed in where the inputs do not decide.
+        device: device of the packed tensors.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool = False
+    _is_hf_initialized: bool = True  # by which transformers gives no random values to a weight
+
+    def dim(self) -> int:
+        """Return the number of dimensions, 2."""
+        return len(self.shape)
+
+    def numel(self) -> int:
+        """Return the number of weights."""
+        return self.shape.numel()
+
+
 class PackedLinear(PackedModule):
     """`nn.Linear` for inference over the packed format of `slimplus.format.planes`.
 
@@ -142,7 +168,7 @@ class PackedLinear(PackedModule):
         group_size: columns a group.
         bit_counts: number of groups of each width; it fixes the shape of every buffer.
         bias: whether the layer has a bias.
-        dtype: dtype of the bias.
+        dtype: dtype of the bias, and the one that `weight` tells; None takes PyTorch's default.
         scale_bits: bits that a scale takes, 8 or 16.
 
     Attributes:
@@ -171,7 +197,7 @@ class PackedLinear(PackedModule):
         super().__init__()
         check_features(in_features, bit_counts, group_size)
         self.in_features, self.out_features, self.group_size = in_features, out_features, group_size
-        self.bit_counts = dict(bit_counts)
+        self.bit_counts, self.dtype = dict(bit_counts), dtype or torch.get_default_dtype()
         for name, (shape, tensor_dtype) in packed_shapes(out_features, bit_counts, group_size, scale_bits).items():
             self.register_buffer(name, torch.zeros(shape, dtype=tensor_dtype))
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
@@ -205,12 +231,22 @@ class PackedLinear(PackedModule):
         with torch.device("meta"):
             layer = cls(in_features, out_features, group_size, counts, "bias" in tensors, scale_bits=scale_bits)
         layer.load_state_dict(dict(tensors), assign=True)
+        if layer.bias is not None:
+            layer.dtype = layer.bias.dtype
         return layer.requires_grad_(False)
 
     @property
     def shape(self) -> tuple[int, int]:
         """Shape of the weight, `[out, in]`."""
         return self.out_features, self.in_features
+
+    @property
+    def weight(self) -> WeightDescription:
+        """The shape, dtype and device of the weight, for code that asks for them; it holds no values.
+
+        `dequantize` returns the values.
+        """
+        return WeightDescription(torch.Size(self.shape), self.dtype, self.scales.device)
 
     def quantized_weight(self) -> QuantizedWeight:
         """Return the integers, scales and zero points, in the original order of columns."""
@@ -261,6 +297,7 @@ class PackedLinear(PackedModule):
 
     def _apply(self, function: Any, recurse: bool = True) -> Self:
         self.forget()
+        self.dtype = function(torch.empty(0, dtype=self.dtype)).dtype  # a cast changes it as it changes a dense weight
         return super()._apply(function, recurse)
 
     def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
