@@ -211,10 +211,11 @@ class StreamedModel:
             return hidden
 
         with self._replaced(record), autocast(runner.device, runner.precision):
-            for window in tokens.split(1):
+            # A rank without windows runs any one, so that it knows the shapes.
+            for window in (tokens if len(tokens) else tokens.new_ones(1, tokens.shape[1])).split(1):
                 with suppress(_Captured):
                     self.model(input_ids=window.to(runner.device), use_cache=False)
-        return BlockInputs(torch.cat(first), recorder.arguments(exceptions(self.model).batched))
+        return BlockInputs(torch.cat(first)[: len(tokens)], recorder.arguments(exceptions(self.model).batched))
 
     def forward_blocks(
         self, inputs: BlockInputs, description: str = "", replace: ReplaceBlock | None = None

@@ -141,8 +141,8 @@ def _self_check(given: _Configuration) -> None:
     try:
         with _quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
+            _check_weights(build_on_meta(config))
             model = _small_model(config)
-            _check_weights(model)
             tokens = torch.randint(model.config.get_text_config().vocab_size, (2, LENGTH))
             _check_streaming(model, tokens)
             _check_packing(model, tokens)
