@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from slimplus.distributed.ranks import Ranks
 from slimplus.models.architectures import find_linears
-from slimplus.models.streaming import BlockArguments, BlockRunner
+from slimplus.models.block_arguments import BlockArguments
+from slimplus.models.streaming import BlockRunner
 from slimplus.quantization.salience_allocation import SEARCH_TOKENS
 
 InputHook = Callable[[Tensor], None]
@@ -61,7 +62,7 @@ class BlockData:
     def leader(self) -> dict[str, str]:
         """Layer → the first layer that reads the same tensor (q, k and v; gate and up): they share one Hessian."""
         seen: dict[str, Tensor] = {}
-        leader: dict[str, str] = {}
+        leader = {name: name for name in self.layers}  # of a layer that the first window does not reach
 
         def note(name: str, inputs: Tensor) -> None:
             seen[name] = inputs  # kept alive, so that no other tensor gets its address

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
@@ -18,8 +19,9 @@ from slimplus.distributed.preemption import Preemption
 from slimplus.distributed.ranks import Ranks
 from slimplus.format.affine import QuantizedWeight, lost_to_storage
 from slimplus.models.architectures import find_linears
+from slimplus.models.block_arguments import BlockArguments
 from slimplus.models.precision import with_remedy
-from slimplus.models.streaming import BlockArguments, BlockRunner
+from slimplus.models.streaming import BlockRunner
 from slimplus.nn import FakeQuantizedLinear, LearnedRoundingLinear, TrainedWeightLinear
 from slimplus.quantization.linear import QuantizationConfig
 from slimplus.training.checkpoints import TrainingCheckpoints
@@ -175,6 +177,8 @@ class BlockQuantizer:
             task.context,
         )
         batches = (task.hidden, task.targets) + (() if task.auxiliary is None else (task.auxiliary,))
+        if task.arguments.by_window:
+            batches += (torch.arange(len(task.hidden)),)
         fit = Fit(module, batches, task.name, task.checkpoints, self.fabric, self.fit, self.preemption)()
         record["loss"], record["calibrated_loss"], record["skipped_steps"] = fit.loss, fit.calibrated_loss, fit.skipped
         record["seconds"]["training"] = time.perf_counter() - start

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from slimplus.blockwise.data import BlockData, search_windows
 from slimplus.format.affine import group_count
+from slimplus.models.block_arguments import run_block
 from slimplus.models.precision import autocast
-from slimplus.models.streaming import run_block
 from slimplus.quantization.knapsack import allocate, costs_and_budget
 from slimplus.quantization.linear import QuantizationConfig
 from slimplus.quantization.sensitivity import GradientStatistics, group_sensitivity
@@ -60,7 +60,7 @@ def backward_statistics(
         for window in range(windows):
             hidden = data.hidden[window : window + 1].to(device, torch.float32).requires_grad_()
             with autocast(device, data.runner.precision):
-                output = run_block(data.block, hidden, data.arguments)
+                output = run_block(data.block, hidden, data.arguments, [window])
             output.backward(output_gradient(window, output.detach()))
             assert hidden.grad is not None
             gradients[window] = hidden.grad[0]

@@ -35,6 +35,7 @@ def figures(contents: CheckpointContents) -> dict[str, Any]:
         "method": quantization.get("method"),
         "group_size": quantization["group_size"],
         "average_bits": contents.average_bits,
+        "packed_share": contents.packed_share,
         "bits_per_weight": contents.bits_per_weight,
         "quantized_weights": contents.weights,
         "block_bytes": contents.block_bytes,
@@ -64,7 +65,8 @@ def overview(contents: CheckpointContents) -> str:
         "checkpoint": str(contents.folder),
         "model": f"{contents.config.get('model_type')}, {len(contents.layers)} packed layers, "
         f"quantized by {quantization.get('method')} in groups of {quantization['group_size']}",
-        "average bits": f"{contents.average_bits:.3f}",
+        "average bits": f"{contents.average_bits:.3f}, of the {contents.packed_share:.1%} of the weights in the blocks "
+        "that are packed",
         "bits per weight, all that is stored": f"{contents.bits_per_weight:.3f}",
         "blocks": f"{format_bytes(contents.block_bytes)} for {contents.weights:,} weights",
         **({"embedding and head": f"{format_bytes(extra)}, packed"} if extra else {}),

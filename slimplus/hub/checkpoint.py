@@ -43,7 +43,7 @@ def write_checkpoint(
     tensors: Iterable[tuple[str, Tensor]],
     config: PretrainedConfig,
     quantization: SlimplusConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     generation: GenerationConfig | None,
     model_card: str,
 ) -> int:
@@ -55,7 +55,7 @@ def write_checkpoint(
             them is held in memory.
         config: configuration of the full-precision model.
         quantization: which layers are packed, and how.
-        tokenizer: tokenizer to save beside the weights.
+        tokenizer: tokenizer to save beside the weights, if there is one.
         generation: generation settings to save beside the weights, if there are any.
         model_card: content of README.md.
 
@@ -71,7 +71,8 @@ def write_checkpoint(
     packed_config = type(config).from_dict(config.to_dict())
     packed_config.quantization_config = quantization.to_dict()
     packed_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
     if generation is not None:
         generation.save_pretrained(folder)
     (folder / "README.md").write_text(model_card)
@@ -163,6 +164,7 @@ def dequantize(model: Model, dtype: torch.dtype | None = None) -> Model:
     """
     other = (tensor.dtype for tensor in model.parameters() if tensor.is_floating_point())
     dtype = dtype or next(other, torch.float32)
+    module: Any
     for module in list(model.modules()):
         if isinstance(getattr(module, "hf_quantizer", None), SlimplusQuantizer):
             module.dequantize(dtype)

@@ -6,7 +6,9 @@ Each size is checked against others, from the architecture down to the tensors t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -15,18 +17,23 @@ from safetensors import SafetensorError, safe_open
 from slimplus.format.affine import MAX_BITS, SCALE_BITS
 from slimplus.format.checks import LARGEST_SIZE, check_layout
 from slimplus.format.planes import packed_shapes
-from slimplus.models.architectures import BLOCKS
 
 KEY = "quantization_config"
 REQUIRED = ("bits", "group_size", "modules", "method", "shapes", "full_size_bytes")
 DTYPES = {torch.int16: "I16", torch.int32: "I32", torch.float16: "F16", torch.uint8: "U8"}
-LAYERS = "num_hidden_layers"
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_blocks")
 WIDTHS = {str(width) for width in range(1, MAX_BITS + 1)}
-# Keys of config.json from which the supported architectures build tensors.
-SIZES = (
-    *("vocab_size", "hidden_size", "intermediate_size", "head_dim", "num_attention_heads", "num_key_value_heads"),
-    *("ffn_dim", "word_embed_proj_dim", "max_position_embeddings"),
+SIZES = re.compile(
+    r"(\w+_)?(vocab_size|hidden_size|intermediate_size|head_dim|num_attention_heads|num_key_value_heads|ffn_dim"
+    r"|max_position_embeddings)|word_embed_proj_dim|n_positions|n_embd|n_head|n_heads|num_heads|d_model"
 )
+"""Keys of config.json that are at least 1 in every architecture; architectures have further sizes."""
+COUNTS = re.compile(
+    r"(\w+_)?(num|n|number_of)_(\w+_)?(layers?|experts?|heads?|blocks?|codebooks?|groups?|stacks?|inputs)"
+)
+"""Keys of numbers of modules, over which the code that builds a model loops."""
+MOST_MODULES = 1024  # of one kind in a block; more are possible only where each is packed
+MOST_BUFFER_BYTES = 2**30  # of tables that a model computes and no file stores, such as masks
 
 
 def check_quantization(values: object) -> None:
@@ -89,7 +96,10 @@ def _shown(value: object) -> str:
 
 
 def check_architecture(values: Mapping[str, Any], modules: Iterable[str]) -> None:
-    """Check that the architecture is supported, and that config.json describes no more blocks than are packed.
+    """Check that config.json describes a causal language model of transformers, of bounded sizes.
+
+    Building a model from it then ends soon: there are no more blocks than packed layers. Its tensors have no memory
+    until `check_other_tensors` has compared their shapes with the files.
 
     Args:
         values: content of config.json.
@@ -98,15 +108,53 @@ def check_architecture(values: Mapping[str, Any], modules: Iterable[str]) -> Non
     Raises:
         ValueError: naming the key that is wrong.
     """
+    # Imported late, since transformers imports this module while it is being imported itself.
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as architectures
+
     kind = values.get("model_type")
-    if not isinstance(kind, str) or kind not in BLOCKS:  # the keys from which others build tensors are not known
-        raise ValueError(f"config.json: model_type: {_shown(kind)} is not supported; supported are {', '.join(BLOCKS)}")
-    for key in SIZES:
-        if values.get(key) is not None and not _is_size(values[key]):
-            raise ValueError(f"config.json: {key}: {_shown(values[key])} is not a size from 1 to {LARGEST_SIZE}")
-    layers, packed = values.get(LAYERS), len(list(modules))
-    if not isinstance(layers, int) or not 1 <= layers <= packed:
-        raise ValueError(f"config.json: {LAYERS}: {_shown(layers)} does not fit the {packed} packed layers")
+    if not isinstance(kind, str) or kind not in architectures:
+        raise ValueError(f"config.json: model_type: {_shown(kind)} is no causal language model of transformers")
+    _check_sizes(values, len(list(modules)))
+
+
+def _check_sizes(values: Mapping[str, Any], packed: int) -> None:
+    """Check the numbers of config.json, or of a part of it, against their bounds and the number of packed layers."""
+    for key, value in ((str(key), value) for key, value in values.items()):
+        if isinstance(value, Mapping) and key != KEY:
+            _check_sizes(value, packed)
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, Mapping) and not isinstance(value, Mapping):
+                _check_sizes(number, packed)
+            if not isinstance(number, int) or isinstance(number, bool):
+                if SIZES.fullmatch(key) and number is not None and not isinstance(value, list | tuple):
+                    raise ValueError(f"config.json: {key}: {_shown(number)} is not a size from 1 to {LARGEST_SIZE}")
+                continue
+            if key in LAYERS and not 1 <= number <= packed:
+                raise ValueError(f"config.json: {key}: {_shown(number)} does not fit the {packed} packed layers")
+            if SIZES.fullmatch(key) and not 1 <= number <= LARGEST_SIZE:
+                raise ValueError(f"config.json: {key}: {_shown(number)} is not a size from 1 to {LARGEST_SIZE}")
+            if COUNTS.fullmatch(key) and number > max(packed, MOST_MODULES):
+                raise ValueError(f"config.json: {key}: {_shown(number)} does not fit the {packed} packed layers")
+            if abs(number) > LARGEST_SIZE and "theta" not in key:
+                raise ValueError(f"config.json: {key}: {_shown(number)} is larger than {LARGEST_SIZE}")
+
+
+def check_buffers(buffers: Mapping[str, torch.Tensor]) -> None:
+    """Check that the tables that a model computes when it is loaded have a bounded size.
+
+    Args:
+        buffers: the model's buffers that no file stores, on the meta device, by name.
+
+    Raises:
+        ValueError: naming the largest buffer.
+    """
+    sizes = {name: prod(buffer.shape) * buffer.element_size() for name, buffer in buffers.items()}
+    if sum(sizes.values()) > MOST_BUFFER_BYTES:
+        name = max(sizes, key=lambda key: sizes[key])
+        raise ValueError(
+            f"config.json: the buffer {name} would be {list(buffers[name].shape)}; its sizes, such as "
+            "max_position_embeddings, are too large"
+        )
 
 
 Headers = Mapping[str, tuple[str, list[int]]]

@@ -121,6 +121,12 @@ class CheckpointContents:
         return sum(layer.weight_bits for layer in self.block_layers) / self.weights
 
     @property
+    def packed_share(self) -> float:
+        """Share of the weights in the blocks that is packed."""
+        others = sum(prod(tensor.shape) for name, tensor in self.others.items() if re.search(r"\.\d+\.", name))
+        return self.weights / (self.weights + others)
+
+    @property
     def block_bytes(self) -> int:
         """Bytes stored for the packed layers of the blocks."""
         return sum(layer.nbytes for layer in self.block_layers)

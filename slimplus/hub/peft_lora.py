@@ -58,14 +58,15 @@ def register() -> None:
         return
 
     def dispatch(target: nn.Module, adapter_name: str, config: Any, **others: Any) -> nn.Module | None:
-        base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
+        given: Any = target
+        base = given.get_base_layer() if hasattr(given, "get_base_layer") else given
         if isinstance(base, PackedLinear) and others.get("parameter_name") is None:
             return PackedLora(target, adapter_name, config=config, **others)
         adapter: nn.Module | None = ordinary(target, adapter_name, config=config, **others)
         return adapter
 
     dispatch.knows_packed_layers = True  # type: ignore[attr-defined]
-    lora_model.dispatch_default = dispatch
+    lora_model.dispatch_default = dispatch  # type: ignore[assignment]
 
 
 register()

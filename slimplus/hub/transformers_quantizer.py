@@ -23,12 +23,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from slimplus.format.checks import check_packed
 from slimplus.hub.checks import (
     check_architecture,
+    check_buffers,
     check_other_tensors,
     check_packed_tensors,
     check_quantization,
     read_headers,
 )
 from slimplus.hub.contents import METHOD
+from slimplus.models.architectures import embedding_scale, linear_shape
 from slimplus.models.exact import not_finite
 from slimplus.nn import PackedEmbedding, PackedLinear, TiedHead, prepare_inference
 from slimplus.nn.dequantize import replace_packed_layers
@@ -120,6 +122,7 @@ class SlimplusQuantizer(HfQuantizer):
             inside = "" if _is_base(model) else f"{model.base_model_prefix}."
             shapes = {name: shape for name, shape in shapes.items() if name.startswith(inside)}
         check_other_tensors(stored, shapes, model.all_tied_weights_keys)
+        check_buffers({name: buffer for name, buffer in model.named_buffers() if name not in shapes})
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         check_packed_layers(model)
@@ -192,7 +195,7 @@ def swap_packed_layers(model: PreTrainedModel, config: SlimplusConfig) -> None:
     embedding = model.get_input_embeddings()
     if not isinstance(embedding, PackedEmbedding):
         return
-    model.resize_token_embeddings = _refuse_resizing
+    model.resize_token_embeddings = _refuse_resizing  # type: ignore[method-assign,assignment]
     head = model.get_output_embeddings()
     if model.config.tie_word_embeddings and head is not None:
         model.set_output_embeddings(TiedHead(embedding, head.bias))
@@ -226,18 +229,16 @@ def check_packed_layers(model: nn.Module) -> None:
                 raise ValueError(f"{name}: {error}") from error
 
 
-def _empty_packed(
-    layer: nn.Module, config: SlimplusConfig, counts: Mapping[int, int]
-) -> PackedLinear | PackedEmbedding:
+def _empty_packed(layer: Any, config: SlimplusConfig, counts: Mapping[int, int]) -> PackedLinear | PackedEmbedding:
     """Return a packed layer of the same shape as `layer`, with `counts` groups of each width."""
     group_size, scale_bits = config.group_size, config.scale_bits
-    if isinstance(layer, nn.Embedding):
-        rows, columns = layer.num_embeddings, layer.embedding_dim
-        return PackedEmbedding(rows, columns, group_size, counts, layer.weight.dtype, scale_bits)
-    if not isinstance(layer, nn.Linear):
+    if (scale := embedding_scale(layer)) is not None:
+        rows, columns = layer.weight.shape
+        return PackedEmbedding(rows, columns, group_size, counts, layer.weight.dtype, scale_bits, scale)
+    if (shape := linear_shape(layer)) is None:
         raise ValueError(f"a {type(layer).__name__} cannot be packed, only a linear layer or an embedding")
     bias, dtype = layer.bias is not None, layer.weight.dtype
-    return PackedLinear(layer.in_features, layer.out_features, group_size, counts, bias, dtype, scale_bits)
+    return PackedLinear(shape[1], shape[0], group_size, counts, bias, dtype, scale_bits)
 
 
 def register() -> None:

@@ -1,77 +1,212 @@
 """The parts of a causal language model: blocks, linear layers, norms, embedding and head.
 
-Supporting another architecture takes one entry in `BLOCKS`.
+Parts are inferred from the model. `EXCEPTIONS` holds what cannot be, by the text configuration's `model_type`; the
+self-check of `slimplus.pipeline.self_check` tells whether what was inferred is right.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
+from slimplus.models.shrink import number_of_blocks
 from slimplus.utils.errors import InputError
 
 if TYPE_CHECKING:  # transformers imports this package while it is being imported itself
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
-BLOCKS = {
-    "llama": "model.layers",
-    "mistral": "model.layers",
-    "opt": "model.decoder.layers",
-    "qwen2": "model.layers",
-    "qwen3": "model.layers",
+MIN_ROWS = 32
+"""Rows of the smallest linear layer that is packed: gates of a few rows save nothing and decide much."""
+
+SKIPPED = {
+    "a router or a gate of experts": (*("gate", "*.gate", "*router*", "*shared_expert_gate"),),
+    "an indexer, which chooses the tokens to attend to": ("*indexer*",),
+    "a projection to the few values that steer a recurrence": (
+        *("*mamba.x_proj", "*mixer.x_proj", "*mamba.dt_proj", "*mixer.dt_proj", "*in_proj_a", "*in_proj_b"),
+        *("*in_proj_ba", "*ssm.x_proj", "*ssm.dt_proj"),
+    ),
 }
-"""`config.model_type` → dotted path of the list of blocks inside the causal language model."""
+"""Why a linear layer stays at 16 bit → globs of the names of such layers in a block."""
+
+LINEAR_CLASSES = {"Conv1D": True, "FalconLinear": False}
+"""Classes of transformers that multiply as `nn.Linear` does → whether they store the weight transposed."""
+
+
+@dataclass(frozen=True)
+class Exceptions:
+    """What cannot be inferred of an architecture.
+
+    Attributes:
+        blocks: dotted path of the list of blocks inside the causal language model.
+        batched: whether blocks run several windows at once; not where an argument has a size of windows times heads.
+    """
+
+    blocks: str | None = None
+    batched: bool = True
+
+
+EXCEPTIONS = {
+    "bloom": Exceptions(batched=False),
+    "cpmant": Exceptions(batched=False),
+    "deepseek_v4": Exceptions(batched=False),
+    "falcon": Exceptions(batched=False),  # of its variants, those with ALiBi
+    "inkling2_text": Exceptions(batched=False),
+    "mvp": Exceptions(batched=False),
+    "trocr": Exceptions(batched=False),
+    "xglm": Exceptions(batched=False),
+}
+"""`model_type` of the text configuration → its exceptions."""
 
 
 class UnsupportedModelError(InputError):
     """Error of a model whose architecture cannot be quantized."""
 
 
-def blocks_path(config: PretrainedConfig) -> str:
+def exceptions(model: PreTrainedModel) -> Exceptions:
+    """Return the exceptions of a model's architecture."""
+    return EXCEPTIONS.get(model.config.get_text_config().model_type, Exceptions())
+
+
+def blocks_path(model: PreTrainedModel) -> str:
     """Return the dotted path of the list of blocks inside the causal language model.
 
+    Of the lists of modules that are not inside another list it is the one with the most parameters, among those of the
+    length that the text configuration gives, if there are any.
+
     Raises:
-        UnsupportedModelError: for a `model_type` that is not in `BLOCKS`.
+        UnsupportedModelError: if the model has no list of blocks with linear layers.
     """
-    try:
-        return BLOCKS[config.model_type]
-    except KeyError:
-        raise UnsupportedModelError(
-            f"model.path: architecture '{config.model_type}' is not supported; supported are {', '.join(BLOCKS)}"
-        ) from None
+    if (known := exceptions(model).blocks) is not None:
+        return known
+    lists = list(_outermost_lists(model, ""))
+    if not lists:
+        kind = model.config.model_type
+        raise UnsupportedModelError(f"model.path: architecture '{kind}' is not supported: it has no list of blocks")
+    count = number_of_blocks(model.config.get_text_config())
+    fitting = [found for found in lists if len(found[1]) == count] or lists
+    return max(fitting, key=lambda found: sum(parameter.numel() for parameter in found[1].parameters()))[0]
+
+
+def _outermost_lists(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.ModuleList]]:
+    """Yield the lists of modules that are not inside another list, by their dotted names."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList):
+            yield prefix + name, child
+        else:
+            yield from _outermost_lists(child, f"{prefix}{name}.")
 
 
 def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
     """Return the transformer blocks of a model, in order.
 
     Raises:
-        UnsupportedModelError: for a `model_type` that is not in `BLOCKS`.
+        UnsupportedModelError: if the model has no list of blocks with linear layers.
     """
-    blocks = model.get_submodule(blocks_path(model.config))
+    blocks = model.get_submodule(blocks_path(model))
     assert isinstance(blocks, nn.ModuleList)
     return blocks
 
 
 def find_linears(block: nn.Module) -> dict[str, nn.Linear]:
-    """Return the linear layers of one block, all of which get quantized, by their dotted names in the block."""
-    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    """Return the linear layers of one block that get quantized, by their dotted names in the block.
+
+    They are of the very class `nn.Linear`, since a subclass may use its weight in another way (`plain_linears` turns
+    those that do not into it); routers, gates, indexers and layers of few rows are left out.
+    """
+    return {
+        name: module
+        for name, module in block.named_modules()
+        if type(module) is nn.Linear and reason_to_skip(name, module) is None
+    }
+
+
+def reason_to_skip(name: str, layer: nn.Linear) -> str | None:
+    """Return why a linear layer of a block stays at 16 bit, or None for a layer that gets packed."""
+    if layer.out_features < MIN_ROWS:
+        return f"fewer than {MIN_ROWS} rows"
+    for reason, globs in SKIPPED.items():
+        if any(fnmatchcase(name, glob) for glob in globs):
+            return reason
+    return None
+
+
+def linear_shape(layer: nn.Module) -> tuple[int, int] | None:
+    """Return the shape `[out, in]` of the weight of a layer that multiplies as `nn.Linear` does, or None for others."""
+    weight: Any = getattr(layer, "weight", None)
+    if type(layer) is nn.Linear:
+        return layer.out_features, layer.in_features
+    if (transposed := LINEAR_CLASSES.get(type(layer).__name__)) is None or weight is None or weight.dim() != 2:
+        return None
+    rows, columns = weight.shape
+    return (columns, rows) if transposed else (rows, columns)
+
+
+def left_out(block: nn.Module) -> dict[str, str]:
+    """Return why each weight of a block with more than one dimension stays at 16 bit, by the weight's name."""
+    packed, reasons = find_linears(block), dict[str, str]()
+    for name, module in block.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() < 2 or name in packed:
+                continue
+            if type(module) is nn.Linear:
+                reason = reason_to_skip(name, module) or ""
+            elif parameter.dim() == 3 and "expert" in f"{name}.{key}":
+                reason = f"a stack {list(parameter.shape)} of experts' weights"
+            else:
+                reason = f"a {type(module).__name__}, not a linear layer"
+            reasons[f"{name}.{key}".removeprefix(".")] = reason
+    return reasons
+
+
+def packed_share(model: PreTrainedModel) -> float:
+    """Return the share of the weights in the blocks that get packed."""
+    blocks = find_blocks(model)
+    packed = sum(layer.weight.numel() for layer in find_linears(blocks).values())
+    return packed / max(sum(parameter.numel() for parameter in blocks.parameters()), 1)
+
+
+def plain_linears(model: PreTrainedModel) -> PreTrainedModel:
+    """Replace the layers of blocks that multiply as `nn.Linear` does by `nn.Linear`, and return the model.
+
+    A weight that is stored transposed (`Conv1D` of GPT-2) becomes a view `[out, in]` of the same memory.
+    """
+    blocks = find_blocks(model)
+    for name, module in list(blocks.named_modules()):
+        if (transposed := LINEAR_CLASSES.get(type(module).__name__)) is None:
+            continue
+        weight: Any = module.weight
+        weight = nn.Parameter(weight.data.t() if transposed else weight.data, requires_grad=weight.requires_grad)
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None, device="meta")
+        linear.weight, linear.bias = weight, module.bias
+        if reason_to_skip(name.partition(".")[2], linear) is None:
+            blocks.set_submodule(name, linear.train(module.training))
+    return model
 
 
 def quantized_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """Return the linear layers of all blocks by their dotted names in the model."""
-    path = blocks_path(model.config)
-    return {f"{path}.{name}": layer for name, layer in find_linears(find_blocks(model)).items()}
+    """Return the linear layers of all blocks that get quantized, by their dotted names in the model."""
+    path = blocks_path(model)
+    return {
+        f"{path}.{index}.{name}": layer
+        for index, block in enumerate(find_blocks(model))
+        for name, layer in find_linears(block).items()
+    }
 
 
 def is_norm(module: nn.Module) -> bool:
     """Return whether a module is a normalization, judged by its class's name: every architecture has its own class."""
-    return type(module).__name__.endswith("Norm")
+    return re.search(r"Norm(1P|Gated|\dd)?$", type(module).__name__) is not None
 
 
 def following_norm(model: PreTrainedModel, index: int) -> nn.Module:
     """Return the normalization that reads a block's output: the first one of the next block, or the model's last one.
+
+    Norms called `post_…` read what a part of the block gives, not the block's input.
 
     Args:
         model: a causal language model.
@@ -80,14 +215,21 @@ def following_norm(model: PreTrainedModel, index: int) -> nn.Module:
     Raises:
         UnsupportedModelError: if no normalization follows the block.
     """
-    blocks, path = find_blocks(model), blocks_path(model.config)
-    reader = blocks[index + 1] if index + 1 < len(blocks) else model.get_submodule(path.rpartition(".")[0])
-    for child in reader.children():
-        if is_norm(child):
-            return child
+    blocks, path = find_blocks(model), blocks_path(model)
+    if index + 1 < len(blocks):
+        norms = list(_norms(blocks[index + 1]))
+    else:  # a norm of the embeddings comes first
+        norms = list(_norms(model.get_submodule(path.rpartition(".")[0])))[::-1]
+    if norms:
+        return norms[0]
     raise UnsupportedModelError(
         f"model.path: no normalization follows block {index}; give training.loss.error=normalized or mse"
     )
+
+
+def _norms(module: nn.Module) -> Iterable[nn.Module]:
+    """Yield the norms among a module's children, but those that read the output of a part of the module."""
+    return (child for name, child in module.named_children() if is_norm(child) and not name.startswith("post_"))
 
 
 @dataclass(frozen=True)
@@ -105,16 +247,27 @@ class EmbeddingAndHead:
     tied: bool
 
 
+def embedding_scale(embedding: nn.Module) -> float | None:
+    """Return the factor on the rows that an embedding looks up, or None for a module that does more than that.
+
+    Gemma's embeddings scale their rows.
+    """
+    if not isinstance(embedding, nn.Embedding) or embedding.max_norm is not None:  # max_norm rescales rows as well
+        return None
+    if type(embedding) is nn.Embedding:
+        return 1.0
+    scale = getattr(embedding, "scalar_embed_scale", None)
+    return float(scale) if type(embedding).__name__.endswith("TextScaledWordEmbedding") and scale is not None else None
+
+
 def find_embedding_and_head(model: PreTrainedModel) -> EmbeddingAndHead:
     """Return the names of a model's embedding and head.
 
     Raises:
-        UnsupportedModelError: if the two are not a plain embedding and a plain linear layer.
+        UnsupportedModelError: if the two are not an embedding, which may scale its rows, and a plain linear layer.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    # A subclass may scale the rows that it looks up, and max_norm rescales them: the packed embedding does neither.
-    plain = type(embedding) is nn.Embedding and embedding.max_norm is None and type(head) is nn.Linear
-    if not plain:
+    if embedding_scale(embedding) is None or type(head) is not nn.Linear:
         raise UnsupportedModelError(
             f"quantization.embedding_bits, head_bits: the model's {type(embedding).__name__} and {type(head).__name__} "
             "cannot be packed; leave both keys null"

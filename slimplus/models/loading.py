@@ -27,7 +27,7 @@ from transformers import (
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from slimplus.models.architectures import is_tied
+from slimplus.models.architectures import is_tied, plain_linears
 from slimplus.models.exact import finite_problem, key_problem
 from slimplus.models.source_files import CONFIG, SourceFileError, code_problem, stored_weights, weight_files
 from slimplus.utils.errors import InputError, TemporaryFailure, first_line, is_full, named_first_line
@@ -235,7 +235,7 @@ class ModelSource:
                 raise ModelLoadError(f"model.dtype: {self.path}: {problem.split(';')[0]} as {self.dtype}; give auto")
             raise ModelLoadError(f"model.path: {self.path}: {problem}")
         model.config.tie_word_embeddings = is_tied(model)
-        return model.eval().requires_grad_(False)
+        return plain_linears(model.eval().requires_grad_(False))
 
 
 @contextmanager
@@ -293,12 +293,15 @@ def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:
 
     Raises:
         ModelLoadError: if no causal language model can be built from the configuration.
+        UnsupportedModelError: if the model has no list of blocks.
     """
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config)
     except UNBUILDABLE as error:
         raise ModelLoadError(
             f"model.path: no causal language model can be built from the configuration of this {config.model_type} "
             f"({named_first_line(error)}); correct its config.json"
         ) from error
+    with torch.device("meta"):
+        return plain_linears(model)

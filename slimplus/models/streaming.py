@@ -12,15 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slimplus.models.architectures import blocks_path, find_blocks
+from slimplus.models.architectures import blocks_path, exceptions, find_blocks
+from slimplus.models.block_arguments import ArgumentRecorder, BlockArguments, batches, bind, run_block
 from slimplus.models.precision import autocast
 from slimplus.nn import PackedLinear
 from slimplus.nn.packed_linear import PackedModule
 from slimplus.quantization.salience import NotFiniteError
 from slimplus.utils.progress import track
-
-BlockArguments = dict[str, Any]
-"""Keyword arguments of a block's forward besides the hidden states, such as the mask."""
 
 ReplaceBlock = Callable[[int, nn.Module], nn.Module]
 """Function from a block's index and the block to the block that runs in its place."""
@@ -34,8 +32,7 @@ class BlockInputs:
 
     Attributes:
         hidden: hidden states that the first block reads, `[windows, sequence_length, hidden]`.
-        arguments: other arguments of each block (mask, position embeddings, …) for one window; they broadcast over a
-            batch, since all windows have the same length and none is padded.
+        arguments: other arguments of each block: mask, position embeddings, ….
     """
 
     hidden: Tensor
@@ -51,12 +48,6 @@ def windows_at_a_time(device: torch.device, sequence_length: int) -> int:
     return max(GPU_TOKENS // sequence_length, 1) if device.type == "cuda" else 1
 
 
-def run_block(block: nn.Module, hidden: Tensor, arguments: BlockArguments) -> Tensor:
-    """Return a block's output for a batch `[windows, sequence_length, hidden]`, in the same shape."""
-    output = block(hidden, **arguments)
-    return output[0] if isinstance(output, tuple) else output
-
-
 @dataclass(frozen=True)
 class BlockRunner:
     """Runner of blocks over windows that stay on the CPU, in the precision of the job.
@@ -64,10 +55,12 @@ class BlockRunner:
     Attributes:
         device: where blocks run.
         precision: Lightning's name of the precision to autocast to.
+        windows: windows that run at once; None for as many as keep the device busy.
     """
 
     device: torch.device
     precision: str
+    windows: int | None = None
 
     @property
     def hidden_dtype(self) -> torch.dtype:
@@ -97,10 +90,10 @@ class BlockRunner:
         outputs = torch.empty_like(hidden)
         if not len(hidden):  # with few windows, a rank's share may be empty
             return outputs
-        windows = windows_at_a_time(self.device, hidden.shape[1])
-        for source, destination in zip(hidden.split(windows), outputs.split(windows), strict=True):
+        for windows in batches(len(hidden), self.windows or windows_at_a_time(self.device, hidden.shape[1])):
+            source = hidden[windows.start : windows.stop].to(self.device, torch.float32)
             with autocast(self.device, self.precision):
-                destination.copy_(run_block(block, source.to(self.device, torch.float32), arguments))
+                outputs[windows.start : windows.stop] = run_block(block, source, arguments, windows)
         return outputs
 
 
@@ -128,6 +121,7 @@ class StreamedModel:
     def __init__(self, model: PreTrainedModel, runner: BlockRunner) -> None:
         self.model, self.dtype, self.runner, device = model, model.dtype, runner, runner.device
         self.blocks = find_blocks(model)
+        self._outputs: dict[type[nn.Module], Any] = {}  # what a block of each class returned in a real pass
         inside = {id(module) for module in self.blocks.modules()}
         for module in model.modules():
             if id(module) not in inside:
@@ -140,12 +134,20 @@ class StreamedModel:
                         parameter.data = _float32(parameter, device)
 
     @contextmanager
-    def _replaced(self, forward: Callable[..., Tensor]) -> Iterator[None]:
-        """Have every block call `forward(index, hidden, **arguments)` instead of its own forward."""
+    def _replaced(self, forward: Callable[[int, Tensor, dict[str, Any]], Tensor]) -> Iterator[None]:
+        """Have every block call `forward(index, hidden, other arguments)` instead of its own forward.
+
+        What it returns takes the place of the hidden states among the outputs of the block's own forward.
+        """
         for index, block in enumerate(self.blocks):
 
-            def call(hidden_states: Tensor, index: int = index, **arguments: Any) -> Tensor:
-                return forward(index, hidden_states, **arguments)
+            def call(*positional: Any, index: int = index, block: nn.Module = block, **keywords: Any) -> Any:
+                hidden, others = bind(block, positional, keywords)
+                outputs = self._real_outputs(block, hidden, others)
+                replaced = forward(index, hidden, others)
+                if not isinstance(outputs, tuple | list):
+                    return replaced
+                return type(outputs)([replaced, *outputs[1:]])
 
             block.forward = call
         try:
@@ -154,9 +156,29 @@ class StreamedModel:
             for block in self.blocks:
                 del block.forward
 
+    def _real_outputs(self, block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Any:
+        """Return what a block of this class returned in one real pass over a window, run when it is first needed.
+
+        Some architectures return a tensor, others a tuple that holds the hidden states first.
+        """
+        kind = type(block)
+        if kind not in self._outputs:
+            with self._unreplaced(block), torch.no_grad():
+                self._outputs[kind] = self.runner.load(block)(hidden[:1].float(), **arguments)
+        return self._outputs[kind]
+
+    @contextmanager
+    def _unreplaced(self, block: nn.Module) -> Iterator[None]:
+        """Within this context a block has its own forward."""
+        replaced = block.__dict__.pop("forward")
+        try:
+            yield
+        finally:
+            block.forward = replaced
+
     def outer_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield names and values of the tensors outside the blocks, in their stored dtype; tied tensors come once."""
-        prefix, seen = f"{blocks_path(self.model.config)}.", set()
+        prefix, seen = f"{blocks_path(self.model)}.", set()
         for name, tensor in self.model.state_dict().items():
             if not name.startswith(prefix) and tensor.data_ptr() not in seen:
                 seen.add(tensor.data_ptr())
@@ -178,22 +200,23 @@ class StreamedModel:
     def block_inputs(self, tokens: Tensor) -> BlockInputs:
         """Return the blocks' inputs for tokens `[windows, sequence_length]`, the hidden states on the CPU."""
         runner, first = self.runner, list[Tensor]()
-        arguments: list[BlockArguments] = []
+        recorder = ArgumentRecorder()
 
-        def record(index: int, hidden: Tensor, **kwargs: Any) -> Tensor:
+        def record(index: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
             if index == 0:
                 first.append(hidden.to("cpu", runner.hidden_dtype))
-                arguments.clear()
-            arguments.append(kwargs)
+                recorder.start_window()
+            recorder.add(index, arguments)
             if index == len(self.blocks) - 1:
                 raise _Captured
             return hidden
 
         with self._replaced(record), autocast(runner.device, runner.precision):
-            for window in tokens.split(1):
+            # A rank without windows runs any one, so that it knows the shapes.
+            for window in (tokens if len(tokens) else tokens.new_ones(1, tokens.shape[1])).split(1):
                 with suppress(_Captured):
                     self.model(input_ids=window.to(runner.device), use_cache=False)
-        return BlockInputs(torch.cat(first), arguments)
+        return BlockInputs(torch.cat(first)[: len(tokens)], recorder.arguments(exceptions(self.model).batched))
 
     def forward_blocks(
         self, inputs: BlockInputs, description: str = "", replace: ReplaceBlock | None = None
@@ -262,7 +285,7 @@ class StreamedModel:
         """Return the logits, with a gradient if one is recorded: every block passes on the last block's outputs."""
         runner = self.runner
 
-        def replay(index: int, passed: Tensor, **_: Any) -> Tensor:
+        def replay(index: int, passed: Tensor, _: dict[str, Any]) -> Tensor:
             return hidden.to(passed.device, passed.dtype)
 
         with self._replaced(replay), autocast(runner.device, runner.precision):

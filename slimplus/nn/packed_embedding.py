@@ -26,6 +26,7 @@ class PackedEmbedding(PackedModule):
         bit_counts: number of groups of each width; it fixes the shape of every buffer.
         dtype: dtype of the values that a lookup returns; None takes PyTorch's default.
         scale_bits: bits that a scale takes, 8 or 16.
+        embed_scale: factor on the rows that a lookup returns, rounded to their dtype, as in Gemma.
 
     Raises:
         ValueError: if `bit_counts` does not describe `embedding_dim` values.
@@ -41,8 +42,10 @@ class PackedEmbedding(PackedModule):
         bit_counts: Mapping[int, int],
         dtype: torch.dtype | None = None,
         scale_bits: int = 16,
+        embed_scale: float = 1.0,
     ) -> None:
         super().__init__()
+        self.embed_scale = embed_scale
         check_features(embedding_dim, bit_counts, group_size)
         self.num_embeddings, self.embedding_dim, self.group_size = num_embeddings, embedding_dim, group_size
         self.bit_counts, self.dtype = dict(bit_counts), dtype or torch.get_default_dtype()
@@ -76,7 +79,7 @@ class PackedEmbedding(PackedModule):
         return dequantize_packed(tensors, self.bit_counts, (rows, self.embedding_dim), self.group_size, dtype)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Look up `tokens` `[...]`: their rows `[..., embedding_dim]`, bit for bit those of `dequantize`.
+        """Look up `tokens` `[...]`: their rows `[..., embedding_dim]`, bit for bit those of `dequantize` times a scale.
 
         Raises:
             RuntimeError: for a token outside the vocabulary, on the CPU.
@@ -88,6 +91,8 @@ class PackedEmbedding(PackedModule):
             for name, tensor in self.packed_tensors().items()
         }
         rows = self._dequantize(gathered, count, self.dtype)
+        if self.embed_scale != 1:
+            rows = rows * rows.new_tensor(self.embed_scale)
         return rows.contiguous().view(*tokens.shape, self.embedding_dim)
 
     def _apply(self, function: Any, recurse: bool = True) -> Self:
@@ -112,7 +117,7 @@ class TiedHead(PackedLinear):
         nn.Module.__init__(self)
         self._embedding = (embedding,)  # in a tuple, so that it is not a submodule, which would be saved twice
         self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
-        self.group_size, self.bit_counts = embedding.group_size, embedding.bit_counts
+        self.group_size, self.bit_counts, self.dtype = embedding.group_size, embedding.bit_counts, embedding.dtype
         self.bias = bias
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 import torch
@@ -32,10 +33,11 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        (gradient,), (names, *layout) = gradients, context.packed
+        (gradient,), (names, bit_counts, shape, group_size) = gradients, context.packed
         of_inputs = of_bias = None
         if context.needs_input_grad[0]:
-            weight = dequantize_packed(dict(zip(names, context.saved_tensors, strict=True)), *layout, gradient.dtype)
+            packed = dict(zip(names, context.saved_tensors, strict=True))
+            weight = dequantize_packed(packed, bit_counts, shape, group_size, gradient.dtype)
             of_inputs = gradient @ weight  # autograd casts it to the dtype of the inputs
         if context.needs_input_grad[1]:
             of_bias = gradient.flatten(0, -2).sum(0)
@@ -141,6 +143,31 @@ class FusedProduct(Protocol):
         """Memory held beside the packed tensors, in bytes."""
 
 
+@dataclass(frozen=True)
+class WeightDescription:
+    """What code of a model may ask of a layer's weight without using its values.
+
+    Attributes:
+        shape: shape of the weight, `[out, in]`.
+        dtype: dtype that the weight is computed in where the inputs do not decide.
+        device: device of the packed tensors.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool = False
+    _is_hf_initialized: bool = True  # by which transformers gives no random values to a weight
+
+    def dim(self) -> int:
+        """Return the number of dimensions, 2."""
+        return len(self.shape)
+
+    def numel(self) -> int:
+        """Return the number of weights."""
+        return self.shape.numel()
+
+
 class PackedLinear(PackedModule):
     """`nn.Linear` over the packed format of `slimplus.format.planes`, whose weight is frozen.
 
@@ -154,7 +181,7 @@ class PackedLinear(PackedModule):
         group_size: columns a group.
         bit_counts: number of groups of each width; it fixes the shape of every buffer.
         bias: whether the layer has a bias.
-        dtype: dtype of the bias.
+        dtype: dtype of the bias, and the one that `weight` tells; None takes PyTorch's default.
         scale_bits: bits that a scale takes, 8 or 16.
 
     Attributes:
@@ -183,7 +210,7 @@ class PackedLinear(PackedModule):
         super().__init__()
         check_features(in_features, bit_counts, group_size)
         self.in_features, self.out_features, self.group_size = in_features, out_features, group_size
-        self.bit_counts = dict(bit_counts)
+        self.bit_counts, self.dtype = dict(bit_counts), dtype or torch.get_default_dtype()
         for name, (shape, tensor_dtype) in packed_shapes(out_features, bit_counts, group_size, scale_bits).items():
             self.register_buffer(name, torch.zeros(shape, dtype=tensor_dtype))
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
@@ -217,6 +244,8 @@ class PackedLinear(PackedModule):
         with torch.device("meta"):
             layer = cls(in_features, out_features, group_size, counts, "bias" in tensors, scale_bits=scale_bits)
         layer.load_state_dict(dict(tensors), assign=True)
+        if layer.bias is not None:
+            layer.dtype = layer.bias.dtype
         return layer.requires_grad_(False)
 
     @property
@@ -228,6 +257,14 @@ class PackedLinear(PackedModule):
     def qweight(self) -> Tensor:
         """Packed integers of the widest plane, under the name by which PEFT finds a quantized layer's device."""
         return next(tensor for name, tensor in reversed(self.packed_tensors().items()) if name.startswith("qplane"))
+
+    @property
+    def weight(self) -> WeightDescription:
+        """The shape, dtype and device of the weight, for code that asks for them; it holds no values.
+
+        `dequantize` returns the values.
+        """
+        return WeightDescription(torch.Size(self.shape), self.dtype, self.scales.device)
 
     def quantized_weight(self) -> QuantizedWeight:
         """Return the integers, scales and zero points, in the original order of columns."""
@@ -291,6 +328,7 @@ class PackedLinear(PackedModule):
 
     def _apply(self, function: Any, recurse: bool = True) -> Self:
         self.forget()
+        self.dtype = function(torch.empty(0, dtype=self.dtype)).dtype  # a cast changes it as it changes a dense weight
         return super()._apply(function, recurse)
 
     def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:

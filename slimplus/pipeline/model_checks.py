@@ -9,11 +9,22 @@ from transformers import PreTrainedModel
 
 from slimplus.format.affine import group_count
 from slimplus.format.planes import packed_size
-from slimplus.models.architectures import blocks_path, find_blocks, find_linears, following_norm, quantized_linears
+from slimplus.models.architectures import (
+    blocks_path,
+    find_blocks,
+    find_linears,
+    following_norm,
+    left_out,
+    packed_share,
+    quantized_linears,
+)
 from slimplus.quantization.knapsack import check_budget, costs_and_budget
 from slimplus.recipe.schema import QuantizationSection, Recipe
 from slimplus.run_dir.allocation_file import average_bits, check_allocation, read_allocation
 from slimplus.utils.errors import InputError
+
+LEAST_PACKED = 0.9
+"""Share of the weights in the blocks below which a run is refused: the checkpoint would hardly be smaller."""
 
 
 def check_shapes(model: PreTrainedModel, recipe: Recipe) -> None:
@@ -24,8 +35,8 @@ def check_shapes(model: PreTrainedModel, recipe: Recipe) -> None:
         recipe: the resolved recipe.
 
     Raises:
-        InputError: if a window is longer than the model's context, no norm follows a block whose loss needs one, or
-            no widths meet the average or the size (see `check_widths`).
+        InputError: if a window is longer than the model's context, too few weights can be packed, no norm follows a
+            block whose loss needs one, or no widths meet the average or the size (see `check_widths`).
     """
     longest, data = getattr(model.config, "max_position_embeddings", None), recipe.data
     for key, length in (("", data.sequence_length), ("evaluation.", data.evaluation.sequence_length)):
@@ -33,10 +44,29 @@ def check_shapes(model: PreTrainedModel, recipe: Recipe) -> None:
             raise InputError(
                 f"data.{key}sequence_length: {length} tokens are more than the model takes; give at most {longest}"
             )
+    check_packed_share(model, recipe.model.allow_unpacked)
     if recipe.quantization.trains and recipe.training.loss.error == "after_norm":
         for index in range(len(find_blocks(model))):
             following_norm(model, index)
     check_widths(model, recipe.quantization)
+
+
+def check_packed_share(model: PreTrainedModel, allow_unpacked: bool) -> None:
+    """Check that most of the weights in the blocks get packed.
+
+    Raises:
+        InputError: if it is less than `LEAST_PACKED`, unless `allow_unpacked`.
+    """
+    share = packed_share(model)
+    if share >= LEAST_PACKED or allow_unpacked:
+        return
+    reasons = Counter(reason for block in find_blocks(model) for reason in left_out(block).values())
+    experts = any("experts" in reason for reason in reasons)
+    why = "the others are stacks of experts, which stay at 16 bit" if experts else "`slimplus check` names the others"
+    raise InputError(
+        f"model.path: only {share:.1%} of the weights in the blocks of this {model.config.model_type} model can be "
+        f"packed: {why}; set model.allow_unpacked=true to quantize these alone"
+    )
 
 
 def given_allocation(model: PreTrainedModel, recipe: Recipe) -> dict[str, list[int]] | None:
@@ -48,7 +78,7 @@ def given_allocation(model: PreTrainedModel, recipe: Recipe) -> dict[str, list[i
     settings = recipe.quantization
     if settings.allocation is None or settings.allocates_by != "file":
         return None
-    allocation = read_allocation(settings.allocation, settings.group_size, blocks_path(model.config))
+    allocation = read_allocation(settings.allocation, settings.group_size, blocks_path(model))
     layers = quantized_linears(model)
     check_allocation(
         allocation, {name: group_count(layer.in_features, settings.group_size) for name, layer in layers.items()}

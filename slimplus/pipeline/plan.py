@@ -9,10 +9,11 @@ from transformers import PreTrainedModel
 
 from slimplus.format.affine import group_count
 from slimplus.format.planes import packed_size
-from slimplus.models.architectures import embedding_and_head_bits, find_blocks, quantized_linears
+from slimplus.models.architectures import embedding_and_head_bits, find_blocks, packed_share, quantized_linears
 from slimplus.models.loading import build_on_meta
 from slimplus.pipeline.model_checks import check_shapes, planned_widths
 from slimplus.pipeline.prepare import model_source
+from slimplus.pipeline.self_check import self_check
 from slimplus.recipe.schema import Recipe
 from slimplus.utils.units import format_bytes
 
@@ -31,7 +32,8 @@ class Plan:
     Attributes:
         architecture: transformers' `model_type`.
         blocks: number of transformer blocks.
-        linears: number of linear layers in the blocks, all of which get packed.
+        linears: number of linear layers in the blocks that get packed.
+        packed_share: share of the weights in the blocks that gets packed.
         groups: number of groups of columns in these linear layers.
         bits: average width of their weights; None where the recipe gives a size instead.
         quantized_weights: number of their weights.
@@ -49,6 +51,7 @@ class Plan:
     architecture: str
     blocks: int
     linears: int
+    packed_share: float
     groups: int
     bits: float | None
     quantized_weights: int
@@ -87,7 +90,8 @@ class Plan:
             "blocks": f"{self.blocks:,}",
             "linear layers": f"{self.linears:,}",
             "groups": f"{self.groups:,}",
-            "average bits": "as many as fit the size" if self.bits is None else f"{self.bits:.3f}",
+            "average bits": ("as many as fit the size" if self.bits is None else f"{self.bits:.3f}")
+            + f", of the {self.packed_share:.1%} of the weights in the blocks that are packed",
             "effective bits per weight": f"{self.bits_per_weight:.3f} (scales, zero points and indices counted)",
             "outside the blocks": self._outside,
             "size": f"{format_bytes(self.full_bytes)} at 16 bit -> {format_bytes(self.packed_bytes)} packed "
@@ -132,6 +136,7 @@ def make_plan(
         architecture=model.config.model_type,
         blocks=len(find_blocks(model)),
         linears=len(layers),
+        packed_share=packed_share(model),
         groups=sum(group_count(layer.in_features, group_size) for layer in layers.values()),
         bits=bits,
         quantized_weights=quantized,
@@ -154,12 +159,13 @@ def _memory(
     """Return `host_bytes` and `device_bytes` of a plan; end-to-end training holds weights of `end_to_end_bytes`."""
     blocks, total = find_blocks(model), sum(parameter.numel() for parameter in model.parameters())
     windows, length = calibration
-    token_logits = LOGITS_COPIES * model.config.vocab_size * FLOAT32
+    config = model.config.get_text_config()
+    token_logits = LOGITS_COPIES * config.vocab_size * FLOAT32
     block = BLOCK_COPIES * FLOAT32 * max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
     whole = end_to_end_bytes + length * token_logits if end_to_end_bytes else 0
     logits = evaluation_length * token_logits
     outside = FLOAT32 * (total - sum(parameter.numel() for parameter in blocks.parameters()))
-    hidden = windows * length * model.config.hidden_size * FLOAT32
+    hidden = windows * length * config.hidden_size * FLOAT32
     host = LIBRARIES + total * BYTES_16_BIT + outside + max(block + 3 * hidden, logits, whole)
     return host, outside + max(block, logits, whole)
 
@@ -174,6 +180,7 @@ def dry_run(recipe: Recipe) -> str:
     config = source.config_of(recipe.model.config) if recipe.model.config else source.config()
     model = build_on_meta(config)
     check_shapes(model, recipe)
+    self_check(config)
     calibration, length = (recipe.data.samples, recipe.data.sequence_length), recipe.data.evaluation.sequence_length
     outside = embedding_and_head_bits(model, settings.embedding_bits, settings.head_bits)
     grid = (*planned_widths(model, recipe), settings.group_size, settings.scale_bits)

@@ -40,6 +40,7 @@ from slimplus.models.streaming import BlockRunner
 from slimplus.pipeline.configs import block_quantizer
 from slimplus.pipeline.job import Job
 from slimplus.pipeline.model_checks import check_shapes, given_allocation
+from slimplus.pipeline.self_check import self_check
 from slimplus.recipe.preflight import check_shares
 from slimplus.recipe.schema import Recipe, to_yaml
 from slimplus.run_dir.allocation_file import average_bits
@@ -91,6 +92,8 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption) -> Job:
     config = source.config()
     skeleton = build_on_meta(config)
     check_shapes(skeleton, recipe)
+    if fabric.is_global_zero and not any(run.blocks.glob("*")):  # a run that goes on has passed
+        self_check(config)
     allocation = given_allocation(skeleton, recipe)
     source.check_weights()
     bits = _embedding_and_head_bits(recipe, source, skeleton)
@@ -123,7 +126,7 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption) -> Job:
         evaluation=evaluation,
         settings=quantizer.quantization,
         quantizer=quantizer,
-        block_names=[f"{blocks_path(config)}.{index}" for index in range(blocks)],
+        block_names=[f"{blocks_path(skeleton)}.{index}" for index in range(blocks)],
         embedding_and_head_bits=bits,
         metrics=metrics,
         allocation=allocation,

@@ -18,7 +18,7 @@ def results_table(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"perplexity ({evaluation['text']}, {evaluation['windows']} windows of {evaluation['sequence_length']})",
             f"{perplexity['full']:.2f} full precision, {perplexity['quantized']:.2f} quantized",
         ),
-        ("average bits", f"{metrics['average_bits']:.3f}"),
+        ("average bits", f"{metrics['average_bits']:.3f}{share_text(metrics)}"),
         ("bits per weight, all that is stored", f"{metrics['bits_per_weight']:.3f}"),
         *_embedding_and_head_row(metrics),
         (
@@ -28,6 +28,12 @@ def results_table(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("peak memory", format_bytes(metrics["peak_memory_bytes"])),
         ("time", ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in metrics["seconds"].items())),
     ]
+
+
+def share_text(metrics: Mapping[str, Any]) -> str:
+    """Return of what the average bits are, for a line of the results; runs of earlier versions do not tell it."""
+    share = metrics.get("packed_share")
+    return "" if share is None else f", of the {share:.1%} of the weights in the blocks that are packed"
 
 
 def _embedding_and_head_row(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -62,12 +68,13 @@ def _events(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
 FIGURES = "<!-- figures -->"
 
 
-def model_card(source: str, bits: float, recipe: str) -> str:
+def model_card(source: str, bits: float, share: float, recipe: str) -> str:
     """Return README.md of a packed checkpoint, in which `with_figures` puts the results once they are measured.
 
     Args:
         source: the name of the full-precision model.
-        bits: average width of a weight in the blocks.
+        bits: average width of a packed weight in the blocks.
+        share: share of the weights in the blocks that is packed.
         recipe: the resolved recipe, as YAML.
     """
     return f"""---
@@ -79,7 +86,7 @@ tags:
 
 # {source}, {round(bits, 2):g} bits on average
 
-The weights of the transformer blocks are quantized in groups of mixed precision, with
+{share:.1%} of the weights of the transformer blocks are quantized in groups of mixed precision, with
 [SliM-LLM](https://arxiv.org/abs/2405.14917)'s salience-driven allocation where the method below says so, and packed by
 slimplus. It has to be installed: transformers does not know the format by itself. It would warn that some weights are
 newly initialized, and answer with random linear layers.

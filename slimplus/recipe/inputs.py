@@ -26,6 +26,9 @@ class ModelSection(Section):
         "used by dry_run so that it needs no network",
     )
     trust_remote_code: bool = Field(False, description="let a hub repository run its own Python code")
+    allow_unpacked: bool = Field(
+        False, description="go on where less than 90% of the weights in the blocks can be packed, as with experts"
+    )
 
 
 class TextSource(Section):

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from slimplus.models.block_arguments import BlockArguments, Windows, run_block
 from slimplus.models.precision import autocast
-from slimplus.models.streaming import BlockArguments, run_block
 from slimplus.nn import FakeQuantizedLinear
 from slimplus.nn.fake_quantized import LARGEST_OFFSET
 from slimplus.training.losses import LossConfig, reconstruction_loss
@@ -47,7 +47,8 @@ class LossContext:
 class BlockReconstruction(QuantizerTraining):
     """Training of every parameter of a block that requires a gradient, on the error of the block's output.
 
-    A batch is `(hidden, target)` or `(hidden, target, auxiliary)`, all `[windows, sequence_length, hidden]`:
+    A batch is `(hidden, target)` or `(hidden, target, auxiliary)`, all `[windows, sequence_length, hidden]`, and where
+    the block's other arguments differ between windows, the number of each window, `[windows]`:
 
     - `hidden`: output of the quantized blocks before this one.
     - `target`: output of the full-precision block behind the full-precision blocks before it.
@@ -76,15 +77,16 @@ class BlockReconstruction(QuantizerTraining):
         # The tuple hides the norm from PyTorch, which would make it a part of this module.
         self._context: tuple[LossContext] = (context,)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, windows: Windows = ()) -> Tensor:
         """Return the quantized block's output for inputs `[windows, sequence_length, hidden]`, in the same shape."""
         with autocast(self.device, self.precision_name):
-            return run_block(self.block, hidden.float(), self.arguments)
+            return run_block(self.block, hidden.float(), self.arguments, windows)
 
     def loss(self, batch: tuple[Tensor, ...]) -> Tensor:
         """Return the mean error over the tokens of a batch."""
         hidden, target, *auxiliary = batch
-        output, config = self(hidden), self.config.loss
+        windows = auxiliary.pop().tolist() if self.arguments.by_window else ()
+        output, config = self(hidden, windows), self.config.loss
         (context,) = self._context
         channels = context.channels if config.salient_channels else None
         error = reconstruction_loss(output, target, config, context.norm, channels)

@@ -11,10 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 import slimplus
-from slimplus.models.architectures import BLOCKS
 from slimplus.nn import PackedLinear
 from slimplus.utils.errors import InputError
-from tests.support.models import ModelMaker
+from tests.support.models import TINY, ModelMaker
 from tests.support.recipes import Arguments
 from tests.support.runs import read_metrics, run
 
@@ -89,7 +88,7 @@ def test_the_checkpoint_is_as_readable_as_the_other_files(finished: Path) -> Non
     assert len(set(modes.values())) == 1, modes
 
 
-@pytest.mark.parametrize("model_type", sorted(set(BLOCKS) - {"llama"}))
+@pytest.mark.parametrize("model_type", sorted(set(TINY) - {"llama"}))
 def test_every_architecture_loads_back(
     arguments: Arguments, make_model: ModelMaker, tmp_path: Path, model_type: str
 ) -> None:

@@ -24,7 +24,8 @@ def windows() -> Tensor:
 def adapted(packed: Path, **config: Any) -> Any:
     torch.manual_seed(0)
     model: Any = slimplus.load(packed, dtype=torch.float32)
-    return get_peft_model(model, LoraConfig(**{"r": 4, "target_modules": TARGETS} | config))
+    settings: dict[str, Any] = {"r": 4, "target_modules": TARGETS} | config
+    return get_peft_model(model, LoraConfig(**settings))
 
 
 def trained(packed: Path, windows: Tensor) -> tuple[Any, list[float]]:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from slimplus.models.architectures import BLOCKS
 from slimplus.models.loading import ModelSource
 from slimplus.models.streaming import BlockRunner, StreamedModel, windows_at_a_time
 from tests.support.blocks import CPU, RUNNER
-from tests.support.models import ModelMaker
+from tests.support.models import TINY, ModelMaker
 
 
 @pytest.mark.parametrize("windows", [1, 2])  # of three: as on a CPU, and as on a GPU
-@pytest.mark.parametrize("model_type", BLOCKS)
+@pytest.mark.parametrize("model_type", TINY)
 def test_streaming_gives_the_logits_of_the_model(
     make_model: ModelMaker, tokens: torch.Tensor, model_type: str, windows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -118,7 +118,7 @@ def test_a_bias_can_be_trained() -> None:
     module.k_proj(inputs_of(2)).sum().backward()
     assert torch.equal(module.k_proj.bias.grad, torch.full((20,), 2.0))  # type: ignore[arg-type]
     with torch.no_grad():
-        module.k_proj.bias += 100
+        module.k_proj.bias.add_(100)
     module.k_proj.bias.requires_grad_(False)
     assert (module.k_proj(inputs_of(2)) > 50).all()  # no backend has kept the bias of before
 

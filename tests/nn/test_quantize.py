@@ -12,6 +12,7 @@ import slimplus
 from slimplus.blockwise.calibrate import quantize_block
 from slimplus.blockwise.data import BlockData
 from slimplus.format.affine import weight_bits
+from slimplus.models.block_arguments import run_block
 from slimplus.models.streaming import BlockInputs
 from slimplus.nn import PackedLinear
 from slimplus.quantization.linear import QuantizationConfig
@@ -77,7 +78,7 @@ def test_a_module_is_quantized_to_the_bit_as_a_block_is(
             self.block = block
 
         def forward(self, hidden: Tensor) -> Any:
-            return self.block(hidden, **given.arguments[0])
+            return run_block(self.block, hidden, given.arguments[0])
 
     packed = slimplus.quantize_module(Bound(), list(given.hidden.split(1)), 2, group_size=GROUP, method=method)
     found = {name: child for name, child in packed.block.named_modules() if isinstance(child, PackedLinear)}

@@ -18,7 +18,8 @@ from slimplus.blockwise.swap import (
 from slimplus.distributed.preemption import Preemption
 from slimplus.distributed.strategies import launch
 from slimplus.format.affine import QuantizedWeight
-from slimplus.models.streaming import BlockInputs, run_block
+from slimplus.models.block_arguments import run_block
+from slimplus.models.streaming import BlockInputs
 from slimplus.training.checkpoints import TrainingCheckpoints
 from slimplus.training.fit import Fit, FitConfig
 from slimplus.training.losses import normalized_error

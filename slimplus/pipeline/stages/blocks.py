@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from slimplus.blockwise.quantizer import BlockTask
 from slimplus.blockwise.swap import load_packed_block, packed_block, packed_tensors
 from slimplus.models.architectures import following_norm
-from slimplus.models.streaming import BlockArguments
+from slimplus.models.block_arguments import BlockArguments
 from slimplus.pipeline.job import Job
 from slimplus.run_dir.directory import Record, lineage
 from slimplus.training.reconstruction import LossContext

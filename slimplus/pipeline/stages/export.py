@@ -15,7 +15,7 @@ from slimplus.format.affine import weight_bits
 from slimplus.format.planes import count_bits
 from slimplus.hub.checkpoint import write_checkpoint
 from slimplus.hub.transformers_quantizer import SlimplusConfig
-from slimplus.models.architectures import find_linears
+from slimplus.models.architectures import find_linears, packed_share
 from slimplus.pipeline.job import Job
 from slimplus.pipeline.report import model_card
 from slimplus.pipeline.stages.embedding_and_head import packed_config, quantize_embedding_and_head
@@ -45,6 +45,7 @@ class PackingSummary:
         embedding_and_head_bits: name → bits of the packed layers outside the blocks, which are in no sum above.
         embedding_and_head_counts: name → number of groups of each width in the packed layers outside the blocks.
         embedding_and_head_bytes: bytes of the packed tensors outside the blocks.
+        packed_share: share of the weights in the blocks that is packed.
         records: losses, damping and seconds of each block.
     """
 
@@ -56,6 +57,7 @@ class PackingSummary:
     embedding_and_head_bits: dict[str, int] = field(default_factory=dict)
     embedding_and_head_counts: dict[str, dict[int, int]] = field(default_factory=dict)
     embedding_and_head_bytes: int = 0
+    packed_share: float = 1.0
     records: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, name: str, packed: Mapping[str, Tensor], shape: torch.Size, group_size: int) -> None:
@@ -90,6 +92,7 @@ class PackingSummary:
         """Return the entries of metrics.json on a checkpoint of `size_bytes`, of a model of `full_bytes` at 16 bit."""
         return {
             "average_bits": self.average_bits,
+            "packed_share": self.packed_share,
             "bits_per_weight": 8 * self.packed_bytes / self.weights,
             "outer_bits": self.embedding_and_head_bits,
             "outer_bytes": self.embedding_and_head_bytes,
@@ -131,7 +134,7 @@ def _exported_hash(job: Job) -> str:
 
 def _summarize(job: Job, embedding_and_head: PackedLayers) -> PackingSummary:
     """Return the widths and sizes of all packed layers; one block is read at a time."""
-    summary = PackingSummary()
+    summary = PackingSummary(packed_share=packed_share(job.model.model))
     for index, (block_name, block) in enumerate(zip(job.block_names, job.model.blocks, strict=True)):
         tensors, record = job.finished_block(index)
         summary.records.append({key: value for key, value in record.items() if key not in UNREPORTED})
@@ -162,7 +165,7 @@ def _write(job: Job, embedding_and_head: PackedLayers, summary: PackingSummary) 
         ),
         job.tokenizer,
         job.model.model.generation_config,
-        model_card(job.recipe.model.path, summary.average_bits, to_yaml(job.recipe)),
+        model_card(job.recipe.model.path, summary.average_bits, summary.packed_share, to_yaml(job.recipe)),
     )
     job.run.manifest.replace_folder(job.run.packed)
     return size

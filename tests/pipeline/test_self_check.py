@@ -1,0 +1,167 @@
+"""Architectures of transformers, tried on small random models; and broken ones, which are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+import slimplus
+from slimplus.models.architectures import UnsupportedModelError, find_linears, packed_share, plain_linears
+from slimplus.models.shrink import shrink
+from slimplus.nn import PackedLinear
+from slimplus.pipeline.self_check import check_architecture, self_check
+from slimplus.utils.errors import InputError
+from tests.support.recipes import Arguments
+from tests.support.runs import read_metrics, run
+
+FAST = ("gemma3_text", "gpt2", "mamba2", "mixtral")
+SLOW = (
+    *("apertus", "bamba", "bloom", "cohere", "cohere2", "deepseek_v3", "ernie4_5", "exaone4", "falcon", "falcon_h1"),
+    *("falcon_mamba", "gemma", "gemma2", "gemma4_text", "glm", "glm4", "gpt_bigcode", "gpt_neo", "gpt_neox"),
+    *("gpt_oss", "gptj", "granite", "helium", "jamba", "lfm2", "llama4_text", "mamba", "minicpm3", "mpt", "olmo"),
+    *("olmo2", "olmo3", "persimmon", "phi", "phi3", "qwen3_5_text", "qwen3_moe", "qwen3_next", "seed_oss", "smollm3"),
+    *("stablelm", "starcoder2", "xglm"),
+)
+VOCABULARY = 257  # of the byte-level tokenizer
+
+
+@pytest.mark.parametrize("model_type", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_architectures_pass(model_type: str) -> None:
+    """Streaming block by block equals the model, and a packed checkpoint that is loaded equals it dequantized."""
+    report = check_architecture(AutoConfig.for_model(model_type))
+    assert report.layers > 0
+    assert report.blocks >= 2
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    ["gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3_text", "mixtral", "falcon"))],
+)
+def test_a_whole_run_of_an_architecture(arguments: Arguments, make_model: Any, tmp_path: Path, model_type: str) -> None:
+    """Check, quantize, export, load back through transformers, generate: packed equals calibrated, to the bit."""
+    folder = tmp_path / "model"
+    tokenizer = AutoTokenizer.from_pretrained(make_model("llama"))
+    config = shrink(AutoConfig.for_model(model_type), 2)
+    config.vocab_size = len(tokenizer)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    keys = ["quantization.method=rtn", "quantization.bits=4", "quantization.group_size=64"]
+    out = tmp_path / "run"
+    run(arguments(out, *keys, "model.allow_unpacked=true", model=folder))
+    packed: Any = AutoModelForCausalLM.from_pretrained(out / "packed", dtype=torch.float32)
+    calibrated = plain_linears(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    layers = {name: layer for name, layer in packed.named_modules() if isinstance(layer, PackedLinear)}
+    assert layers
+    for name, layer in layers.items():
+        calibrated.set_submodule(name, layer.to_linear())
+    tokens = torch.randint(1, VOCABULARY, (2, 24))
+    with torch.no_grad():
+        assert torch.equal(packed(input_ids=tokens).logits, calibrated(input_ids=tokens).logits)
+    written = packed.generate(tokens[:1], max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert written.shape == (1, 28)
+    metrics = read_metrics(out)
+    assert metrics["packed_share"] == packed_share(calibrated) or model_type == "mixtral"
+    assert f"of the {metrics['packed_share']:.1%} of the weights" in (out / "summary.txt").read_text()
+
+
+def test_experts_are_not_left_out_in_silence(arguments: Arguments, tmp_path: Path, make_model: Any) -> None:
+    values = json.dumps({"model_type": "mixtral"}).replace('"', "")
+    dry = arguments(tmp_path / "run", "dry_run=true", "model.config=" + values.replace(":", ": "))
+    with pytest.raises(
+        InputError, match=r"only 2\.9% of the weights in the blocks of this mixtral model can be packed"
+    ):
+        _dry_run(dry)
+    plan = _dry_run([*dry, "model.allow_unpacked=true"])
+    assert "average bits               2.000, of the 2.9% of the weights in the blocks that are packed" in plan
+
+
+def _dry_run(arguments: list[str]) -> str:
+    from slimplus.pipeline.plan import dry_run
+    from slimplus.recipe.parsing import load_recipe
+
+    return dry_run(load_recipe(arguments))
+
+
+def _llama(**values: Any) -> Any:
+    return AutoConfig.for_model("llama", rope_theta=123.0, **values)  # values that no other test has checked
+
+
+def test_a_block_that_reads_more_than_its_arguments_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in an architecture whose blocks look at something that depends on the tokens, past their arguments."""
+    forward = LlamaDecoderLayer.forward
+    seen: list[Tensor] = []
+
+    def forgetful(self: Any, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        seen.append(hidden_states)
+        return forward(self, hidden_states, **arguments) + 0.1 * seen[-2 if len(seen) > 1 else -1].mean()
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forgetful)
+    with pytest.raises(UnsupportedModelError, match="'llama' is not supported: block 1, run by itself, gives"):
+        self_check(_llama(hidden_size=512, num_attention_heads=4))
+
+
+def test_an_argument_that_depends_on_the_tokens_is_kept_for_each_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    _with_token_arguments(monkeypatch)
+    self_check(_llama(hidden_size=1024, num_attention_heads=8))
+
+
+def test_ignoring_what_depends_on_the_tokens_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    _with_token_arguments(monkeypatch)
+    monkeypatch.setattr("slimplus.models.block_arguments._equal_trees", lambda one, other: True)
+    with pytest.raises(UnsupportedModelError, match="'llama' is not supported: block 0, run by itself, gives"):
+        self_check(_llama(hidden_size=2048, num_attention_heads=16))
+
+
+def _with_token_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has each block of LLaMA add a vector that follows from the tokens, which its caller hands over."""
+    from transformers.models.llama.modeling_llama import LlamaModel
+
+    forward, model_forward = LlamaDecoderLayer.forward, LlamaModel.forward
+
+    def block(self: Any, hidden_states: Tensor, shift: Any = None, **arguments: Any) -> Tensor:
+        output: Tensor = forward(self, hidden_states, **arguments)
+        return output if shift is None else output + shift
+
+    def model(self: Any, input_ids: Any = None, **arguments: Any) -> Any:
+        return model_forward(self, input_ids=input_ids, shift=input_ids[..., None] / 100, **arguments)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", block)
+    monkeypatch.setattr(LlamaModel, "forward", model)
+
+
+def test_an_output_that_is_dropped_is_refused() -> None:
+    """Blocks of this architecture hand a state on, beside the hidden states."""
+    with pytest.raises(UnsupportedModelError, match="'zaya' is not supported: "):
+        self_check(AutoConfig.for_model("zaya"))
+
+
+def test_blocks_that_share_a_weight_are_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="'zamba2' is not supported: .* share one weight"):
+        self_check(AutoConfig.for_model("zamba2"))
+
+
+def test_packed_embeddings_of_gemma_scale_their_rows(arguments: Arguments, tmp_path: Path, make_model: Any) -> None:
+    folder = tmp_path / "model"
+    tokenizer = AutoTokenizer.from_pretrained(make_model("llama"))
+    config = shrink(AutoConfig.for_model("gemma3_text"), 2)
+    config.vocab_size = len(tokenizer)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    keys = ["quantization.method=rtn", "quantization.bits=4", "quantization.embedding_bits=8"]
+    run(arguments(tmp_path / "run", *keys, "quantization.group_size=64", model=folder))
+    packed = slimplus.load(tmp_path / "run" / "packed", dtype=torch.float32)
+    full = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens = torch.randint(1, VOCABULARY, (2, 8))
+    full.requires_grad_(False)
+    found, expected = packed.get_input_embeddings()(tokens), full.get_input_embeddings()(tokens)
+    assert float((found - expected).norm() / expected.norm()) < 0.01
+    assert find_linears(full.model.layers[0])
