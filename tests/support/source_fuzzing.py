@@ -10,6 +10,7 @@ import functools
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -295,7 +296,7 @@ class SourceFuzzer:
             logits = self.run(folder)
         except InputError as error:
             said = str(error)
-            if len(said.splitlines()) > 2 or not any(mark in said for mark in NAMED) or "login" in said:
+            if not all(SENTENCE.fullmatch(line) for line in said.splitlines()) or "login" in said:
                 raise Violation(f"no clear sentence: {said}") from error
             self.outcomes["refused"] += 1
             return said
@@ -315,8 +316,8 @@ class SourceFuzzer:
         torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
 
 
-NAMED = ("config", "model.", "data.", "perplexity", "safetensors", "tokenizer", "json", "token")
-"""What a sentence must name at least one of: a file, a tensor or a key."""
+SENTENCE = re.compile(r"(model|data|perplexity|quantization|run_dir)[\w.]*[:,] .{20,}")
+"""What each line must be: the key that names a file or a stage, and what is wrong."""
 
 
 def _no_number(text: str) -> None:
