@@ -150,7 +150,9 @@ class ModelSource:
             TemporaryFailure: if the disk is full.
         """
         try:
-            return read_tokenizer(self.path, **self._arguments())
+            tokenizer = read_tokenizer(self.path, **self._arguments())
+            tokenizer("a")  # values of tokenizer_config.json are read with the first text
+            return tokenizer
         except UNBUILDABLE as error:
             raise self._explain(error, "tokenizer.json and tokenizer_config.json") from error
 

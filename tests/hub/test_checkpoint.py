@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import slimplus
 from slimplus.nn import PackedLinear
@@ -115,3 +115,21 @@ def test_a_checkpoint_of_version_0_1_0_loads() -> None:
     with torch.inference_mode():
         logits = model(torch.arange(1, 33).view(1, 32)).logits[:, :8]
     torch.testing.assert_close(logits, load_file(golden / "logits.safetensors")["logits"], rtol=1e-4, atol=1e-4)
+
+
+def test_a_packed_checkpoint_is_loaded_exactly(copy: Path) -> None:
+    file = copy / "model.safetensors"
+    held = load_file(file)
+    save_file(
+        held | {"lm_head.weight": held["model.embed_tokens.weight"] * 2, "x.bias": torch.ones(1)},
+        file,
+        {"format": "pt"},
+    )
+    with pytest.raises(
+        InputError, match=r"holds x\.bias, which is no tensor of the model that its config.json describes"
+    ):
+        slimplus.load(copy)
+    held["model.norm.weight"][3] = float("nan")
+    save_file(held, file, {"format": "pt"})
+    with pytest.raises(InputError, match=r"model\.norm\.weight holds NaN; export or download the checkpoint again"):
+        slimplus.load(copy)

@@ -90,5 +90,13 @@ def test_half_a_tokenizer_is_named(make_model: ModelMaker, tmp_path: Path) -> No
         ModelSource(str(folder)).tokenizer()
 
 
+def test_values_that_no_text_can_be_tokenized_with_are_named(make_model: ModelMaker, tmp_path: Path) -> None:
+    folder = shutil.copytree(make_model("llama"), tmp_path / "model")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": ""}))
+    with pytest.raises(InputError, match=r"TypeError: .*; check tokenizer.json and tokenizer_config.json"):
+        ModelSource(str(folder)).tokenizer()
+
+
 def test_stored_dtype_is_kept(make_model: ModelMaker) -> None:
     assert ModelSource(str(make_model("llama"))).model().dtype == torch.bfloat16
