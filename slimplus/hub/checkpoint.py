@@ -124,9 +124,8 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> int:
 def load(path: str | Path, *, fuse: bool = True, keep_dense: bool = False, **arguments: Any) -> PreTrainedModel:
     """Load a packed checkpoint, ready to run fast on the device that it is loaded to.
 
-    `AutoModelForCausalLM.from_pretrained` loads packed checkpoints as well, once `slimplus` has been imported; it has
-    no `fuse` and `keep_dense`, and the first forward prepares the layers. Without the import, transformers does not
-    know the method and returns a model with random linear layers.
+    `AutoModelForCausalLM.from_pretrained` loads packed checkpoints as well where slimplus is installed or has been
+    imported; it has no `fuse` and `keep_dense`, and the first forward prepares the layers.
 
     Only safetensors files are read, and no code of a checkpoint is run.
 

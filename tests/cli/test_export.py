@@ -130,7 +130,7 @@ def test_the_tokenizer_of_a_gguf_file_splits_as_the_saved_one(make_model: ModelM
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=257, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     backend.train_from_iterator(["the theory of the thing", "then there is 2024"], trainer)
-    saved = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="<s>")
+    saved = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="!")
     saved.save_pretrained(packed)
     config = json.loads((packed / "config.json").read_text())
     (packed / "config.json").write_text(json.dumps(config | {"eos_token_id": None, "bos_token_id": None}))
