@@ -1,4 +1,4 @@
-"""Check a model before a run: what it is, and what is wrong with its files, tensors and tokenizer."""
+"""Check a model before a run: what it is, what gets packed, what is wrong with its files, tensors and tokenizer."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from slimplus.models.loading import ModelSource  # with PyTorch
     from slimplus.models.source_check import check_source
+    from slimplus.pipeline.self_check import check_architecture
 
     source = ModelSource(
         resolve_model_folder(arguments.model),
@@ -36,7 +37,13 @@ def run(arguments: argparse.Namespace) -> None:
         trust_remote_code=arguments.trust_remote_code,
         revision=arguments.revision,
     )
-    report = check_source(source.pinned())
+    source = source.pinned()
+    report = check_source(source)
+    try:
+        report.facts |= check_architecture(source.config()).rows()
+    except InputError as error:
+        if (problem := str(error)) not in report.problems:
+            report.problems.append(problem)
     width = max(map(len, report.facts), default=0)
     for name, value in report.facts.items():
         write(f"{name:<{width}}  {value}")

@@ -118,11 +118,11 @@ class SlimplusQuantizer(HfQuantizer):
             stored = names_in_part(model, stored)
         swap_packed_layers(model, config)
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        check_buffers({name: buffer for name, buffer in model.named_buffers() if name not in shapes})
         if not whole:  # transformers warns that a head of its own is newly initialized
             inside = "" if _is_base(model) else f"{model.base_model_prefix}."
             shapes = {name: shape for name, shape in shapes.items() if name.startswith(inside)}
         check_other_tensors(stored, shapes, model.all_tied_weights_keys)
-        check_buffers({name: buffer for name, buffer in model.named_buffers() if name not in shapes})
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         check_packed_layers(model)

@@ -6,7 +6,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-import transformers
+from transformers import initialization
 
 from slimplus.nn import PackedLinear
 from tests.support.blocks import GROUP_SIZE
@@ -26,5 +26,5 @@ def test_a_packed_layer_describes_its_weight() -> None:
     assert "weight" not in layer.state_dict()
     assert "weight" not in dict(layer.named_parameters())
     before = layer.scales.clone()
-    transformers.initialization.normal_(weight)  # type: ignore[arg-type]
+    initialization.normal_(weight)  # type: ignore[arg-type]
     assert torch.equal(layer.scales, before)
