@@ -47,6 +47,7 @@ from slimplus.run_dir.allocation_file import average_bits
 from slimplus.run_dir.directory import RunDirectory
 from slimplus.run_dir.fingerprint import differences, fingerprint, library_versions
 from slimplus.run_dir.metrics import Metrics
+from slimplus.utils.machine import describe_machine
 
 logger = logging.getLogger(__name__)
 
@@ -240,6 +241,7 @@ def _known_figures(
         "model": recipe.model.path,
         "precision": precision,
         "libraries": library_versions(),
+        "machine": describe_machine(),
         "evaluation": {
             "text": recipe.data.evaluation.path,
             "windows": len(evaluation.tokens),

@@ -16,6 +16,7 @@
 | packed/ | the checkpoint to ship |
 | metrics.json | figures of all stages |
 | summary.txt | what the run printed at its end |
+| report.html | the figures as a page, which `slimplus report` can write again, and so not in the manifest |
 """
 
 from __future__ import annotations
