@@ -250,7 +250,7 @@ def _known_figures(
         },
     }
     before, identity_before = run.read("metrics.json"), run.read("fingerprint.json")
-    measured = ("perplexity", "sentence")
+    measured = ("perplexity", "divergence", "sentence")
     decisive = ("model.path", "model.gguf_file", "model.dtype", "model configuration", "trainer.precision")
     same = all(identity_before.get(key) == identity[key] for key in decisive)
     if not same or before.get("evaluation", {}).get("fingerprint") != evaluation.fingerprint:

@@ -19,6 +19,7 @@ def results_table(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"perplexity ({evaluation['text']}, {evaluation['windows']} windows of {evaluation['sequence_length']})",
             f"{perplexity['full']:.2f} full precision, {perplexity['quantized']:.2f} quantized",
         ),
+        ("divergence from full precision", describe_divergence(metrics["divergence"])),
         ("average bits", f"{metrics['average_bits']:.3f}{share_text(metrics)}"),
         ("bits per weight, all that is stored", f"{metrics['bits_per_weight']:.3f}"),
         *_embedding_and_head_row(metrics),
@@ -29,6 +30,15 @@ def results_table(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("peak memory", format_bytes(metrics["peak_memory_bytes"])),
         ("time", ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in metrics["seconds"].items())),
     ]
+
+
+def describe_divergence(divergence: Mapping[str, float]) -> str:
+    """Return the divergence in metrics.json as text."""
+    return (
+        f"KL {divergence['kl_mean']:.4g} on average, median {divergence['kl_median']:.4g}, "
+        f"99th percentile {divergence['kl_p99']:.4g}, maximum {divergence['kl_max']:.4g}; "
+        f"the same top token for {divergence['top_token_agreement']:.1%}"
+    )
 
 
 def share_text(metrics: Mapping[str, Any]) -> str:

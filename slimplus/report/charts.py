@@ -18,6 +18,8 @@ SERIES = ("#2a78d6", "#eb6834", "#1baf7a", "#eda100", "#e87ba4", "#008300", "#4a
 """Colours of runs and parts, in this order: apart from each other for colour-blind readers as well."""
 RAMP = [[0.0, "#b7d3f6"], [0.35, "#5598e7"], [0.7, "#256abf"], [1.0, "#0d366b"]]
 """Colours from low to high, of one hue."""
+DEPTHS = [[0.0, "#1baf7a"], [0.5, "#2a78d6"], [1.0, "#8a63d2"]]
+"""Colours of blocks from the first to the last, which can be seen on a light and on a dark page."""
 ROW, MARGIN = 24, 90  # pixels of a row of a chart, and of all that is around the rows
 UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
 MOST_LABELS = 12  # columns of a map whose cells still have room for a number
@@ -83,6 +85,7 @@ def _size_and_perplexity(runs: Sequence[RunFigures]) -> Iterator[Chart]:
             text=[run.name],
             mode="markers+text",
             textposition="top center",
+            cliponaxis=False,
             marker={"size": 12, "color": SERIES[number % len(SERIES)]},
             hovertemplate="%{text}<br>%{x:.4~g} MB<br>perplexity %{y:.5~g}<extra></extra>",
         )
@@ -244,8 +247,8 @@ def _curves(run: RunFigures, named: bool) -> Iterator[Chart]:
     blocks = [curve for curve in curves if curve.name.startswith("block_")]
     others = [curve for curve in curves if curve not in blocks]
     if blocks:
-        colours = sample_colorscale(RAMP, [index / max(len(blocks) - 1, 1) for index in range(len(blocks))])
-        caption = "Mean loss of each epoch, a line for each block; the darker, the deeper in the model."
+        colours = sample_colorscale(DEPTHS, [index / max(len(blocks) - 1, 1) for index in range(len(blocks))])
+        caption = "Mean loss of each epoch, a line for each block: from green at the input to violet at the output."
         figure = _lines(blocks, colours)
         figure.update_layout(showlegend=False)
         yield Chart("curves", f"Training of the blocks{_of(run, named)}", caption, figure)

@@ -26,8 +26,13 @@ SECTIONS = {
 }
 """Section of charts → heading, in the order of the page."""
 
-COLUMNS = ("text", "windows × tokens", "perplexity, full precision", "perplexity, quantized", "ratio")
+COLUMNS = (
+    *("text", "windows × tokens", "perplexity, full precision", "perplexity, quantized", "ratio"),
+    *("KL, mean", "median", "99th percentile", "maximum", "same top token"),
+)
 """Columns of the evaluation besides the run's name."""
+
+KL, AGREEMENT = ("kl_mean", "kl_median", "kl_p99", "kl_max"), "top_token_agreement"
 
 Row = tuple[str, list[str]]
 """Name of a figure, and its value for each run."""
@@ -85,6 +90,8 @@ def _headline(metrics: Mapping[str, Any]) -> dict[str, str]:
         rows["size"] = format_bytes(metrics["size_bytes"])
         rows["times smaller than at 16 bit"] = f"{metrics['compression']:.2f}"
         rows["average bits"] = f"{metrics['average_bits']:.3f}"
+        if metrics.get("packed_share", 1) < 1:
+            rows["weights of the blocks that are packed"] = f"{metrics['packed_share']:.1%}"
         rows["bits per weight, all that is stored"] = f"{metrics['bits_per_weight']:.3f}"
     if "full" in perplexity:
         rows["perplexity, full precision"] = f"{perplexity['full']:.2f}"
@@ -92,6 +99,9 @@ def _headline(metrics: Mapping[str, Any]) -> dict[str, str]:
         rows["perplexity, quantized"] = f"{perplexity['quantized']:.2f}"
     if len(perplexity) == 2:
         rows["perplexity ratio"] = f"{perplexity['quantized'] / perplexity['full']:.3f}"
+    if "divergence" in metrics:
+        rows["KL from full precision, mean"] = f"{metrics['divergence']['kl_mean']:.4g}"
+        rows["same top token"] = f"{metrics['divergence'][AGREEMENT]:.1%}"
     if metrics["seconds"]:
         rows["time"] = format_seconds(sum(metrics["seconds"].values()))
     if "peak_memory_bytes" in metrics:
@@ -109,7 +119,8 @@ def format_seconds(seconds: float) -> str:
 
 
 def evaluation_rows(run: RunFigures) -> Iterator[list[str]]:
-    """Yield a row for each text: run, text, windows, perplexity of both models, their ratio."""
+    """Yield a row for each text: run, text, windows, perplexity of both models, their ratio, divergence."""
+    divergence = run.metrics.get("divergence", {})
     evaluation, perplexity = run.metrics["evaluation"], run.metrics["perplexity"]
     full, quantized = perplexity.get("full"), perplexity.get("quantized")
     yield [
@@ -119,6 +130,8 @@ def evaluation_rows(run: RunFigures) -> Iterator[list[str]]:
         "" if full is None else f"{full:.2f}",
         "" if quantized is None else f"{quantized:.2f}",
         "" if full is None or quantized is None else f"{quantized / full:.3f}",
+        *(f"{divergence[key]:.4g}" if key in divergence else "" for key in KL),
+        f"{divergence[AGREEMENT]:.1%}" if divergence else "",
     ]
 
 

@@ -190,7 +190,7 @@ def test_an_error_of_the_page_would_be_seen(tmp_path: Path) -> None:
 def open_in_chromium(page: Path, folder: Path) -> tuple[str, str]:
     """What a page has become once its scripts have run, and what the browser said of it."""
     assert CHROMIUM is not None
-    options = ("--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000")
+    options: tuple[str, ...] = ("--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000")
     options += ("--enable-logging=stderr", "--dump-dom", f"--user-data-dir={folder / 'profile'}")
     done = subprocess.run([CHROMIUM, *options, page.as_uri()], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
