@@ -16,7 +16,7 @@ FLOORS = (
     {"train", "cli"},
     {"api"},
     {"pipeline"},
-    {"run_dir"},
+    {"run_dir", "report"},
     {"recipe"},
     {"blockwise", "evaluation"},
     {"training", "hub"},

@@ -8,12 +8,20 @@ from __future__ import annotations
 import sys
 from io import TextIOWrapper
 
-from slimplus.cli import benchmark, check, export, generate, inspect
+from slimplus.cli import benchmark, check, evaluate, export, generate, inspect, report
 from slimplus.cli.console import Parser, write
 from slimplus.utils.errors import BAD_INPUT, INTERRUPTED, InputError
 from slimplus.utils.requirements import QUANTIZATION, check_installed
 
-COMMANDS = {"check": check, "generate": generate, "inspect": inspect, "benchmark": benchmark, "export": export}
+COMMANDS = {
+    "check": check,
+    "generate": generate,
+    "inspect": inspect,
+    "evaluate": evaluate,
+    "report": report,
+    "benchmark": benchmark,
+    "export": export,
+}
 
 
 def parser() -> Parser:

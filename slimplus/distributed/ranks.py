@@ -13,7 +13,7 @@ from torch import Tensor
 class Ranks:
     """This process among the processes of the job; a single process needs no process group.
 
-    `sum`, `sum_on` and `send` are collective: every rank calls them in the same order.
+    `sum`, `sum_on`, `send` and `gather` are collective: every rank calls them in the same order.
 
     Attributes:
         rank: number of this process, from 0.
@@ -44,6 +44,19 @@ class Ranks:
         if self.count > 1:
             torch.distributed.broadcast(tensor, src=owner)
         return tensor
+
+    def gather(self, rows: Tensor, total: int) -> Tensor:
+        """Return the rows of all ranks in order, on every rank: row `i` is of rank `i % count`, as `windows` says.
+
+        Args:
+            rows: this rank's rows, `[rows, ...]`, on its device.
+            total: number of rows of all ranks.
+        """
+        gathered = rows.new_empty(total, *rows.shape[1:])
+        for owner in range(self.count):
+            places = gathered[owner :: self.count]
+            places.copy_(self.send(owner, rows.contiguous() if owner == self.rank else torch.empty_like(places)))
+        return gathered
 
     def owners(self, costs: Mapping[str, int]) -> dict[str, int]:
         """Divide pieces of work among the ranks, the most costly first, each to the rank with the least work so far.

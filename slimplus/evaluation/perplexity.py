@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -14,31 +15,60 @@ from slimplus.utils.errors import InputError
 
 TOKENS_AT_A_TIME = 256  # bounds memory: the metric holds several copies of `tokens × vocabulary` probabilities
 
+Observe = Callable[[Tensor], None]
+"""Function that sees the logits `[predictions, vocabulary]` which a perplexity is computed from, in order."""
 
-def perplexity(model: StreamedModel, tokens: Tensor, description: str) -> float:
+
+def perplexity(model: StreamedModel, tokens: Tensor, description: str, observe: Observe | None = None) -> float:
     """Return the perplexity of a model on windows, for each token but a window's first, given those before it.
 
     Args:
         model: the model, run one block at a time.
         tokens: this rank's windows, `[windows, sequence_length]`; the metric adds up the sums of all ranks.
         description: text of the progress bar.
+        observe: function that sees the logits as well.
 
     Raises:
         InputError: if the perplexity is NaN or infinite.
     """
-    hidden = model.last_hidden(model.block_inputs(tokens), description)
-    device = model.runner.device
-    # A float32 softmax is 0 for tokens 104 nats below the likeliest one, which would make the perplexity infinite.
-    metric = Perplexity().to(device).set_dtype(torch.float64)
-    for window, output in zip(tokens.split(1), hidden.split(1), strict=True):
-        logits, expected = model.logits(window, output)[:, :-1], window[:, 1:].to(device)
-        for start in range(0, expected.shape[1], TOKENS_AT_A_TIME):
-            span = slice(start, start + TOKENS_AT_A_TIME)
-            metric.update(logits[:, span].double(), expected[:, span])
-    measured = float(metric.compute())
+    logits = _streamed_logits(model, tokens, description)
+    measured = perplexity_of_logits(logits, tokens, model.runner.device, observe)
     if not math.isfinite(measured):
         raise InputError(
             f"perplexity, {description}: it is {measured}, so the model's activations or its output overflowed; "
             f"{overflow_remedy(model.runner.precision)}; what is finished is kept"
         )
     return measured
+
+
+def _streamed_logits(model: StreamedModel, tokens: Tensor, description: str) -> Iterator[Tensor]:
+    """Yield the logits of one window after the other."""
+    hidden = model.last_hidden(model.block_inputs(tokens), description)
+    for window, output in zip(tokens.split(1), hidden.split(1), strict=True):
+        yield model.logits(window, output)
+
+
+def perplexity_of_logits(
+    logits: Iterable[Tensor], tokens: Tensor, device: torch.device, observe: Observe | None = None
+) -> float:
+    """Return the perplexity on windows of a model whose logits are given.
+
+    Args:
+        logits: the logits of one window after the other, `[1, sequence_length, vocabulary]`, on `device`.
+        tokens: the windows, `[windows, sequence_length]`.
+        device: where to compute.
+        observe: function that sees the logits as well.
+
+    Returns:
+        The perplexity; NaN or infinity if logits are.
+    """
+    # A float32 softmax is 0 for tokens 104 nats below the likeliest one, which would make the perplexity infinite.
+    metric = Perplexity().to(device).set_dtype(torch.float64)
+    for window, whole in zip(tokens.split(1), logits, strict=True):
+        expected = window[:, 1:].to(device)
+        for start in range(0, expected.shape[1], TOKENS_AT_A_TIME):
+            span = slice(start, min(start + TOKENS_AT_A_TIME, expected.shape[1]))
+            metric.update(whole[:, span].double(), expected[:, span])
+            if observe is not None:
+                observe(whole[0, span])
+    return float(metric.compute())

@@ -87,7 +87,7 @@ class Job:
 
     def forget_checkpoint(self) -> None:
         """Drop the packed checkpoint and its figures, because what it was made from is about to change."""
-        for key in ("size_bytes", "sentence"):
+        for key in ("size_bytes", "sentence", "divergence"):
             self.metrics.pop(key, None)
         self.metrics["perplexity"].pop("quantized", None)
         self.metrics.save()

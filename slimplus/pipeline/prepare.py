@@ -47,6 +47,7 @@ from slimplus.run_dir.allocation_file import average_bits
 from slimplus.run_dir.directory import RunDirectory
 from slimplus.run_dir.fingerprint import differences, fingerprint, library_versions
 from slimplus.run_dir.metrics import Metrics
+from slimplus.utils.machine import describe_machine
 
 logger = logging.getLogger(__name__)
 
@@ -240,6 +241,7 @@ def _known_figures(
         "model": recipe.model.path,
         "precision": precision,
         "libraries": library_versions(),
+        "machine": describe_machine(),
         "evaluation": {
             "text": recipe.data.evaluation.path,
             "windows": len(evaluation.tokens),
@@ -248,7 +250,7 @@ def _known_figures(
         },
     }
     before, identity_before = run.read("metrics.json"), run.read("fingerprint.json")
-    measured = ("perplexity", "sentence")
+    measured = ("perplexity", "divergence", "sentence")
     decisive = ("model.path", "model.gguf_file", "model.dtype", "model configuration", "trainer.precision")
     same = all(identity_before.get(key) == identity[key] for key in decisive)
     if not same or before.get("evaluation", {}).get("fingerprint") != evaluation.fingerprint:

@@ -1,4 +1,4 @@
-"""The summary that a run ends with, and the model card of its checkpoint."""
+"""What a run ends with: its summary, the model card of its checkpoint, its report."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from slimplus.pipeline.job import Job
+from slimplus.report.run_files import FILE, events
 from slimplus.utils.units import format_bytes
 
 
@@ -18,6 +19,7 @@ def results_table(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"perplexity ({evaluation['text']}, {evaluation['windows']} windows of {evaluation['sequence_length']})",
             f"{perplexity['full']:.2f} full precision, {perplexity['quantized']:.2f} quantized",
         ),
+        ("divergence from full precision", describe_divergence(metrics["divergence"])),
         ("average bits", f"{metrics['average_bits']:.3f}{share_text(metrics)}"),
         ("bits per weight, all that is stored", f"{metrics['bits_per_weight']:.3f}"),
         *_embedding_and_head_row(metrics),
@@ -28,6 +30,15 @@ def results_table(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("peak memory", format_bytes(metrics["peak_memory_bytes"])),
         ("time", ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in metrics["seconds"].items())),
     ]
+
+
+def describe_divergence(divergence: Mapping[str, float]) -> str:
+    """Return the divergence in metrics.json as text."""
+    return (
+        f"KL {divergence['kl_mean']:.4g} on average, median {divergence['kl_median']:.4g}, "
+        f"99th percentile {divergence['kl_p99']:.4g}, maximum {divergence['kl_max']:.4g}; "
+        f"the same top token for {divergence['top_token_agreement']:.1%}"
+    )
 
 
 def share_text(metrics: Mapping[str, Any]) -> str:
@@ -52,17 +63,9 @@ def summary(metrics: Mapping[str, Any], packed: str, sentence: str | None) -> st
     """
     rows = results_table(metrics)
     width = max(len(name) for name, _ in rows)
-    table = "\n".join(f"{name:<{width}}  {value}" for name, value in [*rows, *_events(metrics)])
+    table = "\n".join(f"{name:<{width}}  {value}" for name, value in [*rows, *events(metrics)])
     sample = "" if sentence is None else f" It writes:\n\n    {sentence}"
     return f"{table}\n\nThe packed checkpoint is in {packed}.{sample}\n"
-
-
-def _events(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return rows of what went wrong and was put right: in the run, in each block, in end-to-end training."""
-    run = [("note", event) for event in metrics["events"]]
-    blocks = [(f"block {index}", event) for index, record in enumerate(metrics["blocks"]) for event in record["events"]]
-    end_to_end = [("end to end", event) for event in metrics.get("end_to_end", {}).get("events", ())]
-    return [*run, *blocks, *end_to_end]
 
 
 FIGURES = "<!-- figures -->"
@@ -113,7 +116,7 @@ def with_figures(card: str, metrics: Mapping[str, Any]) -> str:
 
 
 def finish(job: Job) -> str | None:
-    """Write the summary, and put the results into the model card.
+    """Write the summary, put the results into the model card, and write the report.
 
     Returns:
         The summary on the first rank, None on the others.
@@ -125,4 +128,7 @@ def finish(job: Job) -> str | None:
     job.run.write("summary.txt", text)
     card = (job.run.packed / "README.md").read_text()
     job.run.write("packed/README.md", with_figures(card, job.metrics))
+    from slimplus.report.page import write_report  # plotly takes a second to import, and only the end needs it
+
+    write_report([job.run.root], job.run.root / FILE)
     return text

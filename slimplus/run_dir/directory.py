@@ -7,6 +7,7 @@
 | manifest.json | size and checksum of every complete file |
 | fingerprint.json | recipe keys, and hashes of model, tokenizer and text, that all the rest depends on |
 | tokens/*.safetensors | calibration and evaluation windows |
+| predictions.safetensors | the full-precision model's likeliest next tokens on the evaluation windows |
 | sensitivity.safetensors | loss of each group at each width, if it was measured |
 | blocks/*.safetensors | one packed block each, with its record |
 | end_to_end.safetensors | packed layers and norms after end-to-end training |
@@ -16,6 +17,7 @@
 | packed/ | the checkpoint to ship |
 | metrics.json | figures of all stages |
 | summary.txt | what the run printed at its end |
+| report.html | the figures as a page, which `slimplus report` can write again, and so not in the manifest |
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ Record = dict[str, Any]
 """How a block, or the end-to-end training, went: losses, seconds, events; of a block also `made_from` and `chain`."""
 
 SENSITIVITY = "sensitivity.safetensors"
+PREDICTIONS = "predictions.safetensors"
 TUNED = f"{END_TO_END}.safetensors"
 FORMAT = ("quantization.group_size", "quantization.scale_bits")  # all blocks of a checkpoint must agree in these keys
 

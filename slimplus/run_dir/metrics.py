@@ -70,8 +70,13 @@ class Metrics(UserDict[str, Any]):
         now = time.perf_counter()
         self["seconds"][self._stage] = self["seconds"].get(self._stage, 0) + now - self._since
         self._since = now
-        self["peak_memory_bytes"] = max(self.get("peak_memory_bytes", 0), peak_resident_bytes())
+        self._note_memory("memory_bytes", peak_resident_bytes())
         if self._device.type == "cuda":
-            allocated = torch.cuda.max_memory_allocated(self._device)
-            self["peak_device_memory_bytes"] = max(self.get("peak_device_memory_bytes", 0), allocated)
+            self._note_memory("device_memory_bytes", torch.cuda.max_memory_allocated(self._device))
         self.save()
+
+    def _note_memory(self, name: str, occupied: int) -> None:
+        """Note the most bytes that this process has occupied so far, for the run and for the stage."""
+        self[f"peak_{name}"] = max(self.get(f"peak_{name}", 0), occupied)
+        stages = self.setdefault(f"stage_{name}", {})
+        stages[self._stage] = max(stages.get(self._stage, 0), occupied)

@@ -14,12 +14,19 @@ from slimplus.utils.errors import InputError
 RECIPE = {"pydantic": "pydantic", "yaml": "pyyaml"}
 """Module → distribution: what reads a recipe."""
 
-QUANTIZATION = RECIPE | {
-    "datasets": "datasets",
-    "lightning": "lightning",
-    "tensorboard": "tensorboard",
-    "torchmetrics": "torchmetrics",
-}
+REPORT = {"jinja2": "jinja2", "plotly": "plotly", "yaml": "pyyaml"}
+"""Module → distribution: what a report is made with."""
+
+QUANTIZATION = (
+    RECIPE
+    | REPORT
+    | {
+        "datasets": "datasets",
+        "lightning": "lightning",
+        "tensorboard": "tensorboard",
+        "torchmetrics": "torchmetrics",
+    }
+)
 """Module → distribution: what every run of a recipe imports. What only some recipes need is looked for with them."""
 
 

@@ -16,12 +16,12 @@ from tests.support.processes import ROOT, run_console
 def test_help_lists_every_command() -> None:
     process = run_console("--help")
     assert process.returncode == 0
-    for command in ("train", "check", "generate", "inspect", "benchmark"):
+    for command in ("train", "check", "generate", "inspect", "benchmark", "report", "evaluate"):
         assert re.search(rf"^ +{command}\b", process.stdout, re.MULTILINE), command
     assert run_console().stdout == process.stdout
 
 
-@pytest.mark.parametrize("command", ["check", "generate", "inspect", "benchmark"])
+@pytest.mark.parametrize("command", ["check", "generate", "inspect", "benchmark", "report", "evaluate"])
 def test_each_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])

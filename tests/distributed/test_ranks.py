@@ -96,6 +96,17 @@ class ThreadRanks(Ranks):
         return tensor.copy_(self.meeting.gather(self.rank, tensor)[owner])
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+def test_rows_of_all_ranks_come_back_in_order(count: int) -> None:
+    whole, meeting = torch.arange(20).view(5, 2, 2), Meeting(count)  # with 6 ranks, none for the last
+
+    def gather(rank: int) -> Tensor:
+        return ThreadRanks(rank, count, meeting).gather(whole[rank::count], len(whole))
+
+    with ThreadPoolExecutor(count) as pool:
+        assert all(torch.equal(gathered, whole) for gathered in pool.map(gather, range(count)))
+
+
 @pytest.mark.parametrize("count", [2, 3, 6])
 @pytest.mark.parametrize("method", ["rtn", "slimllm"])
 def test_a_block_is_quantized_alike_by_any_number_of_ranks(

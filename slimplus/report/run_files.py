@@ -1,0 +1,126 @@
+"""What a report shows of a run, read from the files of its directory without weights or PyTorch."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slimplus.hub.contents import CheckpointContents, read_contents
+from slimplus.utils.errors import InputError
+
+FILE = "report.html"
+REQUIRED = ("metrics.json", "recipe.yaml", "fingerprint.json")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Loss of one training, epoch by epoch.
+
+    Attributes:
+        name: name of the training: `block_007`, or `end_to_end`.
+        epochs: numbers of the epochs, from 1.
+        losses: mean loss of each.
+    """
+
+    name: str
+    epochs: tuple[int, ...]
+    losses: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class RunFigures:
+    """Figures and texts of one run.
+
+    Attributes:
+        name: name of the run on the page.
+        folder: the run directory.
+        metrics: content of metrics.json.
+        recipe: content of recipe.yaml.
+        fingerprint: content of fingerprint.json.
+        contents: contents of the packed checkpoint, or None if the run has not come so far.
+        layers: names of the blocks' layers in the order of the model; empty if the run has not come so far.
+        curves: losses of the trainings, in the order of the blocks.
+    """
+
+    name: str
+    folder: Path
+    metrics: Mapping[str, Any]
+    recipe: str
+    fingerprint: Mapping[str, Any]
+    contents: CheckpointContents | None
+    layers: tuple[str, ...]
+    curves: tuple[Curve, ...]
+
+
+def read_runs(folders: Sequence[str | Path]) -> list[RunFigures]:
+    """Return the figures of runs, each named by its folder, or by its whole path if two folders have one name.
+
+    Raises:
+        InputError: if a folder is no run directory, or a file of it is damaged.
+    """
+    paths = [Path(folder).expanduser() for folder in folders]
+    names = [path.resolve().name for path in paths]
+    return [
+        _read_run(path, name if names.count(name) == 1 else str(path)) for path, name in zip(paths, names, strict=True)
+    ]
+
+
+def _read_run(folder: Path, name: str) -> RunFigures:
+    """Return the figures of one run."""
+    for file in REQUIRED:
+        if not (folder / file).is_file():
+            raise InputError(f"{folder} is no run directory: {file} is missing; give the run_dir of a run")
+    packed, allocation = folder / "packed", folder / "allocation.json"
+    return RunFigures(
+        name=name,
+        folder=folder,
+        metrics=_read_json(folder / "metrics.json"),
+        recipe=(folder / "recipe.yaml").read_text(encoding="utf-8"),
+        fingerprint=_read_json(folder / "fingerprint.json"),
+        contents=read_contents(str(packed)) if (packed / "config.json").is_file() else None,
+        layers=tuple(_read_json(allocation).get("bits", ())) if allocation.is_file() else (),
+        curves=tuple(_read_curve(file) for file in sorted((folder / "logs" / "csv").glob("*/metrics.csv"))),
+    )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """Return the mapping that a JSON file holds.
+
+    Raises:
+        InputError: if it holds anything else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file} is damaged ({error}); start the run again, which writes it again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file} is damaged: it holds no mapping; start the run again, which writes it again")
+    return content
+
+
+def _read_curve(file: Path) -> Curve:
+    """Return the losses in a CSV log, which may end in the middle of a line: logs are not written atomically."""
+    losses: dict[int, float] = {}
+    with file.open(newline="", encoding="utf-8") as stream:
+        for row in csv.DictReader(stream):
+            try:
+                losses[int(row["epoch"]) + 1] = float(row["loss_epoch"])
+            except (KeyError, TypeError, ValueError):  # a row of another figure, or a part of one
+                continue
+    return Curve(file.parent.name, tuple(losses), tuple(losses.values()))
+
+
+def events(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what went wrong and was put right, each with its place: the run, a block, the end-to-end training."""
+    run = [("note", event) for event in metrics["events"]]
+    blocks = [
+        (f"block {index}", event)
+        for index, record in enumerate(metrics.get("blocks", ()))
+        for event in record["events"]
+    ]
+    end_to_end = [("end to end", event) for event in metrics.get("end_to_end", {}).get("events", ())]
+    return [*run, *blocks, *end_to_end]

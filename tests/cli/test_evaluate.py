@@ -1,0 +1,99 @@
+"""`slimplus evaluate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from slimplus.cli.main import main
+from slimplus.data.windows import evaluation_windows
+from slimplus.models.loading import ModelSource
+from tests.support.models import ModelMaker
+from tests.support.runs import read_metrics
+
+SIZES = ("--windows", "2", "--sequence-length", "64")
+
+
+def evaluate(file: Path, *arguments: str) -> list[dict[str, Any]]:
+    assert main(["evaluate", *arguments, *SIZES, "--json", str(file)]) == 0
+    return json.loads(file.read_text())
+
+
+def test_a_packed_checkpoint_has_the_figures_of_its_run(
+    finished: Path,
+    make_model: ModelMaker,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = [str(finished / "packed"), "--against", str(make_model("llama")), "--dtype", "float32"]
+    (row,) = evaluate(tmp_path / "a.json", *arguments, "--text", str(text_file))
+    metrics = read_metrics(finished)
+    assert row["perplexity"]["against"] == pytest.approx(metrics["perplexity"]["full"], rel=1e-4)
+    assert row["perplexity"]["checkpoint"] == pytest.approx(metrics["perplexity"]["quantized"], rel=1e-3)
+    assert row["divergence"] == pytest.approx(metrics["divergence"], rel=1e-2)
+    said = capsys.readouterr().out
+    assert f"{row['perplexity']['checkpoint']:.3f}" in said
+    assert f"{row['divergence']['top_token_agreement']:.2%}" in said
+
+
+def test_a_copy_diverges_by_nothing_on_every_text(make_model: ModelMaker, text_file: Path, tmp_path: Path) -> None:
+    model = str(make_model("llama"))
+    rows = evaluate(tmp_path / "a.json", model, "--against", model, "--text", str(text_file), "--text", "offline")
+    assert [row["text"] for row in rows] == [str(text_file), "offline"]
+    for row in rows:
+        assert set(row["divergence"].values()) == {0.0, 1.0}
+        assert row["divergence"]["kl_max"] == 0
+        assert row["divergence"]["top_token_agreement"] == 1
+        assert row["perplexity"]["against"] == row["perplexity"]["checkpoint"]
+
+
+def test_a_model_alone_has_its_perplexity(make_model: ModelMaker, text_file: Path, tmp_path: Path) -> None:
+    (row,) = evaluate(tmp_path / "a.json", str(make_model("opt")), "--text", str(text_file), "--dtype", "float32")
+    source = ModelSource(str(make_model("opt")), dtype="float32")
+    tokens = evaluation_windows(text_file.read_text(), source.tokenizer(), 2, 64).tokens
+    with torch.no_grad():
+        logits = source.model()(input_ids=tokens).logits
+    expected = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).exp()
+    assert row == {
+        "text": str(text_file),
+        "windows": 2,
+        "sequence_length": 64,
+        "perplexity": {"checkpoint": pytest.approx(float(expected), rel=1e-4)},
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["./nowhere"], "./nowhere"),
+        (["MODEL", "--text", "./nowhere.txt"], "--text: there is no file './nowhere.txt'"),
+        (["MODEL", "--sequence-length", "1"], "--sequence-length: give at least 2"),
+        (["MODEL", "--json", "/"], "--json: / is a folder; give a file"),
+        (["MODEL", "--sequence-length", "9000000"], "lower --sequence-length, or give a longer text in --text"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(
+    words: list[str], sentence: str, make_model: ModelMaker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", *(word.replace("MODEL", str(make_model("llama"))) for word in words)]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert len(said.splitlines()) == 1
+
+
+def test_another_tokenizer_is_refused(
+    make_model: ModelMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_model("llama")
+    for file in model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"add_prefix_space": false', '"add_prefix_space": true'))
+    assert main(["evaluate", str(model), "--against", str(tmp_path)]) == 2
+    assert "makes other tokens of a text than" in capsys.readouterr().err
