@@ -24,8 +24,8 @@ DTYPES = {torch.int16: "I16", torch.int32: "I32", torch.float16: "F16", torch.ui
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_blocks")
 WIDTHS = {str(width) for width in range(1, MAX_BITS + 1)}
 SIZES = re.compile(
-    r"(\w+_)?(vocab_size|hidden_size|intermediate_size|head_dim|num_attention_heads|num_key_value_heads|ffn_dim"
-    r"|max_position_embeddings)|word_embed_proj_dim|n_positions|n_embd|n_head|n_heads|num_heads|d_model"
+    r"vocab_size|hidden_size|intermediate_size|head_dim|num_attention_heads|num_key_value_heads|ffn_dim"
+    r"|max_position_embeddings|word_embed_proj_dim|n_positions|n_embd|n_head|n_heads|num_heads|d_model"
 )
 """Keys of config.json that are at least 1 in every architecture; architectures have further sizes."""
 COUNTS = re.compile(
@@ -117,19 +117,25 @@ def check_architecture(values: Mapping[str, Any], modules: Iterable[str]) -> Non
     _check_sizes(values, len(list(modules)))
 
 
-def _check_sizes(values: Mapping[str, Any], packed: int) -> None:
-    """Check the numbers of config.json, or of a part of it, against their bounds and the number of packed layers."""
+def _check_sizes(values: Mapping[str, Any], packed: int, is_text: bool = True) -> None:
+    """Check the numbers of config.json, or of a part of it, against their bounds and the number of packed layers.
+
+    Of a part that is not the text model, such as one for images, no layers are packed.
+    """
+    most_blocks = packed if is_text else max(packed, MOST_MODULES)
     for key, value in ((str(key), value) for key, value in values.items()):
+        if key in LAYERS and is_text and (not isinstance(value, int) or isinstance(value, bool)):
+            raise ValueError(f"config.json: {key}: {_shown(value)} does not fit the {packed} packed layers")
         if isinstance(value, Mapping) and key != KEY:
-            _check_sizes(value, packed)
+            _check_sizes(value, packed, is_text and key == "text_config")
         for number in value if isinstance(value, list | tuple) else [value]:
             if isinstance(number, Mapping) and not isinstance(value, Mapping):
-                _check_sizes(number, packed)
+                _check_sizes(number, packed, False)
             if not isinstance(number, int) or isinstance(number, bool):
                 if SIZES.fullmatch(key) and number is not None and not isinstance(value, list | tuple):
                     raise ValueError(f"config.json: {key}: {_shown(number)} is not a size from 1 to {LARGEST_SIZE}")
                 continue
-            if key in LAYERS and not 1 <= number <= packed:
+            if key in LAYERS and not 1 <= number <= most_blocks:
                 raise ValueError(f"config.json: {key}: {_shown(number)} does not fit the {packed} packed layers")
             if SIZES.fullmatch(key) and not 1 <= number <= LARGEST_SIZE:
                 raise ValueError(f"config.json: {key}: {_shown(number)} is not a size from 1 to {LARGEST_SIZE}")

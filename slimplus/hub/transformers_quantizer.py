@@ -197,7 +197,7 @@ def swap_packed_layers(model: PreTrainedModel, config: SlimplusConfig) -> None:
         return
     model.resize_token_embeddings = _refuse_resizing  # type: ignore[method-assign,assignment]
     head = model.get_output_embeddings()
-    if model.config.tie_word_embeddings and head is not None:
+    if getattr(model.config, "tie_word_embeddings", False) and head is not None:
         model.set_output_embeddings(TiedHead(embedding, head.bias))
         model._tied_weights_keys, model.all_tied_weights_keys = {}, {}  # transformers can tie only ordinary weights
 
