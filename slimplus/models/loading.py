@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -34,7 +35,10 @@ from slimplus.utils.errors import InputError, TemporaryFailure, first_line, is_f
 
 UNREADABLE = (OSError, ValueError, SafetensorError, StrictDataclassError)  # what transformers raises for bad files
 # What transformers and PyTorch raise for values of config.json that no model can be built from.
-UNBUILDABLE = (*UNREADABLE, ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
+UNBUILDABLE = (
+    *(*UNREADABLE, ArithmeticError, AssertionError, AttributeError, ImportError, LookupError),
+    *(RuntimeError, TypeError, struct.error),  # the last one for GGUF files cut short
+)
 
 
 class ModelLoadError(InputError):
@@ -95,8 +99,9 @@ class ModelSource:
                 f"model.path: no space is left to download {self.path}; free some, or set HF_HOME to another disk"
             )
         if Path(self.path).is_dir():
+            file = self.gguf_file or part
             return ModelLoadError(
-                f"model.path: cannot load {self.path} ({named_first_line(error)}); check {part}, or download the model "
+                f"model.path: cannot load {self.path} ({named_first_line(error)}); check {file}, or download the model "
                 "again"
             )
         return ModelLoadError(
@@ -174,13 +179,16 @@ class ModelSource:
     def check_weights(self) -> None:
         """Check that the files hold exactly the tensors of the architecture; none of them is read.
 
+        A GGUF file is left to `model`, since transformers decodes all of it to tell its tensors.
+
         Raises:
             ModelLoadError: naming the tensor that is missing, has another shape or has no place, or the file that is
                 damaged.
             TemporaryFailure: if the disk is full.
         """
-        _, info = self._load(device_map={"": "meta"})
-        self._check(info)
+        if not self.gguf_file:
+            _, info = self._load(device_map={"": "meta"})
+            self._check(info)
 
     def _check(self, info: Mapping[str, Any]) -> None:
         """Raise ModelLoadError if the tensors that were loaded are not those of the architecture."""

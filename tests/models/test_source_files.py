@@ -7,9 +7,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 
+from slimplus.models.loading import ModelSource
 from slimplus.models.source_files import INDEX, folder_problem, location_problem, weight_files
 from slimplus.utils.errors import InputError
 from tests.support.models import ModelMaker
@@ -141,3 +144,21 @@ def test_a_gguf_file_is_looked_at_as_well(tmp_path: Path) -> None:
     assert f"{file} is no GGUF file" in str(location_problem(str(tmp_path), "m.gguf", None))
     with pytest.raises(InputError, match="holds no weights: give model.gguf_file=m.gguf"):
         weight_files(tmp_path, None)
+
+
+@pytest.mark.parametrize("size", [20, 30, 200, 900])
+def test_a_gguf_file_cut_short_is_a_sentence(tmp_path: Path, size: int) -> None:
+    file = tmp_path / "m.gguf"
+    writer = GGUFWriter(file, "llama")
+    writer.add_block_count(1)
+    writer.add_string("general.description", "x" * 600)
+    writer.add_tensor("token_embd.weight", np.zeros((32, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file.write_bytes(file.read_bytes()[:size])
+    source = ModelSource(str(tmp_path), "m.gguf")
+    part = source.config if size < 900 else source.model  # the end of the file holds the weights alone
+    with pytest.raises(InputError, match=r"cannot load .*; check m.gguf, or download the model again"):
+        part()
