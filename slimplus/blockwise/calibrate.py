@@ -15,7 +15,7 @@ from torch import Tensor
 from slimplus.blockwise.data import BlockData, search_windows
 from slimplus.format.affine import QuantizedWeight, group_count, uniform_bits
 from slimplus.quantization.gptq import RoundedWeight
-from slimplus.quantization.linear import QuantizationConfig, quantize_linear
+from slimplus.quantization.linear import QuantizationConfig, round_weight
 from slimplus.quantization.salience import HessianAccumulator, InverseHessian, group_salience, invert_hessian
 from slimplus.quantization.salience_allocation import AllocationSearch, paired_bits
 
@@ -64,7 +64,7 @@ def quantize_block(
     own = {}
     for name, layer in data.own_layers.items():
         leader = data.leader[name]
-        own[name] = quantize_linear(layer.weight, bits[name], hessians[leader], inverses[leader], config)
+        own[name] = round_weight(layer.weight, bits[name], hessians[leader], inverses[leader], config)
     shared = {name: _broadcast_result(data, name, bits[name], own.get(name), config) for name in data.layers}
     weights = {name: weight for name, (weight, _) in shared.items()}
     remainders = {name: remainder for name, (_, remainder) in shared.items()}

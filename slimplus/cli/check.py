@@ -27,8 +27,9 @@ def run(arguments: argparse.Namespace) -> None:
     if problem := location_problem(arguments.model, arguments.gguf_file, arguments.revision):
         raise InputError(problem.replace("model.path: ", "").replace("model.gguf_file: ", "--gguf-file: "))
 
-    from slimplus.models.loading import ModelSource  # with PyTorch
+    from slimplus.models.loading import ModelSource, build_on_meta  # with PyTorch
     from slimplus.models.source_check import check_source
+    from slimplus.pipeline.model_checks import check_packed_share
     from slimplus.pipeline.self_check import check_architecture
 
     source = ModelSource(
@@ -40,7 +41,9 @@ def run(arguments: argparse.Namespace) -> None:
     source = source.pinned()
     report = check_source(source)
     try:
-        report.facts |= check_architecture(source.config()).rows()
+        config = source.config()
+        report.facts |= check_architecture(config).rows()
+        check_packed_share(build_on_meta(config), allow_unpacked=False)
     except InputError as error:
         if (problem := str(error)) not in report.problems:
             report.problems.append(problem)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from slimplus.data.windows import chat_renderer, evaluation_windows
 from slimplus.evaluation.divergence import Comparison, Recorder, statistics
 from slimplus.evaluation.generation import find_device
 from slimplus.evaluation.perplexity import perplexity_of_logits
-from slimplus.models.loading import UNREADABLE, ModelSource
+from slimplus.models.exact import key_problem
+from slimplus.models.loading import UNBUILDABLE, ModelSource
 from slimplus.models.location import resolve_model_folder
 from slimplus.utils.errors import InputError, first_line
 
@@ -108,18 +109,33 @@ def _equal(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
 
 
 def _load(source: ModelSource, device: torch.device, dtype: str) -> PreTrainedModel:
-    """Load a checkpoint of any method that transformers knows; of its files, only safetensors and GGUF are read."""
-    arguments = {"gguf_file": source.gguf_file} if source.gguf_file else {"use_safetensors": True}
+    """Load a checkpoint of any method that transformers knows, exactly; only safetensors and GGUF files are read.
+
+    Raises:
+        InputError: if it cannot be loaded, or its tensors are not those of its architecture.
+    """
+    if source.gguf_file:  # as a run reads the model that it quantizes
+        full: Any = replace(source, dtype=dtype).model()
+        return cast(PreTrainedModel, full.to(device))
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.path, dtype=dtype, device_map=str(device), trust_remote_code=False, **arguments
+            source.path,
+            dtype=dtype,
+            device_map=str(device),
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
         )
-    except (*UNREADABLE, ImportError) as error:  # of the library that a method of quantization needs
+    except ImportError as error:
+        raise InputError(f"{source.path} needs a library that is not installed: {first_line(error)}") from error
+    except UNBUILDABLE as error:
         raise InputError(
             f"{source.path} cannot be loaded ({first_line(error)}); give the folder or the hub id of a model"
         ) from error
-    model: PreTrainedModel = loaded.eval()
-    return model
+    model, info = loaded
+    if problem := key_problem(info):
+        raise InputError(f"{source.path}: {problem}")
+    return cast(PreTrainedModel, model.eval())
 
 
 def _perplexity(model: PreTrainedModel, tokens: Tensor, observer: Recorder | Comparison | None) -> float:

@@ -203,7 +203,7 @@ def read_contents(path: str) -> CheckpointContents:
     folder = checkpoint_folder(path)
     config = _read_config(folder)
     with ExitStack() as stack:
-        files = {name: stack.enter_context(_open(folder / name)) for name in _file_names(folder)}
+        files = {name: stack.enter_context(_open(folder / name)) for name in weight_file_names(folder)}
         places = {key: file for file in files.values() for key in file.keys()}  # noqa: SIM118, not a mapping
         stored = {key: _header(file, key) for key, file in places.items()}
         try:
@@ -239,7 +239,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _file_names(folder: Path) -> list[str]:
+def weight_file_names(folder: Path) -> list[str]:
     """Return the names of the model's safetensors files, from the index if there is one."""
     index = folder / INDEX_FILE
     if not index.is_file():

@@ -12,7 +12,7 @@ from torch import Tensor
 from slimplus.format.affine import QuantizedWeight
 from slimplus.format.checks import check_packed
 from slimplus.format.planes import unpack
-from slimplus.hub.contents import CheckpointContents, PackedLayer
+from slimplus.hub.contents import CheckpointContents, PackedLayer, weight_file_names
 from slimplus.utils.errors import InputError
 
 
@@ -25,7 +25,7 @@ class PackedTensors:
 
     def __init__(self, contents: CheckpointContents) -> None:
         self._places: dict[str, Path] = {}
-        for file in sorted(contents.folder.glob("*.safetensors")):
+        for file in [contents.folder / name for name in weight_file_names(contents.folder)]:
             with safe_open(file, framework="pt") as stored:
                 self._places |= dict.fromkeys(stored.keys(), file)
 

@@ -1,7 +1,7 @@
 """The parts of a causal language model: blocks, linear layers, norms, embedding and head.
 
-Parts are inferred from the model. `EXCEPTIONS` holds what cannot be, by the text configuration's `model_type`; the
-self-check of `slimplus.pipeline.self_check` tells whether what was inferred is right.
+Parts are inferred from the model, with the few exceptions below by name. The self-check of
+`slimplus.pipeline.self_check` tells whether what was inferred is right.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MIN_ROWS = 32
 """Rows of the smallest linear layer that is packed: gates of a few rows save nothing and decide much."""
 
 SKIPPED = {
-    "a router or a gate of experts": (*("gate", "*.gate", "*router*", "*shared_expert_gate"),),
+    "a router or a gate of experts": ("gate", "*.gate", "*router*", "*shared_expert_gate"),
     "an indexer, which chooses the tokens to attend to": ("*indexer*",),
     "a projection to the few values that steer a recurrence": (
         *("*mamba.x_proj", "*mixer.x_proj", "*mamba.dt_proj", "*mixer.dt_proj", "*in_proj_a", "*in_proj_b"),
@@ -37,39 +37,29 @@ LINEAR_CLASSES = {"Conv1D": True, "FalconLinear": False}
 """Classes of transformers that multiply as `nn.Linear` does → whether they store the weight transposed."""
 
 
-@dataclass(frozen=True)
-class Exceptions:
-    """What cannot be inferred of an architecture.
-
-    Attributes:
-        blocks: dotted path of the list of blocks inside the causal language model.
-        batched: whether blocks run several windows at once; not where an argument has a size of windows times heads.
-    """
-
-    blocks: str | None = None
-    batched: bool = True
-
-
-EXCEPTIONS = {
-    "bloom": Exceptions(batched=False),
-    "cpmant": Exceptions(batched=False),
-    "deepseek_v4": Exceptions(batched=False),
-    "falcon": Exceptions(batched=False),  # of its variants, those with ALiBi
-    "inkling2_text": Exceptions(batched=False),
-    "mvp": Exceptions(batched=False),
-    "trocr": Exceptions(batched=False),
-    "xglm": Exceptions(batched=False),
+ONE_WINDOW_AT_A_TIME = {
+    "bloom",
+    "cpmant",
+    "deepseek_v4",
+    "falcon",  # of its variants, those with ALiBi
+    "inkling2_text",
+    "mvp",
+    "trocr",
+    "xglm",
 }
-"""`model_type` of the text configuration → its exceptions."""
+"""`model_type` of the text configurations whose blocks do not run several windows at once.
+
+An argument of these blocks has a size of windows times heads.
+"""
 
 
 class UnsupportedModelError(InputError):
     """Error of a model whose architecture cannot be quantized."""
 
 
-def exceptions(model: PreTrainedModel) -> Exceptions:
-    """Return the exceptions of a model's architecture."""
-    return EXCEPTIONS.get(model.config.get_text_config().model_type, Exceptions())
+def runs_batches(model: PreTrainedModel) -> bool:
+    """Return whether the blocks of a model run several windows at once."""
+    return model.config.get_text_config().model_type not in ONE_WINDOW_AT_A_TIME
 
 
 def blocks_path(model: PreTrainedModel) -> str:
@@ -81,8 +71,6 @@ def blocks_path(model: PreTrainedModel) -> str:
     Raises:
         UnsupportedModelError: if the model has no list of blocks with linear layers.
     """
-    if (known := exceptions(model).blocks) is not None:
-        return known
     lists = list(_outermost_lists(model, ""))
     if not lists:
         kind = model.config.model_type
@@ -273,7 +261,7 @@ def find_embedding_and_head(model: PreTrainedModel) -> EmbeddingAndHead:
             "cannot be packed; leave both keys null"
         )
     names = {id(module): name for name, module in model.named_modules()}
-    return EmbeddingAndHead(names[id(embedding)], names[id(head)], tied=head.weight is embedding.weight)
+    return EmbeddingAndHead(names[id(embedding)], names[id(head)], tied=is_tied(model))
 
 
 def embedding_rows(model: PreTrainedModel) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slimplus.models.architectures import blocks_path, exceptions, find_blocks
+from slimplus.models.architectures import blocks_path, find_blocks, runs_batches
 from slimplus.models.block_arguments import ArgumentRecorder, BlockArguments, batches, bind, run_block
 from slimplus.models.precision import autocast
 from slimplus.nn import PackedLinear
@@ -216,7 +216,7 @@ class StreamedModel:
             for window in (tokens if len(tokens) else tokens.new_ones(1, tokens.shape[1])).split(1):
                 with suppress(_Captured):
                     self.model(input_ids=window.to(runner.device), use_cache=False)
-        return BlockInputs(torch.cat(first)[: len(tokens)], recorder.arguments(exceptions(self.model).batched))
+        return BlockInputs(torch.cat(first)[: len(tokens)], recorder.arguments(runs_batches(self.model)))
 
     def forward_blocks(
         self, inputs: BlockInputs, description: str = "", replace: ReplaceBlock | None = None

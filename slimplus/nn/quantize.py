@@ -266,7 +266,7 @@ def _quantize(
         widths = allocate_bits(weight, salience, calibration.search, config.bits, config.group_size)
     elif widths is None:
         widths = uniform_bits(columns, config.group_size, config.bits)
-    rounded = linear.quantize_linear(weight, widths, hessian, inverse, config)
+    rounded = linear.round_weight(weight, widths, hessian, inverse, config)
     return PackedLinear.from_quantized(rounded.weight, bias).to(weight.device)
 
 

@@ -52,7 +52,7 @@ class QuantizationConfig:
         return self.method not in ("rtn", "gptq")
 
 
-def quantize_linear(
+def round_weight(
     weight: Tensor, bits: Tensor, hessian: Tensor, inverse: InverseHessian, config: QuantizationConfig
 ) -> RoundedWeight:
     """Quantize one linear weight by the method of `config`.
@@ -96,7 +96,7 @@ def quantize_embedding_or_head(weight: Tensor, hessian: Tensor | None, config: Q
     hessian = torch.eye(hidden, device=weight.device) if hessian is None else hessian
     inverse = invert_hessian(hessian, config.percdamp)
     parts = [
-        quantize_linear(rows.float(), bits, hessian, inverse, config).weight for rows in weight.split(VOCABULARY_ROWS)
+        round_weight(rows.float(), bits, hessian, inverse, config).weight for rows in weight.split(VOCABULARY_ROWS)
     ]
     integers, scale, zero_point = (
         torch.cat([getattr(part, name) for part in parts]) for name in ("integers", "scale", "zero_point")

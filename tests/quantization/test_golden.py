@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from slimplus.quantization.linear import QuantizationConfig, quantize_linear
+from slimplus.quantization.linear import QuantizationConfig, round_weight
 from slimplus.quantization.salience import HessianAccumulator, element_salience, group_salience, invert_hessian
 from slimplus.quantization.salience_allocation import AllocationSearch, paired_bits
 from slimplus.quantization.salience_calibration import calibrate_group
@@ -93,7 +93,7 @@ def test_salience_weighted_calibration(golden: Golden) -> None:
 def test_output_error_is_no_larger(golden: Golden) -> None:
     hessian = golden.hessian
     config = QuantizationConfig("slimllm", golden.target_bits, golden.group_size)
-    quantized = quantize_linear(golden["weight"], golden["bits"], hessian, invert_hessian(hessian), config).weight
+    quantized = round_weight(golden["weight"], golden["bits"], hessian, invert_hessian(hessian), config).weight
     weight = quantized.dequantize()
     error = (golden["inputs"] @ (weight - golden["weight"]).T).double().square().sum()
     assert error <= golden["gptq_output_error"]

@@ -7,14 +7,14 @@ from slimplus.format.affine import (
     uniform_bits,
 )
 from slimplus.quantization.least_squares import output_error, refit_qparams
-from slimplus.quantization.linear import QuantizationConfig, quantize_linear
+from slimplus.quantization.linear import QuantizationConfig, round_weight
 from slimplus.quantization.salience import invert_hessian
 from tests.support.weights import layer_and_hessian
 
 
 def test_refit_never_makes_a_row_worse() -> None:
     weight, hessian = layer_and_hessian()
-    quantized = quantize_linear(
+    quantized = round_weight(
         weight, uniform_bits(160, 64, 2), hessian, invert_hessian(hessian), QuantizationConfig("gptq", 2, 64)
     ).weight
     before = quantized.dequantize()

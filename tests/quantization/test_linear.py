@@ -15,7 +15,7 @@ from slimplus.format.affine import (
 )
 from slimplus.quantization.gptq import quantize_weight
 from slimplus.quantization.least_squares import output_error, refit_qparams
-from slimplus.quantization.linear import QuantizationConfig, _minmax, quantize_embedding_or_head, quantize_linear
+from slimplus.quantization.linear import QuantizationConfig, _minmax, quantize_embedding_or_head, round_weight
 from slimplus.quantization.salience import invert_hessian
 from slimplus.quantization.salience_allocation import paired_bits
 from tests.support.weights import layer_and_hessian
@@ -27,7 +27,7 @@ def test_error_compensation_lowers_the_output_error() -> None:
     methods = {}
     for method in ("rtn", "gptq", "slimllm"):
         config = QuantizationConfig(method, 3, 64)
-        quantized = quantize_linear(weight, bits, hessian, inverse, config).weight
+        quantized = round_weight(weight, bits, hessian, inverse, config).weight
         levels = quantized.dequantize()
         methods[method] = float(output_error(levels - weight, hessian).sum())
     assert methods["gptq"] < 0.9 * methods["rtn"]
@@ -41,7 +41,7 @@ def test_what_is_stored_can_be_stored(method: str, bits: int) -> None:
     widths = paired_bits(torch.arange(3.0), 0, bits, 160, 64)
     widths[0] -= 1
     config = QuantizationConfig(method, bits, 64)  # type: ignore[arg-type]
-    quantized = quantize_linear(weight, widths, hessian, invert_hessian(hessian), config).weight
+    quantized = round_weight(weight, widths, hessian, invert_hessian(hessian), config).weight
     assert (quantized.integers <= per_column(2**widths - 1, 64, 160)).all()
     assert torch.equal(storable_scale(quantized.scale), quantized.scale)
     assert torch.equal(storable_zero_point(quantized.zero_point, widths), quantized.zero_point)
@@ -54,7 +54,7 @@ def test_dead_columns_are_rounded_to_nearest_and_the_hessian_is_left_alone(metho
     hessian[:, dead] = hessian[dead] = 0
     before = hessian.clone()
     inverse = invert_hessian(hessian)
-    rounded = quantize_linear(weight, uniform_bits(160, 64, 4), hessian, inverse, QuantizationConfig(method, 4, 64))  # type: ignore[arg-type]
+    rounded = round_weight(weight, uniform_bits(160, 64, 4), hessian, inverse, QuantizationConfig(method, 4, 64))  # type: ignore[arg-type]
     assert torch.equal(hessian, before)
     assert inverse.dead.nonzero().flatten().tolist() == list(range(160))[dead]
     error = (rounded.weight.dequantize() - weight)[:, dead]
@@ -78,7 +78,7 @@ def test_a_layer_that_is_never_fed_anything_keeps_its_grid() -> None:
     weight, _ = layer_and_hessian()
     nothing = torch.zeros(160, 160)
     config = QuantizationConfig("gptq", 2, 64)
-    quantized = quantize_linear(weight, uniform_bits(160, 64, 2), nothing, invert_hessian(nothing), config).weight
+    quantized = round_weight(weight, uniform_bits(160, 64, 2), nothing, invert_hessian(nothing), config).weight
     scale, zero_point = refit_qparams(weight, quantized, nothing)
     assert torch.equal(scale, quantized.scale)
     assert torch.equal(zero_point, quantized.zero_point)
