@@ -21,7 +21,10 @@ from tests.support.models import expected_text
 from tests.support.processes import CONSOLE, ROOT
 
 PROMPT = "Functions are"
-MISSING = "datasets, lightning, tensorboard and torchmetrics, which are not installed: pip install datasets lightning"
+MISSING = (
+    "datasets, lightning, plotly, tensorboard and torchmetrics, which are not installed: "
+    "pip install datasets lightning plotly"
+)
 
 LOAD = """
 import json, sys

@@ -17,16 +17,14 @@ RECIPE = {"pydantic": "pydantic", "yaml": "pyyaml"}
 REPORT = {"jinja2": "jinja2", "plotly": "plotly", "yaml": "pyyaml"}
 """Module → distribution: what a report is made with."""
 
-QUANTIZATION = (
-    RECIPE
-    | REPORT
-    | {
-        "datasets": "datasets",
-        "lightning": "lightning",
-        "tensorboard": "tensorboard",
-        "torchmetrics": "torchmetrics",
-    }
-)
+QUANTIZATION = RECIPE | {
+    "datasets": "datasets",
+    "jinja2": "jinja2",
+    "lightning": "lightning",
+    "plotly": "plotly",
+    "tensorboard": "tensorboard",
+    "torchmetrics": "torchmetrics",
+}
 """Module → distribution: what every run of a recipe imports. What only some recipes need is looked for with them."""
 
 
