@@ -18,9 +18,11 @@ from torch import nn
 from transformers import AutoTokenizer
 
 import slimplus
+from slimplus.models import precision
 from slimplus.models.loading import ModelSource
 from slimplus.models.streaming import BlockInputs, StreamedModel
-from tests.support.blocks import RUNNER
+from slimplus.utils import cpu_speed
+from tests.support.blocks import RUNNER, Emulation
 from tests.support.models import ModelMaker, save_tiny_model
 from tests.support.processes import ROOT
 from tests.support.recipes import SMALL, Arguments
@@ -52,6 +54,17 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text("\n".join(topics[name] for name in sorted(topics))[:60_000])
     return file
+
+
+@pytest.fixture
+def emulate(monkeypatch: pytest.MonkeyPatch) -> Emulation:
+    """`emulate(8.0)`: the CPU multiplies 16-bit numbers 8 times slower than float32."""
+
+    def measured(slowness: float) -> None:
+        for module in (precision, cpu_speed):
+            monkeypatch.setattr(module, "product_seconds", lambda dtype: 1.0 if dtype == torch.float32 else slowness)
+
+    return measured
 
 
 @pytest.fixture

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from slimplus.cli.console import add_placement, positive_integer, write
 from slimplus.evaluation.speed import benchmark, table
@@ -48,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json and arguments.json.is_dir():
         raise InputError(f"--json: {arguments.json} is a folder; give a file")
     contents = read_contents(arguments.path)
-    _check_length(contents.config, arguments.prompt_tokens + arguments.new_tokens)
+    _check_length(contents.context_length, arguments.prompt_tokens + arguments.new_tokens)
 
     candidates = {"packed": Candidate(str(contents.folder), packed=True)}
     if arguments.dense:
@@ -67,10 +65,9 @@ def run(arguments: argparse.Namespace) -> None:
     write(table(result))
 
 
-def _check_length(config: Mapping[str, Any], tokens: int) -> None:
+def _check_length(longest: int | None, tokens: int) -> None:
     """Check that prompt and new tokens fit the model's context."""
-    longest = config.get("max_position_embeddings")
-    if isinstance(longest, int) and tokens > longest:
+    if longest is not None and tokens > longest:
         raise InputError(
             f"--prompt-tokens and --new-tokens: {tokens} tokens are more than the model takes; give at most {longest} "
             "together"

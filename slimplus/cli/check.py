@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
     from slimplus.models.loading import ModelSource, build_on_meta  # with PyTorch
     from slimplus.models.source_check import check_source
     from slimplus.pipeline.model_checks import check_packed_share
-    from slimplus.pipeline.self_check import check_architecture
+    from slimplus.pipeline.self_check import describe, self_check
 
     source = ModelSource(
         resolve_model_folder(arguments.model),
@@ -42,8 +42,10 @@ def run(arguments: argparse.Namespace) -> None:
     report = check_source(source)
     try:
         config = source.config()
-        report.facts |= check_architecture(config).rows()
-        check_packed_share(build_on_meta(config), allow_unpacked=False)
+        model = build_on_meta(config)
+        report.facts |= describe(model).rows()
+        self_check(config)
+        check_packed_share(model, allow_unpacked=False)
     except InputError as error:
         if (problem := str(error)) not in report.problems:
             report.problems.append(problem)

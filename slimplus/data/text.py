@@ -21,6 +21,7 @@ from slimplus.utils.errors import InputError, named_first_line
 
 OFFLINE = "offline"
 WHOLE = 2**24  # characters that are read of any text, and tokenized as one; WikiText-2's train split has 11 million
+CHARACTERS_A_TOKEN = 8  # to read of a longer text: windows are then a choice among several
 DAMAGED = (OSError, ValueError, EOFError, zlib.error, RecursionError)  # what the readers raise for bad files
 
 RenderChat = Callable[[Sequence[Mapping[str, Any]]], str]
@@ -58,6 +59,11 @@ class Text:
 def load_text(path: str, split: Split) -> str:
     """Return the whole text of a source as one string; the arguments and errors are those of `read_text`."""
     return read_text(path, split).joined
+
+
+def characters_to_read(tokens: int) -> int:
+    """Return how many characters of a text to read for windows of so many tokens."""
+    return max(WHOLE, CHARACTERS_A_TOKEN * tokens)
 
 
 def read_text(

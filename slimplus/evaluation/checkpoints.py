@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from slimplus.data.text import WHOLE, read_text
+from slimplus.data.text import characters_to_read, read_text
 from slimplus.data.windows import chat_renderer, evaluation_windows
 from slimplus.evaluation.divergence import Comparison, Recorder, statistics
 from slimplus.evaluation.generation import find_device
@@ -21,8 +21,6 @@ from slimplus.models.exact import key_problem
 from slimplus.models.loading import UNBUILDABLE, ModelSource
 from slimplus.models.location import resolve_model_folder
 from slimplus.utils.errors import InputError, first_line
-
-CHARACTERS = 8  # of a text to read for each token that is measured: no more of a long one is needed
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ def _source(path: str) -> ModelSource:
 def _windows(source: ModelSource, config: EvaluationConfig) -> dict[str, Tensor]:
     """Return the windows of each text, `[windows, sequence_length]`."""
     tokenizer = source.tokenizer()
-    limit = max(WHOLE, CHARACTERS * config.windows * config.sequence_length)
+    limit = characters_to_read(config.windows * config.sequence_length)
     found = {}
     for text in config.texts:
         whole = read_text(text, "evaluation", limit=limit, render_chat=chat_renderer(tokenizer)).joined

@@ -13,7 +13,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from slimplus.data.windows import check_ids
 from slimplus.hub.checkpoint import load
-from slimplus.models.architectures import embedding_rows, longest_sequence
+from slimplus.models.architectures import embedding_rows, position_table
 from slimplus.models.loading import UNBUILDABLE, read_tokenizer
 from slimplus.utils.errors import InputError, first_line
 
@@ -114,7 +114,7 @@ def stream(loaded: LoadedModel, prompt: str, sampling: Sampling, chat: bool = Fa
         inputs = tokenizer(prompt, return_tensors="pt", return_attention_mask=True)
     length = inputs["input_ids"].shape[1]
     check_ids(inputs["input_ids"], embedding_rows(model), tokenizer, "the prompt")
-    _check_length(length, sampling.max_new_tokens, longest_sequence(model))
+    _check_length(length, sampling.max_new_tokens, position_table(model))
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     torch.manual_seed(sampling.seed)
     model.generate(

@@ -81,12 +81,21 @@ class PackedLayer:
     @property
     def in_block(self) -> bool:
         """Whether the layer belongs to a transformer block, whose name holds a number; embedding and head do not."""
-        return re.search(r"\.\d+\.", self.name) is not None
+        return bool(_list_path(self.name))
 
     @property
     def groups(self) -> dict[int, int]:
         """Number of groups of each width."""
         return dict(sorted(Counter(self.widths).items()))
+
+
+def _list_path(name: str) -> str:
+    """Return the dotted path of the list that a layer or tensor lies in, such as `model.layers`; "" if it is in none.
+
+    The first list counts: that of the blocks, not of the experts within one.
+    """
+    found = re.match(r"(.+?)\.\d+\.", name)
+    return found[1] if found else ""
 
 
 @dataclass(frozen=True)
@@ -123,7 +132,8 @@ class CheckpointContents:
     @property
     def packed_share(self) -> float:
         """Share of the weights in the blocks that is packed."""
-        others = sum(prod(tensor.shape) for name, tensor in self.others.items() if re.search(r"\.\d+\.", name))
+        blocks = {_list_path(layer.name) for layer in self.block_layers}
+        others = sum(prod(tensor.shape) for name, tensor in self.others.items() if _list_path(name) in blocks)
         return self.weights / (self.weights + others)
 
     @property
@@ -150,6 +160,13 @@ class CheckpointContents:
     def size_bytes(self) -> int:
         """Bytes of all the tensors of the checkpoint."""
         return self.block_bytes + self.embedding_and_head_bytes + self.other_bytes
+
+    @property
+    def context_length(self) -> int | None:
+        """How many positions the model was made for, if its configuration says; GPT-2 calls it `n_positions`."""
+        config = self.config.get("text_config", self.config)
+        found = config.get("max_position_embeddings", config.get("n_positions"))
+        return found if isinstance(found, int) else None
 
     @property
     def full_size_bytes(self) -> int:

@@ -18,7 +18,7 @@ from slimplus.models.shrink import number_of_blocks
 from slimplus.utils.errors import InputError
 
 if TYPE_CHECKING:  # transformers imports this package while it is being imported itself
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 MIN_ROWS = 32
 """Rows of the smallest linear layer that is packed: gates of a few rows save nothing and decide much."""
@@ -227,12 +227,10 @@ class EmbeddingAndHead:
     Attributes:
         embedding: name of the token embedding.
         head: name of the output head.
-        tied: whether embedding and head share one weight.
     """
 
     embedding: str
     head: str
-    tied: bool
 
 
 def embedding_scale(embedding: nn.Module) -> float | None:
@@ -261,7 +259,7 @@ def find_embedding_and_head(model: PreTrainedModel) -> EmbeddingAndHead:
             "cannot be packed; leave both keys null"
         )
     names = {id(module): name for name, module in model.named_modules()}
-    return EmbeddingAndHead(names[id(embedding)], names[id(head)], tied=is_tied(model))
+    return EmbeddingAndHead(names[id(embedding)], names[id(head)])
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
@@ -269,12 +267,16 @@ def embedding_rows(model: PreTrainedModel) -> int:
     return cast(int, model.get_input_embeddings().num_embeddings)
 
 
-def longest_sequence(model: PreTrainedModel) -> int | None:
+def context_length(config: PretrainedConfig) -> int | None:
+    """Return how many positions a model was made for, or None if its configuration does not say."""
+    return cast("int | None", getattr(config.get_text_config(), "max_position_embeddings", None))
+
+
+def position_table(model: PreTrainedModel) -> int | None:
     """Return how many positions a model has a table of, or None if it computes positions, of which there is no last."""
     embedding = model.get_input_embeddings()
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module is not embedding]
-    longest = getattr(model.config, "max_position_embeddings", None)
-    return longest if tables else None
+    return context_length(model.config) if tables else None
 
 
 def is_tied(model: PreTrainedModel) -> bool:
@@ -284,7 +286,7 @@ def is_tied(model: PreTrainedModel) -> bool:
 
 
 def embedding_and_head_bits(
-    model: PreTrainedModel, embedding_bits: int | None, head_bits: int | None
+    model: PreTrainedModel, tied: bool, embedding_bits: int | None, head_bits: int | None
 ) -> dict[str, int]:
     """Return the bits of the layers outside the blocks that get packed, by the layers' names.
 
@@ -292,7 +294,8 @@ def embedding_and_head_bits(
     head are stored apart.
 
     Args:
-        model: a causal language model.
+        model: a causal language model; it may lie on the meta device.
+        tied: whether its embedding and head share one weight.
         embedding_bits: width of the embedding, or None to leave the embedding as it is.
         head_bits: width of the head, or None.
 
@@ -302,7 +305,7 @@ def embedding_and_head_bits(
     if embedding_bits is None and head_bits is None:
         return {}
     layers = find_embedding_and_head(model)
-    if layers.tied and embedding_bits is None:
+    if tied and embedding_bits is None:
         raise InputError(
             "quantization.head_bits: the head of this model is its embedding; a packed copy beside the 16-bit weight "
             "would make the checkpoint larger; set quantization.embedding_bits, alone to pack the two as one, or with "

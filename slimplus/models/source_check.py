@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from slimplus.models.architectures import embedding_rows, find_blocks, is_tied, longest_sequence, quantized_linears
+from slimplus.models.architectures import context_length, embedding_rows, find_blocks, is_tied, position_table
 from slimplus.models.exact import DAMAGED, not_finite
 from slimplus.models.loading import ModelSource, build_on_meta
 from slimplus.models.source_files import folder_problem, stored_weights
@@ -66,12 +66,11 @@ def _architecture(source: ModelSource, report: SourceReport) -> None:
     """Tell the architecture, its blocks and its linear layers, from the configuration alone."""
     model = _skeleton(source)
     blocks = find_blocks(model)
-    longest = getattr(model.config, "max_position_embeddings", None)
-    table = ", held in a table" if longest_sequence(model) else ""
+    longest = context_length(model.config)
+    table = ", held in a table" if position_table(model) else ""
     report.facts |= {
         "architecture": model.config.model_type,
         "blocks": f"{len(blocks):,}",
-        "linear layers": f"{len(quantized_linears(model)):,}",
         "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
         "embedding": f"{embedding_rows(model):,} rows",
         "positions": "any number" if longest is None else f"{longest:,}{table}",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from slimplus.format.affine import QuantizedWeight
 from slimplus.format.checks import check_packed
 from slimplus.format.planes import BitCounts, check_features, count_bits, pack, packed_shapes, stored_scale_bits, unpack
+from slimplus.utils.cpu_speed import product_dtype
 
 KEPT_DENSE_ROWS = 32  # rows of input from which a kept dequantized weight is faster than int4 on a CPU
 
@@ -37,8 +38,9 @@ class _Product(torch.autograd.Function):
         of_inputs = of_bias = None
         if context.needs_input_grad[0]:
             packed = dict(zip(names, context.saved_tensors, strict=True))
-            weight = dequantize_packed(packed, bit_counts, shape, group_size, gradient.dtype)
-            of_inputs = gradient @ weight  # autograd casts it to the dtype of the inputs
+            dtype = product_dtype(gradient.dtype, gradient.device)
+            weight = dequantize_packed(packed, bit_counts, shape, group_size, dtype)
+            of_inputs = gradient.to(dtype) @ weight  # autograd casts it to the dtype of the inputs
         if context.needs_input_grad[1]:
             of_bias = gradient.flatten(0, -2).sum(0)
         return of_inputs, of_bias, None, None
@@ -172,8 +174,8 @@ class PackedLinear(PackedModule):
     """`nn.Linear` over the packed format of `slimplus.format.planes`, whose weight is frozen.
 
     After `prepare_inference`, few rows of input are multiplied by `fused`: by Triton kernels on a GPU, by PyTorch's
-    weight-only operators on a CPU. Otherwise the forward dequantizes the whole weight to the dtype of the input and
-    uses PyTorch's matmul.
+    weight-only operators on a CPU. Otherwise the forward dequantizes the whole weight to the dtype of the input (on a
+    CPU that emulates it, to float32) and uses PyTorch's matmul.
 
     Args:
         in_features: columns of the weight.
@@ -314,8 +316,9 @@ class PackedLinear(PackedModule):
             self.forget()  # backends copy the bias
         elif self.fused is not None and rows and not kept and self.fused.supports(dtype, rows):
             return self.fused(inputs, self, dtype)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return nn.functional.linear(inputs.to(dtype), self._dense_weight(dtype), bias)
+        multiplied = product_dtype(dtype, inputs.device)
+        bias = None if self.bias is None else self.bias.to(multiplied)
+        return nn.functional.linear(inputs.to(multiplied), self._dense_weight(multiplied), bias).to(dtype)
 
     def _dense_weight(self, dtype: torch.dtype) -> Tensor:
         """Return the dequantized weight, from the last call if it was kept in this dtype."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ Method = Literal["rtn", "gptq", "slimllm"]
 Allocation = Literal["uniform", "slimllm"]
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
-METHODS, ALLOCATIONS = ("rtn", "gptq", "slimllm"), ("uniform", "slimllm")
+METHODS, ALLOCATIONS = get_args(Method), get_args(Allocation)
 
 
 class _Calibration:

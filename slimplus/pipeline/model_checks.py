@@ -11,6 +11,7 @@ from slimplus.format.affine import group_count
 from slimplus.format.planes import packed_size
 from slimplus.models.architectures import (
     blocks_path,
+    context_length,
     find_blocks,
     find_linears,
     following_norm,
@@ -38,7 +39,7 @@ def check_shapes(model: PreTrainedModel, recipe: Recipe) -> None:
         InputError: if a window is longer than the model's context, too few weights can be packed, no norm follows a
             block whose loss needs one, or no widths meet the average or the size (see `check_widths`).
     """
-    longest, data = getattr(model.config, "max_position_embeddings", None), recipe.data
+    longest, data = context_length(model.config), recipe.data
     for key, length in (("", data.sequence_length), ("evaluation.", data.evaluation.sequence_length)):
         if longest is not None and length > longest:
             raise InputError(

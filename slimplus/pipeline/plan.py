@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from slimplus.format.affine import group_count
 from slimplus.format.planes import packed_size
-from slimplus.models.architectures import embedding_and_head_bits, find_blocks, packed_share, quantized_linears
+from slimplus.models.architectures import embedding_and_head_bits, find_blocks, is_tied, packed_share, quantized_linears
 from slimplus.models.loading import build_on_meta
 from slimplus.pipeline.model_checks import check_shapes, planned_widths
 from slimplus.pipeline.prepare import model_source
@@ -182,7 +182,7 @@ def dry_run(recipe: Recipe) -> str:
     check_shapes(model, recipe)
     self_check(config)
     calibration, length = (recipe.data.samples, recipe.data.sequence_length), recipe.data.evaluation.sequence_length
-    outside = embedding_and_head_bits(model, settings.embedding_bits, settings.head_bits)
+    outside = embedding_and_head_bits(model, is_tied(model), settings.embedding_bits, settings.head_bits)
     grid = (*planned_widths(model, recipe), settings.group_size, settings.scale_bits)
     return str(make_plan(model, *grid, outside, calibration, length, _end_to_end_bytes(recipe)))
 

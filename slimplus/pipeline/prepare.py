@@ -10,10 +10,10 @@ from typing import Any
 
 import lightning as L
 from lightning.fabric import Fabric
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from slimplus.data.text import WHOLE, Text, read_text
+from slimplus.data.text import Text, characters_to_read, read_text
 from slimplus.data.windows import (
     Packing,
     Windows,
@@ -85,18 +85,15 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption) -> Job:
     logging.getLogger("slimplus").setLevel(logging.INFO if fabric.is_global_zero else logging.WARNING)
     L.seed_everything(recipe.seed, verbose=False)
     check_shares(recipe, fabric.world_size)
-    runner = BlockRunner(fabric.device, resolve_precision(recipe.trainer.precision, fabric.device))
+    runner = _block_runner(recipe, fabric)
     run = RunDirectory(recipe.run_dir)
     run.open()
     source = _pinned_source(recipe, run)
     source = replace(source, revision=fabric.broadcast(source.revision))  # each process may have met another commit
     config = source.config()
-    skeleton = build_on_meta(config)
-    check_shapes(skeleton, recipe)
-    if fabric.is_global_zero and not any(run.blocks.glob("*")):  # a run that goes on has passed
-        self_check(config)
+    goes_on = any(run.blocks.glob("*"))
+    skeleton = _checked_skeleton(recipe, source, config, try_out=fabric.is_global_zero and not goes_on)
     allocation = given_allocation(skeleton, recipe)
-    source.check_weights()
     bits = _embedding_and_head_bits(recipe, source, skeleton)
     tokenizer = source.tokenizer()
     texts = calibration_texts(recipe, tokenizer)
@@ -134,6 +131,29 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption) -> Job:
     )
 
 
+def _block_runner(recipe: Recipe, fabric: Fabric) -> BlockRunner:
+    """Return what runs blocks on this process's device, in the precision that the first process has resolved."""
+    precision = fabric.broadcast(resolve_precision(recipe.trainer.precision, fabric.device))
+    return BlockRunner(fabric.device, precision)
+
+
+def _checked_skeleton(recipe: Recipe, source: ModelSource, config: PretrainedConfig, try_out: bool) -> PreTrainedModel:
+    """Return the model without weights, once its architecture, shapes and files are found to serve the recipe.
+
+    Args:
+        recipe: the resolved recipe.
+        source: where the model comes from.
+        config: the model's configuration.
+        try_out: whether to try the architecture on a small model; a run that goes on has passed that.
+    """
+    skeleton = build_on_meta(config)
+    check_shapes(skeleton, recipe)
+    if try_out:
+        self_check(config)
+    source.check_weights()
+    return skeleton
+
+
 def _embedding_and_head_bits(recipe: Recipe, source: ModelSource, skeleton: PreTrainedModel) -> dict[str, int]:
     """Return name → bits of the layers outside the blocks that get packed.
 
@@ -141,8 +161,10 @@ def _embedding_and_head_bits(recipe: Recipe, source: ModelSource, skeleton: PreT
     the configuration says that the two are tied, so the weights decide.
     """
     embedding, head = recipe.quantization.embedding_bits, recipe.quantization.head_bits
-    alone = head is not None and embedding is None
-    return embedding_and_head_bits(source.model() if alone and is_tied(skeleton) else skeleton, embedding, head)
+    tied = is_tied(skeleton)
+    if tied and head is not None and embedding is None:
+        tied = source.is_tied()
+    return embedding_and_head_bits(skeleton, tied, embedding, head)
 
 
 def _pinned_source(recipe: Recipe, run: RunDirectory) -> ModelSource:
@@ -172,16 +194,11 @@ def _check_and_repair(run: RunDirectory, recipe: Recipe, identity: dict[str, Any
 def calibration_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Text]:
     """Return the calibration texts, of which no more is read than the windows can need."""
     data, render_chat = recipe.data, chat_renderer(tokenizer)
-    limit = _characters(data.samples * data.sequence_length)
+    limit = characters_to_read(data.samples * data.sequence_length)
     return [
         read_text(source.path, "calibration", source.column, limit, render_chat, source.weight)
         for source in data.calibration.sources
     ]
-
-
-def _characters(tokens: int) -> int:
-    """Return how many characters of a text to read for so many tokens: the windows are a choice among several."""
-    return max(WHOLE, 8 * tokens)
 
 
 def _windows(
@@ -198,7 +215,7 @@ def _windows(
         folder / "calibration.safetensors",
         Packing(data.bos, data.separator),
     )
-    limit = _characters(data.evaluation.windows * data.evaluation.sequence_length)
+    limit = characters_to_read(data.evaluation.windows * data.evaluation.sequence_length)
     text = read_text(data.evaluation.path, "evaluation", data.evaluation.column, limit, chat_renderer(tokenizer))
     evaluation = evaluation_windows(
         text.joined,

@@ -99,17 +99,6 @@ def describe(model: PreTrainedModel) -> ArchitectureReport:
     )
 
 
-def check_architecture(config: PretrainedConfig) -> ArchitectureReport:
-    """Return what is found of a model's architecture, once `self_check` has found nothing wrong.
-
-    Raises:
-        UnsupportedModelError: naming what is wrong.
-    """
-    report = describe(build_on_meta(config))
-    self_check(config)
-    return report
-
-
 def self_check(config: PretrainedConfig) -> None:
     """Check on a small random model that streaming, packing and loading give what the model itself gives.
 

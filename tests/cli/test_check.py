@@ -14,8 +14,8 @@ from tests.support.models import ModelMaker
 def test_a_sound_model(make_model: ModelMaker, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(make_model("qwen2"))]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "architecture   qwen2" in lines
-    assert any(line.startswith("packed         14 linear layers, 99") for line in lines)
+    assert "architecture  qwen2" in lines
+    assert any(line.startswith("packed        14 linear layers, 99") for line in lines)
     assert lines[-1] == "no problems found"
 
 
@@ -30,7 +30,7 @@ def test_a_model_that_is_another_than_its_configuration_says(
     assert said.err.splitlines()[-1].startswith(
         f"{folder}: model.embed_tokens.weight has the shape [257, 64] in the file and [256, 64] by config.json"
     )
-    assert "blocks         2" in said.out
+    assert "blocks        2" in said.out
     assert "no problems" not in said.out
 
 

@@ -13,6 +13,7 @@ from slimplus.models.architectures import (
     find_embedding_and_head,
     find_linears,
     following_norm,
+    is_tied,
     left_out,
     packed_share,
     plain_linears,
@@ -85,7 +86,7 @@ def test_an_embedding_that_is_not_plain() -> None:
         pass
 
     model = build_on_meta(AutoConfig.for_model("qwen2", hidden_size=64, num_attention_heads=4, num_hidden_layers=1))
-    assert not find_embedding_and_head(model).tied
+    assert not is_tied(model)
     model.set_input_embeddings(Scaled(16, 64))
     with pytest.raises(UnsupportedModelError, match="Scaled and Linear cannot be packed"):
         find_embedding_and_head(model)

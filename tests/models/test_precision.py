@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from slimplus.models.precision import resolve_precision
-from tests.support.blocks import CPU
+from tests.support.blocks import CPU, Emulation
 
 
-@pytest.mark.parametrize(("native", "expected"), [(True, "bf16-mixed"), (False, "32-true")])
-def test_auto_precision_is_the_faster_one(monkeypatch: pytest.MonkeyPatch, native: bool, expected: str) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+@pytest.mark.parametrize(("slowness", "expected"), [(0.3, "bf16-mixed"), (0.9, "32-true"), (8.0, "32-true")])
+def test_auto_precision_is_the_faster_one(emulate: Emulation, slowness: float, expected: str) -> None:
+    emulate(slowness)
     assert resolve_precision("auto", CPU) == expected
     assert resolve_precision("16-mixed", CPU) == "16-mixed"

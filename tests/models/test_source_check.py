@@ -26,7 +26,6 @@ def test_a_sound_model_is_described(folder: Path) -> None:
     assert report.facts == {
         "architecture": "llama",
         "blocks": "2",
-        "linear layers": "14",
         "parameters": "102,784",
         "embedding": "257 rows",
         "positions": "256",

@@ -14,9 +14,10 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import slimplus
 from slimplus.models.architectures import UnsupportedModelError, find_linears, packed_share, plain_linears
+from slimplus.models.loading import build_on_meta
 from slimplus.models.shrink import shrink
 from slimplus.nn import PackedLinear
-from slimplus.pipeline.self_check import check_architecture, self_check
+from slimplus.pipeline.self_check import describe, self_check
 from slimplus.utils.errors import InputError
 from tests.support.recipes import Arguments
 from tests.support.runs import read_metrics, run
@@ -35,7 +36,9 @@ VOCABULARY = 257  # of the byte-level tokenizer
 @pytest.mark.parametrize("model_type", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_architectures_pass(model_type: str) -> None:
     """Streaming block by block equals the model, and a packed checkpoint that is loaded equals it dequantized."""
-    report = check_architecture(AutoConfig.for_model(model_type))
+    config = AutoConfig.for_model(model_type)
+    report = describe(build_on_meta(config))
+    self_check(config)
     assert report.layers > 0
     assert report.blocks >= 2
 
