@@ -193,7 +193,7 @@ def test_a_dry_run_makes_no_checkpoint() -> None:
 
 def test_several_processes_need_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
     """A notebook's `__main__` has no file, nor has that of `python -c`."""
-    monkeypatch.delattr(sys.modules["__main__"], "__file__")
+    monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     said = refused(recipe=DEMO, **{"trainer.devices": 2, "training.batch_size": 2})
     assert said.startswith("trainer.devices: 2 processes need a script that each of them can run, and a notebook or an")

@@ -226,8 +226,8 @@ class TrainerSection(Section):
     )
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = Field(
         "auto",
-        description="precision of arithmetic; auto is bf16-mixed on devices that have bfloat16, else 16-mixed on a GPU "
-        "and 32-true on a CPU",
+        description="precision of arithmetic; auto is bf16-mixed on devices that are faster in bfloat16, else 16-mixed "
+        "on a GPU and 32-true on a CPU",
     )
     checkpoint_seconds: int = Field(
         120, ge=0, description="training time between two checkpoints of a block; there is also one each epoch"
