@@ -42,7 +42,10 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     full, half = (1000 * product_seconds(dtype) for dtype in (torch.float32, torch.bfloat16))
     resolved = "bf16-mixed" if FASTER * half < full else "32-true"
     logger.info(
-        "trainer.precision=auto: %s; a product takes %.2f ms in float32, %.2f in bfloat16", resolved, full, half
+        "trainer.precision=auto: %s; a thread takes %.2f ms for a product in float32, %.2f in bfloat16",
+        resolved,
+        full,
+        half,
     )
     return resolved
 

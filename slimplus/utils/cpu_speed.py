@@ -7,22 +7,27 @@ from functools import cache
 
 import torch
 
-SIDE, ROUNDS = 256, 5
+SIDE = 256
+FEWEST_ROUNDS, MOST_ROUNDS, ENOUGH_SECONDS = 3, 20, 0.1
 EMULATED = 2.0  # times float32's time: native bfloat16 takes less time than float32, emulated bfloat16 8 times as long
 
 
 @cache
 def product_seconds(dtype: torch.dtype) -> float:
-    """Return the seconds that a product of two square matrices of side 256 takes on the CPU: the least of five.
+    """Return the seconds that one thread takes for a product of two matrices of 256 x 256: the least of several.
 
     The first call for a dtype takes a few milliseconds, or a tenth of a second where the CPU emulates the dtype.
     """
-    matrix = torch.ones(SIDE, SIDE, dtype=dtype, device="cpu")
-    seconds = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        torch.mm(matrix, matrix)
-        seconds.append(time.perf_counter() - start)
+    matrix, threads = torch.ones(SIDE, SIDE, dtype=dtype, device="cpu"), torch.get_num_threads()
+    seconds: list[float] = []
+    torch.set_num_threads(1)  # on a busy machine, threads that wait for each other would be measured
+    try:
+        while len(seconds) < FEWEST_ROUNDS or (len(seconds) < MOST_ROUNDS and sum(seconds) < ENOUGH_SECONDS):
+            start = time.perf_counter()
+            torch.mm(matrix, matrix)
+            seconds.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
     return min(seconds)
 
 
