@@ -10,13 +10,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from slimplus.data.text import characters_to_read, read_text
 from slimplus.data.windows import chat_renderer, evaluation_windows
 from slimplus.evaluation.divergence import Comparison, Recorder, statistics
 from slimplus.evaluation.generation import find_device
 from slimplus.evaluation.perplexity import perplexity_of_logits
+from slimplus.models.auto_class import auto_class
 from slimplus.models.exact import key_problem
 from slimplus.models.loading import UNBUILDABLE, ModelSource
 from slimplus.models.location import resolve_model_folder
@@ -116,7 +117,8 @@ def _load(source: ModelSource, device: torch.device, dtype: str) -> PreTrainedMo
         full: Any = replace(source, dtype=dtype).model()
         return cast(PreTrainedModel, full.to(device))
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        config, _ = PretrainedConfig.get_config_dict(source.path)
+        loaded: Any = auto_class(config).from_pretrained(
             source.path,
             dtype=dtype,
             device_map=str(device),

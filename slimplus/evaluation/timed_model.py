@@ -64,7 +64,7 @@ class TimedModel:
             "load_seconds": time.perf_counter() - start,
             "weight_bytes": _weight_bytes(self.model),
         }
-        vocabulary = self.model.config.vocab_size
+        vocabulary = self.model.config.get_text_config().vocab_size
         generator = torch.Generator().manual_seed(0)
         self.prompt = torch.randint(vocabulary, (1, workload.prompt_tokens), generator=generator).to(self.device)
         self.round()

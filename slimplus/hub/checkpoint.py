@@ -15,13 +15,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, is_accelerate_available
 
 from slimplus.hub.checks import check_architecture, check_quantization
 from slimplus.hub.contents import HUB_ID, METHOD
 from slimplus.hub.transformers_quantizer import SlimplusConfig, SlimplusQuantizer  # registers with transformers
+from slimplus.models.auto_class import auto_class
 from slimplus.nn import prepare_inference
 from slimplus.nn.dequantize import replace_packed_layers
 from slimplus.utils.errors import InputError
@@ -46,6 +47,7 @@ def write_checkpoint(
     tokenizer: PreTrainedTokenizerBase | None,
     generation: GenerationConfig | None,
     model_card: str,
+    files: Iterable[Path] = (),
 ) -> int:
     """Write a checkpoint that `from_pretrained` loads.
 
@@ -58,6 +60,7 @@ def write_checkpoint(
         tokenizer: tokenizer to save beside the weights, if there is one.
         generation: generation settings to save beside the weights, if there are any.
         model_card: content of README.md.
+        files: further files to copy, such as those of an image processor.
 
     Returns:
         The size of all the tensors, in bytes.
@@ -71,6 +74,8 @@ def write_checkpoint(
     packed_config = type(config).from_dict(config.to_dict())
     packed_config.quantization_config = quantization.to_dict()
     packed_config.save_pretrained(folder)
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if generation is not None:
@@ -124,8 +129,9 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> int:
 def load(path: str | Path, *, fuse: bool = True, keep_dense: bool = False, **arguments: Any) -> PreTrainedModel:
     """Load a packed checkpoint, ready to run fast on the device that it is loaded to.
 
-    `AutoModelForCausalLM.from_pretrained` loads packed checkpoints as well where slimplus is installed or has been
-    imported; it has no `fuse` and `keep_dense`, and the first forward prepares the layers.
+    `AutoModelForCausalLM.from_pretrained`, or `AutoModelForImageTextToText` for a model that reads images, loads packed
+    checkpoints as well where slimplus is installed or has been imported; it has no `fuse` and `keep_dense`, and the
+    first forward prepares the layers.
 
     Only safetensors files are read, and no code of a checkpoint is run.
 
@@ -186,7 +192,7 @@ def _read(path: str | Path, arguments: dict[str, Any]) -> PreTrainedModel:
         device = None if is_accelerate_available() else _only_device(arguments.get("device_map"))
         fixed: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
         fixed |= {"device_map": None} if device else {}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, **{"trust_remote_code": False} | arguments | fixed)
+        loaded: Any = auto_class(config).from_pretrained(path, **{"trust_remote_code": False} | arguments | fixed)
     except InputError:
         raise
     except LOADING_ERRORS as error:

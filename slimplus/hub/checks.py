@@ -109,8 +109,12 @@ def check_architecture(values: Mapping[str, Any], modules: Iterable[str]) -> Non
         ValueError: naming the key that is wrong.
     """
     # Imported late, since transformers imports this module while it is being imported itself.
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as architectures
+    from transformers.models.auto import modeling_auto
 
+    architectures = {
+        **modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        **modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    }
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in architectures:
         raise ValueError(f"config.json: model_type: {_shown(kind)} is no causal language model of transformers")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from slimplus.models.shrink import number_of_blocks
+from slimplus.models.towers import carried_over, is_inside, towers
 from slimplus.utils.errors import InputError
 
 if TYPE_CHECKING:  # transformers imports this package while it is being imported itself
@@ -71,7 +72,8 @@ def blocks_path(model: PreTrainedModel) -> str:
     Raises:
         UnsupportedModelError: if the model has no list of blocks with linear layers.
     """
-    lists = list(_outermost_lists(model, ""))
+    others = towers(model)
+    lists = [found for found in _outermost_lists(model, "") if not is_inside(found[0], others)]
     if not lists:
         kind = model.config.model_type
         raise UnsupportedModelError(f"model.path: architecture '{kind}' is not supported: it has no list of blocks")
@@ -191,6 +193,12 @@ def is_norm(module: nn.Module) -> bool:
     return re.search(r"Norm(1P|Gated|\dd)?$", type(module).__name__) is not None
 
 
+def text_norms(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the normalizations that a text runs through."""
+    others = carried_over(model)
+    return [module for name, module in model.named_modules() if is_norm(module) and not is_inside(name, others)]
+
+
 def following_norm(model: PreTrainedModel, index: int) -> nn.Module:
     """Return the normalization that reads a block's output: the first one of the next block, or the model's last one.
 
@@ -246,6 +254,11 @@ def embedding_scale(embedding: nn.Module) -> float | None:
     return float(scale) if type(embedding).__name__.endswith("TextScaledWordEmbedding") and scale is not None else None
 
 
+def _is_per_layer(name: str, module: nn.Module) -> bool:
+    """Return whether a module holds the embeddings that Gemma 3n and 4 add in each block, in one table for all."""
+    return name.rpartition(".")[2] == "embed_tokens_per_layer" and embedding_scale(module) is not None
+
+
 def find_embedding_and_head(model: PreTrainedModel) -> EmbeddingAndHead:
     """Return the names of a model's embedding and head.
 
@@ -275,7 +288,13 @@ def context_length(config: PretrainedConfig) -> int | None:
 def position_table(model: PreTrainedModel) -> int | None:
     """Return how many positions a model has a table of, or None if it computes positions, of which there is no last."""
     embedding = model.get_input_embeddings()
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module is not embedding]
+    others = carried_over(model)
+    tables = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and module is not embedding
+        if not (_is_per_layer(name, module) or is_inside(name, others))
+    ]
     return context_length(model.config) if tables else None
 
 
@@ -283,6 +302,13 @@ def is_tied(model: PreTrainedModel) -> bool:
     """Return whether a model's embedding and head share one weight."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", False)
+
+
+def set_tied(config: PretrainedConfig, tied: bool) -> None:
+    """Set in a configuration, and in that of its text model, whether embedding and head share one weight."""
+    config.tie_word_embeddings = tied
+    if hasattr(text := config.get_text_config(), "tie_word_embeddings"):
+        text.tie_word_embeddings = tied
 
 
 def embedding_and_head_bits(
@@ -296,7 +322,7 @@ def embedding_and_head_bits(
     Args:
         model: a causal language model; it may lie on the meta device.
         tied: whether its embedding and head share one weight.
-        embedding_bits: width of the embedding, or None to leave the embedding as it is.
+        embedding_bits: width of the embedding, and of embeddings for each block; None leaves them as they are.
         head_bits: width of the head, or None.
 
     Raises:
@@ -311,5 +337,6 @@ def embedding_and_head_bits(
             "would make the checkpoint larger; set quantization.embedding_bits, alone to pack the two as one, or with "
             "head_bits to store them apart"
         )
-    bits = {layers.embedding: embedding_bits, layers.head: head_bits}
+    by_layer = [name for name, module in model.named_modules() if _is_per_layer(name, module)]
+    bits = dict.fromkeys((layers.embedding, *by_layer), embedding_bits) | {layers.head: head_bits}
     return {name: width for name, width in bits.items() if width is not None}

@@ -20,17 +20,18 @@ from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from slimplus.models.architectures import is_tied, plain_linears
+from slimplus.models.architectures import is_tied, plain_linears, set_tied
+from slimplus.models.auto_class import auto_class
 from slimplus.models.exact import finite_problem, key_problem
-from slimplus.models.source_files import CONFIG, SourceFileError, code_problem, stored_weights, weight_files
+from slimplus.models.source_files import CONFIG, PROCESSOR, SourceFileError, code_problem, stored_weights, weight_files
 from slimplus.utils.errors import InputError, TemporaryFailure, first_line, is_full, named_first_line
 
 UNREADABLE = (OSError, ValueError, SafetensorError, StrictDataclassError)  # what transformers raises for bad files
@@ -171,7 +172,8 @@ class ModelSource:
         fixed: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which are refused
         try:
             with _quiet(progress="device_map" not in arguments or not Path(self.path).is_dir()):
-                loaded: Any = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype, **arguments, **fixed)
+                kind = auto_class(self.config().to_dict())
+                loaded: Any = kind.from_pretrained(self.path, dtype=dtype, **arguments, **fixed)
         except UNBUILDABLE as error:
             raise self._explain(error) from error
         return loaded
@@ -210,6 +212,20 @@ class ModelSource:
         cached = try_to_load_from_cache(self.path, self.gguf_file or CONFIG, revision=self.revision)
         return weight_files(Path(cached).parent, None) if isinstance(cached, str) and not self.gguf_file else []
 
+    def processor_files(self) -> list[Path]:
+        """Return the files that tell how images become tensors; those of a hub id are downloaded.
+
+        Raises:
+            ModelLoadError: if the hub does not answer.
+            TemporaryFailure: if the disk is full.
+        """
+        missing: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False, "revision": self.revision}
+        try:
+            found = [cached_file(self.path, name, **missing) for name in PROCESSOR]
+        except UNREADABLE as error:
+            raise self._explain(error) from error
+        return [Path(file) for file in found if file is not None]
+
     def is_tied(self) -> bool:
         """Return whether embedding and head are one weight; where a file holds both, they are compared.
 
@@ -244,7 +260,7 @@ class ModelSource:
                 replace(self, dtype="auto").model()  # which says if the file itself holds it
                 raise ModelLoadError(f"model.dtype: {self.path}: {problem.split(';')[0]} as {self.dtype}; give auto")
             raise ModelLoadError(f"model.path: {self.path}: {problem}")
-        model.config.tie_word_embeddings = is_tied(model)
+        set_tied(model.config, is_tied(model))
         return plain_linears(model.eval().requires_grad_(False))
 
 
@@ -307,7 +323,7 @@ def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:
     """
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model: PreTrainedModel = auto_class(config.to_dict()).from_config(config)
     except UNBUILDABLE as error:
         raise ModelLoadError(
             f"model.path: no causal language model can be built from the configuration of this {config.model_type} "

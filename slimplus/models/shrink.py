@@ -17,6 +17,9 @@ if TYPE_CHECKING:  # transformers imports this package while it is being importe
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_blocks")
 """Keys that hold the number of blocks."""
 
+TOWER_LAYERS = ("depth", "num_global_layers", "encoder_layers")
+"""Further keys of that kind in the configurations of towers."""
+
 HEADS = (
     *("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads", "decoder_attention_heads"),
     *("encoder_attention_heads", "swa_num_attention_heads", "mamba_n_heads", "mamba_num_heads", "n_mamba_heads"),
@@ -37,6 +40,7 @@ EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_expe
 VOCABULARIES = re.compile(r"(\w+_)?vocab_size(_per_layer_input)?")
 INDEX = re.compile(r"(\w+_)?(token_id|token_index)")
 VOCABULARY, FEW_EXPERTS, NARROW = 256, 16, 256
+TOWER_BLOCKS = 2
 MOST_BLOCKS = 12
 """Blocks of a shrunken model at most; real models repeat their kinds of blocks sooner."""
 
@@ -52,7 +56,8 @@ def shrink(config: PretrainedConfig, blocks: int) -> PretrainedConfig:
     """Return a configuration of the same architecture with fewer blocks, heads, experts and tokens.
 
     Args:
-        config: the configuration of a model; the text model of a multimodal one is shrunk.
+        config: the configuration of a model; of a multimodal one the text model is shrunk, and the towers for images
+            and sounds get few blocks.
         blocks: how many blocks to keep, the first ones.
 
     Raises:
@@ -75,7 +80,18 @@ def shrink(config: PretrainedConfig, blocks: int) -> PretrainedConfig:
     for key, value in changed.items():
         if value != values[key]:
             setattr(text, key, value)
+    for name in shrunken.sub_configs:
+        tower = getattr(shrunken, name, None)
+        if tower is not None and tower is not text:
+            _shorten(tower)
     return type(shrunken).from_dict(shrunken.to_dict())
+
+
+def _shorten(tower: PretrainedConfig) -> None:
+    """Give a tower, of which no block is tried, as few blocks as there can be."""
+    for key, value in tower.to_dict().items():
+        if key in (*LAYERS, *TOWER_LAYERS) and isinstance(value, int):
+            setattr(tower, key, min(value, TOWER_BLOCKS))
 
 
 def _factor(values: dict[str, Any]) -> int:

@@ -31,6 +31,11 @@ TOKENIZERS = (
 """Patterns of files of which any tokenizer has at least one."""
 BESIDE = ("generation_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.*")
 """Patterns of files that are read if there are any."""
+PROCESSOR = (
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    "chat_template.json",  # of processors of earlier versions
+)
+"""Files that tell how images, sounds and videos become tensors, of which a model has some or none."""
 POINTER = b"version https://git-lfs.github.com/spec/"  # first bytes of what git leaves for a file it has not fetched
 AGAIN = "download or copy it again"
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
@@ -166,7 +171,7 @@ def files_read(folder: Path, gguf_file: str | None) -> Iterator[Path]:
     """
     if not gguf_file:
         yield folder / CONFIG
-        yield from _matching(folder, (*TOKENIZERS, *BESIDE))
+        yield from _matching(folder, (*TOKENIZERS, *BESIDE, *PROCESSOR))
     yield from weight_files(folder, gguf_file)
 
 

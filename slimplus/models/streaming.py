@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from slimplus.models.architectures import blocks_path, find_blocks, runs_batches
 from slimplus.models.block_arguments import ArgumentRecorder, BlockArguments, batches, bind, run_block
 from slimplus.models.precision import autocast
+from slimplus.models.towers import towers
 from slimplus.nn import PackedLinear
 from slimplus.nn.packed_linear import PackedModule
 from slimplus.quantization.salience import NotFiniteError
@@ -107,7 +108,8 @@ class StreamedModel:
 
     The blocks' forward is replaced while the model's own forward runs around them, so that the model's own code makes
     masks and positions. All parts but the blocks become float32 on the runner's device, where autocast applies the
-    precision; packed tensors keep their dtypes. The blocks stay on the CPU in their stored dtype.
+    precision; packed tensors keep their dtypes. The blocks stay on the CPU in their stored dtype, and so do towers for
+    images or sounds.
 
     Args:
         model: a causal language model on the CPU; it is changed.
@@ -122,7 +124,9 @@ class StreamedModel:
         self.model, self.dtype, self.runner, device = model, model.dtype, runner, runner.device
         self.blocks = find_blocks(model)
         self._outputs: dict[type[nn.Module], Any] = {}  # what a block of each class returned in a real pass
-        inside = {id(module) for module in self.blocks.modules()}
+        self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        still = [self.blocks, *towers(model).values()]
+        inside = {id(module) for part in still for module in part.modules()}
         for module in model.modules():
             if id(module) not in inside:
                 packed = isinstance(module, PackedModule)
@@ -182,7 +186,7 @@ class StreamedModel:
         for name, tensor in self.model.state_dict().items():
             if not name.startswith(prefix) and tensor.data_ptr() not in seen:
                 seen.add(tensor.data_ptr())
-                yield name, tensor.to("cpu", self.dtype if tensor.is_floating_point() else tensor.dtype)
+                yield name, tensor.to("cpu", self._dtypes[name])
 
     @property
     def head(self) -> nn.Linear:

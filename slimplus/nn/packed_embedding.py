@@ -73,7 +73,12 @@ class PackedEmbedding(PackedModule):
 
     def to_embedding(self, dtype: torch.dtype = torch.float32) -> nn.Embedding:
         """Return an ordinary embedding of `dtype` with the same weight."""
-        return nn.Embedding.from_pretrained(self.dequantize(dtype).contiguous())
+        weight = self.dequantize(dtype).contiguous()
+        if self.embed_scale == 1:
+            return nn.Embedding.from_pretrained(weight)
+        embedding = ScaledEmbedding.from_pretrained(weight)
+        embedding.embed_scale = self.embed_scale
+        return embedding
 
     def _dequantize(self, tensors: Mapping[str, Tensor], rows: int, dtype: torch.dtype) -> Tensor:
         return dequantize_packed(tensors, self.bit_counts, (rows, self.embedding_dim), self.group_size, dtype)
@@ -103,6 +108,16 @@ class PackedEmbedding(PackedModule):
         """Return the sizes and widths that `repr` of the module shows."""
         widths = ", ".join(f"{count}×{width}-bit" for width, count in self.bit_counts.items())
         return f"{self.num_embeddings}, {self.embedding_dim}, group_size={self.group_size}, groups=({widths})"
+
+
+class ScaledEmbedding(nn.Embedding):
+    """`nn.Embedding` whose lookups are multiplied by `embed_scale`, rounded to the dtype of the weight, as in Gemma."""
+
+    embed_scale = 1.0
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Look up `tokens` `[...]`: their rows times the scale, `[..., embedding_dim]`."""
+        return super().forward(tokens) * self.weight.new_tensor(self.embed_scale)
 
 
 class TiedHead(PackedLinear):

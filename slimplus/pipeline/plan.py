@@ -11,6 +11,7 @@ from slimplus.format.affine import group_count
 from slimplus.format.planes import packed_size
 from slimplus.models.architectures import embedding_and_head_bits, find_blocks, is_tied, packed_share, quantized_linears
 from slimplus.models.loading import build_on_meta
+from slimplus.models.towers import towers
 from slimplus.pipeline.model_checks import check_shapes, planned_widths
 from slimplus.pipeline.prepare import model_source
 from slimplus.pipeline.self_check import self_check
@@ -164,7 +165,8 @@ def _memory(
     block = BLOCK_COPIES * FLOAT32 * max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
     whole = end_to_end_bytes + length * token_logits if end_to_end_bytes else 0
     logits = evaluation_length * token_logits
-    outside = FLOAT32 * (total - sum(parameter.numel() for parameter in blocks.parameters()))
+    still = [blocks, *towers(model).values()]
+    outside = FLOAT32 * (total - sum(parameter.numel() for part in still for parameter in part.parameters()))
     hidden = windows * length * config.hidden_size * FLOAT32
     host = LIBRARIES + total * BYTES_16_BIT + outside + max(block + 3 * hidden, logits, whole)
     return host, outside + max(block, logits, whole)

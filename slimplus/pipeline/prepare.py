@@ -37,6 +37,7 @@ from slimplus.models.loading import ModelSource, build_on_meta
 from slimplus.models.location import resolve_model_folder
 from slimplus.models.precision import resolve_precision
 from slimplus.models.streaming import BlockRunner
+from slimplus.models.towers import carried_over
 from slimplus.pipeline.configs import block_quantizer
 from slimplus.pipeline.job import Job
 from slimplus.pipeline.model_checks import check_shapes, given_allocation
@@ -151,6 +152,8 @@ def _checked_skeleton(recipe: Recipe, source: ModelSource, config: PretrainedCon
     if try_out:
         self_check(config)
     source.check_weights()
+    if carried_over(skeleton):
+        source.processor_files()  # which `export` copies: on this machine before the long work
     return skeleton
 
 

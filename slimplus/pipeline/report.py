@@ -71,11 +71,12 @@ def summary(metrics: Mapping[str, Any], packed: str, sentence: str | None) -> st
 FIGURES = "<!-- figures -->"
 
 
-def model_card(source: str, bits: float, share: float, recipe: str) -> str:
+def model_card(source: str, loader: str, bits: float, share: float, recipe: str) -> str:
     """Return README.md of a packed checkpoint, in which `with_figures` puts the results once they are measured.
 
     Args:
         source: the name of the full-precision model.
+        loader: name of the auto class that loads the model.
         bits: average width of a packed weight in the blocks.
         share: share of the weights in the blocks that is packed.
         recipe: the resolved recipe, as YAML.
@@ -95,9 +96,9 @@ slimplus. It has to be installed: transformers does not know the format by itsel
 newly initialized, and answer with random linear layers.
 
 ```python
-from transformers import AutoModelForCausalLM
+from transformers import {loader}
 
-model = AutoModelForCausalLM.from_pretrained("PATH")
+model = {loader}.from_pretrained("PATH")
 ```
 
 {FIGURES}

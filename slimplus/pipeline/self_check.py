@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from slimplus.format.affine import QuantizedWeight, choose_qparams, quantize, storable_scale, uniform_bits
 from slimplus.hub.checkpoint import LOADING_ERRORS, load, write_checkpoint
@@ -34,10 +34,12 @@ from slimplus.models.architectures import (
     plain_linears,
     quantized_linears,
 )
+from slimplus.models.auto_class import auto_class
 from slimplus.models.block_arguments import first_output
 from slimplus.models.loading import build_on_meta
 from slimplus.models.shrink import MOST_BLOCKS, shrink
 from slimplus.models.streaming import BlockRunner, StreamedModel
+from slimplus.models.towers import carried_over
 from slimplus.nn import PackedLinear
 from slimplus.utils.errors import InputError, first_line
 
@@ -59,6 +61,7 @@ class ArchitectureReport:
         layers: number of linear layers in the blocks that get packed.
         share: share of the weights in the blocks that gets packed.
         left_out: why weights of the blocks stay at 16 bit, by their names with a star for the block's number.
+        carried_over: number of weights in what belongs to images or sounds, by the names of its modules.
     """
 
     model_type: str
@@ -68,6 +71,7 @@ class ArchitectureReport:
     layers: int
     share: float
     left_out: dict[str, str]
+    carried_over: dict[str, int]
 
     def rows(self) -> dict[str, str]:
         """Return the report as rows of name and text."""
@@ -81,7 +85,9 @@ class ArchitectureReport:
         for name, reason in self.left_out.items():
             by_reason.setdefault(re.sub(r"\[.*?\] ", "", reason), []).append(name)
         named = [f"{', '.join(names)} ({reason})" for reason, names in by_reason.items()]
-        return rows | ({"left at 16 bit": "; ".join(named)} if named else {})
+        rows |= {"left at 16 bit": "; ".join(named)} if named else {}
+        whole = [f"{name} ({count:,} weights)" for name, count in self.carried_over.items()]
+        return rows | ({"carried over as it is": ", ".join(whole)} if whole else {})
 
 
 def describe(model: PreTrainedModel) -> ArchitectureReport:
@@ -96,6 +102,10 @@ def describe(model: PreTrainedModel) -> ArchitectureReport:
         layers=len(quantized_linears(model)),
         share=packed_share(model),
         left_out=reasons,
+        carried_over={
+            name: sum(parameter.numel() for parameter in module.parameters())
+            for name, module in carried_over(model).items()
+        },
     )
 
 
@@ -181,7 +191,8 @@ def _small_model(config: PretrainedConfig) -> PreTrainedModel:
     weights = sum(parameter.numel() for parameter in build_on_meta(small).parameters())
     if weights > MOST_WEIGHTS:
         raise UnsupportedModelError(f"the smallest model of it that can be tried has {weights:,} weights")
-    model = plain_linears(AutoModelForCausalLM.from_config(small, dtype=torch.float32)).eval().requires_grad_(False)
+    kind = auto_class(small.to_dict())
+    model = plain_linears(kind.from_config(small, dtype=torch.float32)).eval().requires_grad_(False)
     for parameter in model.parameters():  # gains of one and biases of zero would hide what is not applied
         if parameter.is_floating_point():
             parameter += 0.02 * torch.randn(parameter.shape)
@@ -260,6 +271,10 @@ def _check_packing(model: PreTrainedModel, tokens: Tensor) -> None:
             ) from error
         if not _agree(loaded(input_ids=tokens, use_cache=False).logits, expected):
             raise UnsupportedModelError("a packed model gives other logits than the same weights unpacked")
+        for name, part in carried_over(untouched).items():
+            found = loaded.get_submodule(name).state_dict()
+            if not all(torch.equal(found[key], tensor) for key, tensor in part.state_dict().items()):
+                raise UnsupportedModelError(f"{name} does not come back as it was from a packed checkpoint")
 
 
 def _rounded(weight: Tensor) -> QuantizedWeight:

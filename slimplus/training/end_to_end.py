@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from slimplus.models.architectures import find_blocks, is_norm
+from slimplus.models.architectures import find_blocks, text_norms
 from slimplus.models.precision import autocast
+from slimplus.models.towers import text_body
 from slimplus.nn import FakeQuantizedLinear
 from slimplus.training.losses import normalized_error
 from slimplus.training.module import QuantizerTraining, TrainingConfig
@@ -78,7 +79,7 @@ class EndToEnd(QuantizerTraining):
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         self._norms: list[tuple[float, nn.Module]] = []  # with their units, taken before a strategy shards the gains
         if config.norms.learning_rate != 0:
-            for module in filter(is_norm, model.modules()):
+            for module in text_norms(model):
                 if parameters := list(module.parameters(recurse=False)):
                     self._norms.append((_unit(parameters[0]), module))
                     for parameter in parameters:
@@ -105,7 +106,7 @@ class EndToEnd(QuantizerTraining):
             vocabulary]`, float32.
         """
         with autocast(self.device, self.precision_name):
-            states = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+            states = text_body(self.model)(input_ids=tokens, use_cache=False).last_hidden_state
             return states, self._log_probabilities(states)
 
     def _log_probabilities(self, states: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from slimplus.models.architectures import find_blocks, find_linears
 from slimplus.models.precision import autocast
+from slimplus.models.towers import text_body
 
 Storage = Literal["int8", "nf4"]
 
@@ -38,7 +39,7 @@ class Teacher:
     def __call__(self, tokens: Tensor) -> Tensor:
         """Return the last hidden states `[windows, sequence_length, hidden]` of tokens `[windows, sequence_length]`."""
         with autocast(self.device, self.precision):
-            states: Tensor = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+            states: Tensor = text_body(self.model)(input_ids=tokens, use_cache=False).last_hidden_state
         return states
 
 

@@ -13,10 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import slimplus
-from slimplus.models.architectures import UnsupportedModelError, find_linears, packed_share, plain_linears
+from slimplus.models.architectures import UnsupportedModelError, packed_share, plain_linears
 from slimplus.models.loading import build_on_meta
 from slimplus.models.shrink import shrink
-from slimplus.nn import PackedLinear
+from slimplus.nn import PackedEmbedding, PackedLinear
 from slimplus.pipeline.self_check import describe, self_check
 from slimplus.utils.errors import InputError
 from tests.support.recipes import Arguments
@@ -153,18 +153,47 @@ def test_blocks_that_share_a_weight_are_refused() -> None:
 
 
 def test_packed_embeddings_of_gemma_scale_their_rows(arguments: Arguments, tmp_path: Path, make_model: Any) -> None:
-    folder = tmp_path / "model"
-    tokenizer = AutoTokenizer.from_pretrained(make_model("llama"))
-    config = shrink(AutoConfig.for_model("gemma3_text"), 2)
-    config.vocab_size = len(tokenizer)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    keys = ["quantization.method=rtn", "quantization.bits=4", "quantization.embedding_bits=8"]
-    run(arguments(tmp_path / "run", *keys, "quantization.group_size=64", model=folder))
-    packed = slimplus.load(tmp_path / "run" / "packed", dtype=torch.float32)
-    full = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    keys = ["quantization.embedding_bits=8"]
+    packed, full = _packed_and_full("gemma3_text", {}, keys, arguments, make_model, tmp_path)
     tokens = torch.randint(1, VOCABULARY, (2, 8))
-    full.requires_grad_(False)
     found, expected = packed.get_input_embeddings()(tokens), full.get_input_embeddings()(tokens)
     assert float((found - expected).norm() / expected.norm()) < 0.01
-    assert find_linears(full.model.layers[0])
+    logits = packed(input_ids=tokens).logits
+    dense = slimplus.dequantize(packed)  # an ordinary embedding, which scales its rows as well
+    assert torch.equal(dense.get_input_embeddings()(tokens), found)
+    torch.testing.assert_close(dense(input_ids=tokens).logits, logits)
+
+
+@pytest.mark.slow
+def test_embeddings_that_gemma_4_adds_in_each_block_are_packed(
+    arguments: Arguments, tmp_path: Path, make_model: Any
+) -> None:
+    """They are the larger part of its small models."""
+    values = {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": VOCABULARY}
+    keys = ["quantization.embedding_bits=4"]
+    packed, full = _packed_and_full("gemma4_text", values, keys, arguments, make_model, tmp_path)
+    found, expected = packed.model.embed_tokens_per_layer, full.model.embed_tokens_per_layer
+    assert isinstance(found, PackedEmbedding)
+    assert isinstance(packed.model.embed_tokens, PackedEmbedding)
+    tokens = torch.arange(1, 200)
+    assert float((found(tokens) - expected(tokens)).norm() / expected(tokens).norm()) < 0.2
+    assert read_metrics(tmp_path / "run")["outer_bits"] == {
+        "model.embed_tokens": 4,
+        "model.embed_tokens_per_layer": 4,
+    }
+
+
+def _packed_and_full(
+    model_type: str, values: dict[str, Any], keys: list[str], arguments: Arguments, make_model: Any, folder: Path
+) -> tuple[Any, Any]:
+    """A small model in float32, packed at 4 bits as well as `keys` say, and as it was."""
+    tokenizer = AutoTokenizer.from_pretrained(make_model("llama"))
+    config = shrink(AutoConfig.for_model(model_type, **values), 2)
+    config.vocab_size = len(tokenizer)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rounded = ["quantization.method=rtn", "quantization.bits=4", "quantization.group_size=64"]
+    run(arguments(folder / "run", *rounded, *keys, model=folder / "model"))
+    packed = slimplus.load(folder / "run" / "packed", dtype=torch.float32).requires_grad_(False)
+    full = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    return packed, full.requires_grad_(False)

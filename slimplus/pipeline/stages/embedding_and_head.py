@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from slimplus.blockwise.quantizer import storage_warning
 from slimplus.blockwise.swap import load_packed_block
 from slimplus.format.planes import pack
-from slimplus.models.architectures import find_embedding_and_head
+from slimplus.models.architectures import find_embedding_and_head, set_tied
 from slimplus.models.precision import with_remedy
 from slimplus.pipeline.job import Job
 from slimplus.quantization.linear import quantize_embedding_or_head
@@ -61,7 +61,7 @@ def packed_config(job: Job) -> PretrainedConfig:
     config = deepcopy(job.model.model.config)
     bits = job.embedding_and_head_bits
     if bits and find_embedding_and_head(job.model.model).head in bits:
-        config.tie_word_embeddings = False
+        set_tied(config, False)
     return config
 
 

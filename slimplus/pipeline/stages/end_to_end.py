@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimplus.blockwise.swap import load_packed_block, packed_tensors
-from slimplus.models.architectures import is_norm
+from slimplus.models.architectures import text_norms
 from slimplus.nn import FakeQuantizedLinear, PackedLinear
 from slimplus.nn.fake_quantized import ScaledLinear
 from slimplus.pipeline.configs import end_to_end_config
@@ -101,19 +101,20 @@ def _student(job: Job) -> PreTrainedModel:
     return model
 
 
-def _tuned_tensors(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+def _tuned_tensors(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the packed layers and the norms of a trained model by their names in the packed model.
 
     Norms and biases are stored in `dtype`.
     """
     tensors = {}
+    norms = set(text_norms(model))
     for name, module in list(model.named_modules()):
         if isinstance(module, FakeQuantizedLinear):
             bias = None if module.bias is None else module.bias.to(dtype)
             packed = nn.ModuleDict({"layer": PackedLinear.from_quantized(module.quantized_weight(), bias)})
             for key, tensor in packed_tensors(packed).items():
                 tensors[f"{name}.{key.removeprefix('layer.')}"] = tensor.cpu()
-        elif is_norm(module):
+        elif module in norms:
             for key, parameter in module.named_parameters(recurse=False):
                 tensors[f"{name}.{key}"] = parameter.detach().to("cpu", dtype)
     return tensors

@@ -16,6 +16,8 @@ from slimplus.format.planes import count_bits
 from slimplus.hub.checkpoint import write_checkpoint
 from slimplus.hub.transformers_quantizer import SlimplusConfig
 from slimplus.models.architectures import find_linears, packed_share
+from slimplus.models.auto_class import auto_class
+from slimplus.models.towers import carried_over
 from slimplus.pipeline.job import Job
 from slimplus.pipeline.report import model_card
 from slimplus.pipeline.stages.embedding_and_head import packed_config, quantize_embedding_and_head
@@ -165,7 +167,14 @@ def _write(job: Job, embedding_and_head: PackedLayers, summary: PackingSummary) 
         ),
         job.tokenizer,
         job.model.model.generation_config,
-        model_card(job.recipe.model.path, summary.average_bits, summary.packed_share, to_yaml(job.recipe)),
+        model_card(
+            job.recipe.model.path,
+            auto_class(job.model.model.config.to_dict()).__name__,
+            summary.average_bits,
+            summary.packed_share,
+            to_yaml(job.recipe),
+        ),
+        job.source.processor_files() if carried_over(job.model.model) else (),
     )
     job.run.manifest.replace_folder(job.run.packed)
     return size
