@@ -27,8 +27,6 @@ from slimplus.training.module import QuantizerTraining, TrainingConfig
 from slimplus.training.optimizers import ParameterKind, RateConfig
 from slimplus.training.teacher import Teacher
 
-JUDGED = 16  # windows that tell whether training helped; evaluating all windows would take as long as an epoch
-
 
 @dataclass(frozen=True)
 class EndToEndConfig(TrainingConfig):
@@ -64,7 +62,6 @@ class EndToEnd(QuantizerTraining):
     """
 
     config: EndToEndConfig
-    judged = JUDGED
 
     def __init__(self, model: PreTrainedModel, teacher: Teacher | None, config: EndToEndConfig, precision: str) -> None:
         super().__init__(config, precision)
@@ -84,6 +81,10 @@ class EndToEnd(QuantizerTraining):
                     self._norms.append((_unit(parameters[0]), module))
                     for parameter in parameters:
                         parameter.requires_grad_()
+
+    def evaluated_together(self, length: int) -> int:
+        """Return 1: the predictions for several windows of `length` tokens might not fit the device."""
+        return 1
 
     def kinds(self) -> list[ParameterKind]:
         """Return the grids' parameters and the norms' gains, the gains grouped by their size."""

@@ -24,16 +24,16 @@ from torch.utils.data import DataLoader, TensorDataset
 from slimplus.distributed.preemption import Preemption
 from slimplus.distributed.ranks import Ranks
 from slimplus.distributed.strategies import Offload, build_strategy
-from slimplus.models.streaming import windows_at_a_time
 from slimplus.training.checkpoints import END_TO_END, Attempt, TrainingCheckpoints
-from slimplus.training.module import QuantizerTraining
+from slimplus.training.module import JUDGED, QuantizerTraining
 from slimplus.training.sampler import StepSampler
+from slimplus.training.step_guard import EXPLODED, StepGuard
 from slimplus.training.supervisor import Supervisor
 from slimplus.utils.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-RATES = (1.0, 0.1)  # factors on the learning rates: in the first attempt, and in the attempt after a divergence
+RATES = (1.0, 0.1)  # factors on the learning rates: in the first attempt, and in that after one that did not help
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class FitResult:
     """Outcome of a training.
 
     Attributes:
-        loss: mean loss over the steps of the best epoch, or the loss measured after it; None if every attempt diverged.
-        calibrated_loss: loss before training, with the calibrated quantizers.
+        loss: loss after the best epoch, over the first `JUDGED` windows; None if every attempt diverged.
+        calibrated_loss: loss of the calibrated quantizers, before training, over the same windows.
         skipped: number of steps skipped because their gradient was not finite or had exploded.
         events: sentences that a reader of the results should know.
     """
@@ -130,8 +130,8 @@ class Fit:
     def __call__(self) -> FitResult:
         """Train, from the last checkpoint if there is one.
 
-        A training that diverges starts over at a lower learning rate, and a training that runs out of device memory
-        starts over with smaller parts of a step.
+        A training that diverges or ends above the calibrated loss starts over at a lower learning rate, and one that
+        runs out of device memory starts over with smaller parts of a step.
 
         Raises:
             Preempted: after a signal, once a checkpoint of the step in progress has been written.
@@ -156,12 +156,16 @@ class Fit:
             gc.collect()
             if supervisor is not None and not supervisor.guard.diverged:
                 module.load_state_dict(supervisor.best, strict=False)
-                loss = supervisor.loss
-                # The mean over an epoch lags behind the epoch's end.
-                if loss > calibrated_loss or module.judged is not None:
-                    loss = self._evaluate()
-                return FitResult(loss, calibrated_loss, supervisor.guard.skipped, attempt.events)
-            attempt, found = self._next(attempt, supervisor), False
+                loss = self._evaluate()  # the mean over an epoch's steps lags behind the epoch's end
+                if loss <= calibrated_loss or attempt.restarts + 1 == len(RATES):
+                    return FitResult(loss, calibrated_loss, supervisor.guard.skipped, attempt.events)
+                attempt = self._slower(attempt, f"training ended at a loss of {loss:.3g}, above {calibrated_loss:.3g}")
+            elif supervisor is not None:
+                skipped = supervisor.guard.skipped
+                attempt = self._slower(attempt, f"the gradient was not finite or exploded in {skipped} steps")
+            else:
+                attempt = self._in_smaller_parts(attempt)
+            found = False
             logger.warning("%s: %s", self.name, attempt.events[-1])
             if self.fabric.is_global_zero:
                 self.checkpoints.renew(attempt)
@@ -169,27 +173,27 @@ class Fit:
         return FitResult(None, calibrated_loss, 0, attempt.events)
 
     def _evaluate(self) -> float:
-        """Return the module's present loss over the windows of all ranks, or over the first `judged` of them."""
+        """Return the module's present loss over the first `JUDGED` windows of all ranks together."""
         self.module.to(self.fabric.device)
-        ranks, judged, windows = Ranks(self.fabric.global_rank, self.fabric.world_size), self.module.judged, 1
-        if judged is None:  # a whole model takes one window: the predictions for many might not fit
-            windows = windows_at_a_time(self.fabric.device, self.data[0].shape[1])
-        share = None if judged is None else max(judged // ranks.count, 1)  # the ranks hold every n-th window
-        mean = self.module.evaluate(zip(*(tensor[:share].split(windows) for tensor in self.data), strict=True))
+        ranks = Ranks(self.fabric.global_rank, self.fabric.world_size)
+        together, share = self.module.evaluated_together(self.data[0].shape[1]), max(JUDGED // ranks.count, 1)
+        mean = self.module.evaluate(zip(*(tensor[:share].split(together) for tensor in self.data), strict=True))
         return float(ranks.sum(mean.double()) / ranks.count)
 
-    def _next(self, attempt: Attempt, supervisor: Supervisor | None) -> Attempt:
-        """Return the attempt that follows a failed one, which diverged, or without supervisor ran out of memory.
+    @staticmethod
+    def _slower(attempt: Attempt, problem: str) -> Attempt:
+        """Return the attempt that follows one which did not help: at a lower learning rate, if one is left."""
+        restarts = attempt.restarts + 1
+        then = "training started over at a tenth of the learning rate"
+        then = then if restarts < len(RATES) else "the calibrated quantizers are kept"
+        return replace(attempt, restarts=restarts, events=(*attempt.events, f"{problem}; {then}"))
+
+    def _in_smaller_parts(self, attempt: Attempt) -> Attempt:
+        """Return the attempt that follows one which ran out of device memory.
 
         Raises:
             InputError: if memory did not suffice for one window.
         """
-        if supervisor is not None:
-            skipped, restarts = supervisor.guard.skipped, attempt.restarts + 1
-            then = "training started over at a tenth of the learning rate"
-            then = then if restarts < len(RATES) else "the calibrated quantizers are kept"
-            event = f"the gradient was not finite or exploded in {skipped} steps; {then}"
-            return replace(attempt, restarts=restarts, events=(*attempt.events, event))
         torch.cuda.empty_cache()
         windows = self.module.config.batch_size // attempt.parts
         split = next((n for n in range(2 * attempt.split, windows + 1) if windows % n == 0), None)
@@ -234,7 +238,10 @@ class Fit:
         with _quiet():
             logged = _logged(config.logs / "csv" / self.name / "metrics.csv") if found else []
             patience = self.module.config.patience
-            supervisor = Supervisor(self.checkpoints, config.checkpoint_seconds, self.preemption, logged, patience)
+            guard = StepGuard(EXPLODED[self.module.config.optimizer])
+            supervisor = Supervisor(
+                self.checkpoints, config.checkpoint_seconds, self.preemption, logged, guard, patience
+            )
             trainer = self._trainer(supervisor, parts, steps)
             try:
                 with self.preemption.deferred():

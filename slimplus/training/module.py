@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from slimplus.models.precision import LOSS_SCALES
+from slimplus.models.streaming import windows_at_a_time
 from slimplus.training.optimizers import Name, ParameterKind, RateConfig, build_optimizer
+
+JUDGED = 16  # windows that tell whether training helped: evaluating all of many would take as long as an epoch
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,10 @@ class QuantizerTraining(L.LightningModule):
         steps: number of steps of the whole training; set before the training begins.
         slowdown: factor on the learning rates, for a new attempt after a divergence.
         loss_scale: factor on the loss, and so on the gradients, that the precision needs; the supervisor lowers it.
-        judged: number of windows, on all ranks together, that tell whether training helped; None for all windows.
     """
 
     steps: int
     slowdown = 1.0
-    judged: int | None = None
 
     def __init__(self, config: TrainingConfig, precision: str) -> None:
         super().__init__()
@@ -93,6 +94,10 @@ class QuantizerTraining(L.LightningModule):
         mean = torch.stack(self._losses).mean()
         self._losses.clear()
         return mean
+
+    def evaluated_together(self, length: int) -> int:
+        """Return how many windows of `length` tokens are evaluated at a time."""
+        return windows_at_a_time(self.device, length)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[tuple[Tensor, ...]]) -> Tensor:

@@ -32,6 +32,7 @@ class Supervisor(Callback):
         seconds: seconds of training between two checkpoints within an epoch; 0 for a checkpoint at every step.
         preemption: the signals of this process.
         logged: rows of the CSV log of an earlier start.
+        guard: judge of the steps.
         patience: number of epochs without a lower loss that ends the training; None for no early end.
 
     Attributes:
@@ -49,10 +50,11 @@ class Supervisor(Callback):
         seconds: float,
         preemption: Preemption,
         logged: list[dict[str, Any]],
+        guard: StepGuard,
         patience: int | None,
     ) -> None:
         self.checkpoints, self.seconds, self.preemption, self.logged = checkpoints, seconds, preemption, logged
-        self.guard, self.patience = StepGuard(), patience
+        self.guard, self.patience = guard, patience
         self.loss_sum, self.steps = 0.0, 0
         self.loss, self.waited = math.inf, 0
         self.best: dict[str, Tensor] = {}

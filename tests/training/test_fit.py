@@ -19,7 +19,7 @@ from slimplus.distributed.strategies import launch
 from slimplus.models.precision import LOSS_SCALES
 from slimplus.training.checkpoints import TrainingCheckpoints
 from slimplus.training.fit import Fit, FitConfig, FitResult
-from slimplus.training.module import QuantizerTraining, TrainingConfig
+from slimplus.training.module import JUDGED, QuantizerTraining, TrainingConfig
 from slimplus.training.optimizers import ParameterKind, RateConfig
 from slimplus.utils.manifest import Manifest
 
@@ -60,13 +60,9 @@ def test_any_number_of_ranks_judges_by_the_same_windows(tmp_path: Path, monkeypa
             )
         return sum(means)
 
-    whole = judged(1)
-    module.judged = 16
     part = judged(1)
-    assert part == pytest.approx((windows[:16] - 1).square().mean().item())
+    assert part == pytest.approx((windows[:JUDGED] - 1).square().mean().item())
     assert [judged(2), judged(4)] == pytest.approx([part, part])
-    module.judged = None
-    assert judged(2) == pytest.approx(whole)
 
 
 @pytest.mark.parametrize(("noise", "target", "helped"), [(0.0, 0.0, True), (9.0, 0.0, True), (9.0, 1.001, False)])
@@ -76,9 +72,19 @@ def test_a_training_is_judged_by_its_end(tmp_path: Path, noise: float, target: f
     data = torch.full((3, 4), target)
     result = _fit_toy(module, data, tmp_path)
     assert result.helped is helped
-    measured = float(module.evaluate([(data,)]))
-    if noise:
-        assert result.loss == pytest.approx(measured)
+    assert result.loss == pytest.approx(float(module.evaluate([(data,)])))
+
+
+@pytest.mark.parametrize(("target", "attempts"), [(1.06, 1), (1.01, 2), (1.001, 2)])
+def test_a_training_that_does_not_help_is_tried_at_a_lower_rate(tmp_path: Path, target: float, attempts: int) -> None:
+    """Three steps of 0.1 go too far from 1 for all but the first target, three of 0.01 for the last one as well."""
+    module = _Noisy(TrainingConfig(1, 1, optimizer="sign_sgd", grid=RateConfig(0.1, "constant")), 0.0)
+    result = _fit_toy(module, torch.full((3, 4), target), tmp_path)
+    assert len(result.events) == attempts - 1
+    if attempts > 1:
+        assert "; training started over at a tenth of the learning rate" in result.events[0]
+        assert "training ended at a loss of 0.00" in result.events[0]
+    assert result.helped is (target != 1.001)
 
 
 @pytest.mark.parametrize(("patience", "epochs"), [(None, 6), (2, 3)])
