@@ -151,6 +151,9 @@ def check_inputs(recipe: Recipe) -> None:
             part = "" if len(sources) == 1 else f"its share of {share} of "
             need = f"{part}data.samples={data.samples} windows of data.sequence_length={data.sequence_length}"
             problems.append(_text_problem(source.path, "calibration", share * data.sequence_length, need))
+        if (prompts := data.generation.prompts) is not None:
+            problem = _text_problem(prompts, "calibration", data.generation.prefix_tokens or 1, "one prompt")
+            problems.append(problem and problem.replace("data.calibration.path", "data.generation.prompts"))
         tokens = data.evaluation.sequence_length
         need = f"one window of data.evaluation.sequence_length={tokens}"
         problems.append(_text_problem(data.evaluation.path, "evaluation", tokens, need))

@@ -13,7 +13,7 @@ Item = TypeVar("Item")
 
 def track(items: Sequence[Item], description: str) -> Iterator[Item]:
     """Iterate over `items` behind a progress bar with the time left; only the first rank draws it."""
-    layout = "{desc}: block {n_fmt} of {total_fmt} |{bar}| {elapsed} elapsed, {remaining} left{postfix}"
+    layout = "{desc}: {n_fmt} of {total_fmt} |{bar}| {elapsed} elapsed, {remaining} left{postfix}"
     yield from tqdm(
         items, description, bar_format=layout, dynamic_ncols=True, disable=getattr(rank_zero_only, "rank", 0) > 0
     )
