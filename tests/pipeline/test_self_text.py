@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from slimplus.recipe.section import RecipeError
 from slimplus.utils.errors import InputError
 from tests.support import faulty
 from tests.support.models import ModelMaker
-from tests.support.processes import run_console
+from tests.support.processes import ROOT, run_console
 from tests.support.recipes import Arguments
 from tests.support.runs import read_metrics, run
 
@@ -117,7 +119,8 @@ def test_a_mix_of_a_text_and_the_models_own(arguments: Arguments, text_file: Pat
 
 @pytest.mark.slow
 def test_two_processes_write_the_same_text(arguments: Arguments, own_text: Path, tmp_path: Path) -> None:
-    done = run_console("train", *arguments(tmp_path / "run", *OWN, "trainer.devices=2", "data.samples=10"))
+    keys = arguments(tmp_path / "run", *OWN, "trainer.devices=2", "trainer.accelerator=cpu", "data.samples=10")
+    done = subprocess.run([sys.executable, ROOT / "train.py", *keys], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert torch.equal(written(tmp_path / "run")[:8], written(own_text))
     assert len(written(tmp_path / "run")) == 10
