@@ -38,7 +38,7 @@ from slimplus.models.loading import ModelSource, build_on_meta
 from slimplus.models.location import resolve_model_folder
 from slimplus.models.precision import resolve_precision
 from slimplus.models.streaming import BlockRunner
-from slimplus.pipeline.configs import block_quantizer
+from slimplus.pipeline.configs import block_quantizer, expected_work
 from slimplus.pipeline.job import Job
 from slimplus.pipeline.model_checks import check_shapes, given_allocation
 from slimplus.pipeline.self_check import self_check
@@ -50,6 +50,7 @@ from slimplus.run_dir.directory import RunDirectory
 from slimplus.run_dir.fingerprint import differences, fingerprint, library_versions
 from slimplus.run_dir.metrics import Metrics
 from slimplus.utils.machine import describe_machine
+from slimplus.utils.progress import FILE, Progress
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def start(recipe: Recipe) -> Fabric:
     return launch(trainer.accelerator, trainer.devices, trainer.num_nodes, trainer.strategy)
 
 
-def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption) -> Job:
+def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption, progress: Progress | None = None) -> Job:
     """Check what can be checked before the long work, read the texts, and return the job.
 
     Every process of the job calls this.
@@ -80,6 +81,7 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption) -> Job:
         recipe: the resolved recipe.
         fabric: the processes of the job.
         preemption: the handler of this process's signals.
+        progress: what is shown of the work while it runs; None for nothing.
 
     Raises:
         InputError: if the recipe does not fit the model, the texts, the processes or the run directory.
@@ -114,13 +116,15 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption) -> Job:
         evaluation = _evaluation_windows(recipe, tokenizer, run.tokens)
     rows = embedding_rows(skeleton)
     check_ids(evaluation.tokens, rows, tokenizer, "data.evaluation.path")
-    metrics = _start_metrics(recipe, run, fabric, evaluation, runner.precision, identity, events)
+    progress = progress or Progress(shows=False)
+    progress.open(run.root / FILE, expected_work(recipe))
+    metrics = _start_metrics(recipe, run, fabric, evaluation, runner.precision, identity, events, progress)
     if allocation is not None:
         _note_average(metrics, recipe, allocation, skeleton)
-    quantizer = block_quantizer(recipe, fabric, runner, run.logs, preemption)
+    quantizer = block_quantizer(recipe, fabric, runner, run.logs, preemption, progress.step)
     if own is not None and not own.is_complete:
         with metrics.stage("calibration_text"):
-            own.write(source, run, fabric.device, quantizer.ranks)
+            own.write(source, run, fabric.device, quantizer.ranks, progress)
         fabric.barrier()
     with fabric.rank_zero_first():
         calibration = _calibration_windows(recipe, texts, tokenizer, run.tokens)
@@ -143,6 +147,7 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption) -> Job:
         block_names=[f"{blocks_path(skeleton)}.{index}" for index in range(blocks)],
         embedding_and_head_bits=bits,
         metrics=metrics,
+        progress=progress,
         allocation=allocation,
     )
 
@@ -237,10 +242,11 @@ def _start_metrics(
     precision: str,
     identity: dict[str, Any],
     events: list[str],
+    progress: Progress,
 ) -> Metrics:
     """Write what identifies the run, and return its metrics with those of earlier starts and with new events."""
     values = _known_figures(recipe, run, evaluation, precision, identity)
-    metrics = Metrics(values, run, fabric.device, fabric.is_global_zero)
+    metrics = Metrics(values, run, fabric.device, fabric.is_global_zero, progress)
     metrics["events"] += events
     fabric.barrier()  # every process has read the fingerprint of the earlier start
     if fabric.is_global_zero:

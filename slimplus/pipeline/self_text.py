@@ -25,7 +25,7 @@ from slimplus.run_dir.directory import RunDirectory
 from slimplus.run_dir.fingerprint import digest, weights_digest
 from slimplus.utils.errors import InputError
 from slimplus.utils.machine import available_bytes
-from slimplus.utils.progress import track
+from slimplus.utils.progress import Progress
 from slimplus.utils.units import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,9 @@ class SelfText:
         tokens = self.text.tokens()
         return torch.empty(0, self.length, dtype=torch.int32) if tokens is None else tokens
 
-    def write(self, source: ModelSource, run: RunDirectory, device: torch.device, ranks: Ranks) -> None:
+    def write(
+        self, source: ModelSource, run: RunDirectory, device: torch.device, ranks: Ranks, progress: Progress
+    ) -> None:
         """Have the model write the windows that are missing, and keep each batch once it is there.
 
         The ranks write one batch each at a time. A batch draws with a seed of its own, so that neither their number nor
@@ -85,7 +87,7 @@ class SelfText:
             logger.info("calibration text: %d of %d windows found in %s", len(tokens), count, self.text.file)
         batches = range(len(tokens) // self.batch_size, ceil(count / self.batch_size))
         model = source.model().to(device, self.dtype)  # type: ignore[arg-type]
-        for first in track(batches[:: ranks.count], "writing calibration text"):
+        for first in progress.track(batches[:: ranks.count], "batch"):
             batch = self._batch(model, min(first + ranks.rank, batches[-1]))  # with nothing left, the last one again
             gathered = ranks.gather(batch[None].to(device), ranks.count).flatten(0, 1)
             tokens = torch.cat([tokens, gathered.cpu().int()])[:count]

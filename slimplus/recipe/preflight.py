@@ -48,6 +48,8 @@ def _library_problems(recipe: Recipe) -> Iterator[str]:
         "accelerate": gguf,
         "gguf": gguf,
         "deepspeed": {"trainer.strategy": recipe.trainer.strategy.startswith("deepspeed")},
+        "wandb": {"trainer.logger": "wandb" in recipe.trainer.logger},
+        "mlflow": {"trainer.logger": "mlflow" in recipe.trainer.logger},
         "bitsandbytes": {
             "training.optimizer": recipe.quantization.trains and training.optimizer == "adamw_8bit",
             "end_to_end.optimizer": end_to_end.epochs > 0 and end_to_end.optimizer == "adamw_8bit",

@@ -22,6 +22,7 @@ from slimplus.recipe.schema import keys as recipe_keys
 FREE_KEYS = (
     *("run_dir", "resume", "dry_run", "data.evaluation", "trainer.checkpoint_seconds"),
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.offload"),
+    "trainer.logger",
     "model.revision",  # a name of the commit that `weights_digest` gives
     *("quantization.embedding_bits", "quantization.head_bits"),  # quantized after the blocks
     "end_to_end",  # comes after the blocks; its file holds the hash of what it was made from
