@@ -25,7 +25,7 @@ from slimplus.models.streaming import BlockRunner
 from slimplus.nn import FakeQuantizedLinear, LearnedRoundingLinear, TrainedWeightLinear
 from slimplus.quantization.linear import QuantizationConfig
 from slimplus.training.checkpoints import TrainingCheckpoints
-from slimplus.training.fit import Fit, FitConfig
+from slimplus.training.fit import Fit, FitConfig, Report, ignore
 from slimplus.training.reconstruction import BlockReconstruction, LossContext, ReconstructionConfig
 from slimplus.utils.errors import InputError
 
@@ -100,6 +100,7 @@ class BlockQuantizer:
         runner: the runner of blocks on this process's device.
         fabric: the processes of the job.
         preemption: the handler of this process's signals.
+        report: function that is told of training steps.
     """
 
     quantization: QuantizationConfig
@@ -109,6 +110,7 @@ class BlockQuantizer:
     runner: BlockRunner
     fabric: Fabric
     preemption: Preemption
+    report: Report = ignore
 
     @property
     def trains(self) -> bool:
@@ -179,7 +181,7 @@ class BlockQuantizer:
         batches = (task.hidden, task.targets) + (() if task.auxiliary is None else (task.auxiliary,))
         if task.arguments.by_window:
             batches += (torch.arange(len(task.hidden)),)
-        fit = Fit(module, batches, task.name, task.checkpoints, self.fabric, self.fit, self.preemption)()
+        fit = Fit(module, batches, task.name, task.checkpoints, self.fabric, self.fit, self.preemption, self.report)()
         record["loss"], record["calibrated_loss"], record["skipped_steps"] = fit.loss, fit.calibrated_loss, fit.skipped
         record["seconds"]["training"] = time.perf_counter() - start
         record["events"] += fit.events

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from io import TextIOWrapper
 
-from slimplus.cli import benchmark, check, evaluate, export, generate, inspect, report
+from slimplus.cli import benchmark, check, evaluate, export, generate, inspect, report, status
 from slimplus.cli.console import Parser, write
 from slimplus.utils.errors import BAD_INPUT, INTERRUPTED, InputError
 from slimplus.utils.requirements import QUANTIZATION, check_installed
@@ -19,6 +19,7 @@ COMMANDS = {
     "inspect": inspect,
     "evaluate": evaluate,
     "report": report,
+    "status": status,
     "benchmark": benchmark,
     "export": export,
 }

@@ -7,6 +7,7 @@ import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from typing import TextIO
 
 import yaml
 
@@ -87,6 +88,15 @@ def train(arguments: list[str]) -> int:
         return BAD_INPUT
 
 
+class _Messages(logging.StreamHandler[TextIO]):
+    """Handler that writes to the standard error output of the moment: a live line replaces it, to stay below."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def _pipeline(recipe: Recipe) -> Callable[[Recipe], str | None]:
     """Return the function that runs `recipe`; importing it loads PyTorch."""
     if recipe.dry_run:
@@ -103,7 +113,7 @@ def _run(recipe: Recipe) -> int:
     command = "the same command" if recipe.resume.start == "auto" else "the same command with resume=auto"
     go_on = f"{command} goes on from what {recipe.run_dir} holds."
     try:
-        logging.basicConfig(format="%(message)s")
+        logging.basicConfig(format="%(message)s", handlers=[_Messages()])
         result = _pipeline(recipe)(recipe)
         if result is not None:  # on the first process of a job
             write(result)

@@ -20,6 +20,7 @@ from slimplus.data.hub import HUB_SOURCES, HubStream, Split, download, streamed_
 from slimplus.utils.errors import InputError, named_first_line
 
 OFFLINE = "offline"
+SELF = "self"  # the calibration text that the model writes
 WHOLE = 2**24  # characters that are read of any text, and tokenized as one; WikiText-2's train split has 11 million
 CHARACTERS_A_TOKEN = 8  # to read of a longer text: windows are then a choice among several
 DAMAGED = (OSError, ValueError, EOFError, zlib.error, RecursionError)  # what the readers raise for bad files
@@ -119,12 +120,13 @@ def share_samples(samples: int, weights: Sequence[float]) -> list[int]:
 def check_source(path: str, split: Split) -> None:
     """Check that `path` is a known source, or a file of a known format with text in it, or a folder with such files.
 
-    The check does not touch the network and imports nothing heavy, so it can run before any work.
+    The check does not touch the network and imports nothing heavy, so it can run before any work. `self` is known for
+    calibration.
 
     Raises:
         TextError: if `path` is neither.
     """
-    if path == OFFLINE or path in HUB_SOURCES:
+    if path == OFFLINE or path in HUB_SOURCES or (path == SELF and split == "calibration"):
         return
     source = Path(path).expanduser()
     if not path or not (source.is_dir() or find_format(source)):
@@ -163,7 +165,7 @@ def text_bytes(path: str) -> int | None:
         from pydoc_data.topics import topics
 
         return sum(len(topic.encode()) for topic in topics.values())
-    files = [] if path in HUB_SOURCES else text_files(Path(path).expanduser())
+    files = [] if path in HUB_SOURCES or path == SELF else text_files(Path(path).expanduser())
     if not files or any(is_compressed(file) for file in files):
         return None
     return sum(file.stat().st_size for file in files)

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from slimplus.data.text import WHOLE, RenderChat, Text, TextError, share_samples
+from slimplus.data.text import SELF, WHOLE, RenderChat, Text, TextError, share_samples
 from slimplus.utils.files import write_atomic
 
 PART = 2**18  # characters of a longer text that are tokenized at a time
@@ -37,6 +37,31 @@ class Windows:
     fingerprint: str
 
 
+@dataclass(frozen=True, eq=False)
+class WrittenText:
+    """Calibration text that a model writes itself, window by window, to a file.
+
+    Attributes:
+        file: the file with the windows so far, which may not exist.
+        fingerprint: SHA-256 of all that decides the windows, in hexadecimal.
+        path: name of the source.
+        weight: share of the source in a mix, in relation to the other weights.
+    """
+
+    file: Path
+    fingerprint: str
+    path: str = SELF
+    weight: float = 1.0
+
+    def tokens(self) -> Tensor | None:
+        """Return the windows so far, `[windows, sequence_length]`, int32, or None if there are none."""
+        return _read(self.file, self.fingerprint)
+
+    def content(self, tokens: Tensor) -> bytes:
+        """Return what the file holds once `tokens` have been written."""
+        return save({"tokens": tokens.int()}, metadata={"fingerprint": self.fingerprint})
+
+
 @dataclass(frozen=True)
 class Packing:
     """How documents are put one after the other before they are cut into windows.
@@ -55,7 +80,7 @@ AS_IS = Packing()
 
 
 def calibration_windows(
-    texts: str | Sequence[Text],
+    texts: str | Sequence[Text | WrittenText],
     tokenizer: PreTrainedTokenizerBase,
     samples: int,
     sequence_length: int,
@@ -85,9 +110,7 @@ def calibration_windows(
         generator = torch.Generator().manual_seed(seed)
         drawn = []
         for text, share in zip(sources, shares, strict=True):
-            candidates = _cut(_thin(text, THINNED * share * sequence_length), tokenizer, sequence_length, packing)
-            if len(candidates) < share:  # or the documents that were left out are the long ones
-                candidates = _cut(text, tokenizer, sequence_length, packing)
+            candidates = _candidates(text, tokenizer, share, sequence_length, packing)
             if len(candidates) < share:
                 raise TextError(_too_short(text, len(candidates), share, samples, sequence_length, len(sources) > 1))
             order = torch.randperm(len(candidates), generator=generator)
@@ -102,14 +125,65 @@ def calibration_windows(
     return _cached(cache, _fingerprint(texts_identity(sources), tokenizer, sizes), build)
 
 
-def texts_identity(texts: Sequence[Text]) -> str:
-    """Return what identifies calibration texts: of one the text itself, of a mix the hashes and the weights."""
-    if len(texts) == 1:
-        return texts[0].joined
-    return json.dumps([[text.weight, hashlib.sha256(text.joined.encode()).hexdigest()] for text in texts])
+def texts_identity(texts: Sequence[Text | WrittenText]) -> str:
+    """Return what identifies calibration texts: of one the text itself, of a mix the hashes and the weights.
+
+    Of text that the model writes, the fingerprint takes the place of the text or of its hash.
+    """
+    first, *others = texts
+    if not others:
+        return first.joined if isinstance(first, Text) else first.fingerprint
+    return json.dumps([[text.weight, _hash(text)] for text in texts])
 
 
-def _too_short(text: Text, found: int, share: int, samples: int, sequence_length: int, is_mix: bool) -> str:
+def _hash(text: Text | WrittenText) -> str:
+    """Return the SHA-256 of a text in hexadecimal, or the fingerprint of one that the model writes."""
+    return hashlib.sha256(text.joined.encode()).hexdigest() if isinstance(text, Text) else text.fingerprint
+
+
+def _candidates(
+    text: Text | WrittenText, tokenizer: PreTrainedTokenizerBase, share: int, sequence_length: int, packing: Packing
+) -> Tensor:
+    """Return the windows to draw `share` of, `[windows, sequence_length]`; of a long text, some of them."""
+    if isinstance(text, WrittenText):
+        written = text.tokens()
+        return torch.empty(0, sequence_length) if written is None else written
+    thinned = _thin(text, THINNED * share * sequence_length)
+    candidates = _cut(thinned, tokenizer, sequence_length, packing)
+    if len(candidates) < share and thinned is not text:  # the documents that were left out may be the long ones
+        return _cut(text, tokenizer, sequence_length, packing)
+    return candidates
+
+
+def draw_prefixes(text: Text, tokenizer: PreTrainedTokenizerBase, count: int, length: int, seed: int) -> Tensor:
+    """Return windows drawn at random from a text for a model to continue; again the same ones if it holds fewer.
+
+    Args:
+        text: the text.
+        tokenizer: the model's tokenizer.
+        count: number of windows to return.
+        length: tokens in a window.
+        seed: seed of the draw.
+
+    Returns:
+        `[count, length]`, int64.
+
+    Raises:
+        TextError: if the text does not hold one window.
+    """
+    candidates = _candidates(text, tokenizer, count, length, AS_IS)
+    if not len(candidates):
+        raise TextError(
+            f"data.generation.prompts: {text.path!r} is shorter than data.generation.prefix_tokens={length}; lower it, "
+            "or give a longer text"
+        )
+    order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))
+    return candidates[order[torch.arange(count) % len(candidates)]]
+
+
+def _too_short(
+    text: Text | WrittenText, found: int, share: int, samples: int, sequence_length: int, is_mix: bool
+) -> str:
     """Return the message on a text that holds fewer windows than are to be drawn from it."""
     if is_mix:
         return (

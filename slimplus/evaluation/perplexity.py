@@ -12,6 +12,7 @@ from torchmetrics.text import Perplexity
 from slimplus.models.precision import overflow_remedy
 from slimplus.models.streaming import StreamedModel
 from slimplus.utils.errors import InputError
+from slimplus.utils.progress import Track, untracked
 
 TOKENS_AT_A_TIME = 256  # bounds memory: the metric holds several copies of `tokens × vocabulary` probabilities
 
@@ -19,19 +20,22 @@ Observe = Callable[[Tensor], None]
 """Function that sees the logits `[predictions, vocabulary]` which a perplexity is computed from, in order."""
 
 
-def perplexity(model: StreamedModel, tokens: Tensor, description: str, observe: Observe | None = None) -> float:
+def perplexity(
+    model: StreamedModel, tokens: Tensor, description: str, observe: Observe | None = None, track: Track = untracked
+) -> float:
     """Return the perplexity of a model on windows, for each token but a window's first, given those before it.
 
     Args:
         model: the model, run one block at a time.
         tokens: this rank's windows, `[windows, sequence_length]`; the metric adds up the sums of all ranks.
-        description: text of the progress bar.
+        description: what is measured, for messages.
         observe: function that sees the logits as well.
+        track: iterates over the blocks.
 
     Raises:
         InputError: if the perplexity is NaN or infinite.
     """
-    logits = _streamed_logits(model, tokens, description)
+    logits = _streamed_logits(model, tokens, track)
     measured = perplexity_of_logits(logits, tokens, model.runner.device, observe)
     if not math.isfinite(measured):
         raise InputError(
@@ -41,9 +45,9 @@ def perplexity(model: StreamedModel, tokens: Tensor, description: str, observe: 
     return measured
 
 
-def _streamed_logits(model: StreamedModel, tokens: Tensor, description: str) -> Iterator[Tensor]:
+def _streamed_logits(model: StreamedModel, tokens: Tensor, track: Track) -> Iterator[Tensor]:
     """Yield the logits of one window after the other."""
-    hidden = model.last_hidden(model.block_inputs(tokens), description)
+    hidden = model.last_hidden(model.block_inputs(tokens), track)
     for window, output in zip(tokens.split(1), hidden.split(1), strict=True):
         yield model.logits(window, output)
 

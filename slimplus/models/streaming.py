@@ -19,7 +19,7 @@ from slimplus.models.towers import towers
 from slimplus.nn import PackedLinear
 from slimplus.nn.packed_linear import PackedModule
 from slimplus.quantization.salience import NotFiniteError
-from slimplus.utils.progress import track
+from slimplus.utils.progress import Track, untracked
 
 ReplaceBlock = Callable[[int, nn.Module], nn.Module]
 """Function from a block's index and the block to the block that runs in its place."""
@@ -223,25 +223,25 @@ class StreamedModel:
         return BlockInputs(torch.cat(first)[: len(tokens)], recorder.arguments(runs_batches(self.model)))
 
     def forward_blocks(
-        self, inputs: BlockInputs, description: str = "", replace: ReplaceBlock | None = None
+        self, inputs: BlockInputs, track: Track = untracked, replace: ReplaceBlock | None = None
     ) -> Iterator[Tensor]:
         """Run the blocks in order, and yield the outputs of each, `[windows, sequence_length, hidden]`, on the CPU.
 
         Args:
             inputs: inputs of the blocks, as `block_inputs` gives them.
-            description: text before a progress bar; no bar is shown if it is empty.
+            track: iterates over the blocks.
             replace: returns the block to run in the place of each block.
         """
         hidden, steps = inputs.hidden, list(enumerate(zip(self.blocks, inputs.arguments, strict=True)))
-        for index, (block, arguments) in track(steps, description) if description else steps:
+        for index, (block, arguments) in track(steps):
             loaded = self.runner.load(replace(index, block) if replace else block)
             hidden = self.runner.run(loaded, hidden, arguments)
             yield hidden
 
-    def last_hidden(self, inputs: BlockInputs, description: str = "", replace: ReplaceBlock | None = None) -> Tensor:
+    def last_hidden(self, inputs: BlockInputs, track: Track = untracked, replace: ReplaceBlock | None = None) -> Tensor:
         """Return the last block's outputs, keeping no other block's; the arguments are those of `forward_blocks`."""
         hidden = inputs.hidden
-        for outputs in self.forward_blocks(inputs, description, replace):
+        for outputs in self.forward_blocks(inputs, track, replace):
             hidden = outputs
         return hidden
 

@@ -8,12 +8,13 @@ from typing import Literal
 from lightning.fabric import Fabric
 
 from slimplus.blockwise.quantizer import BlockQuantizer, QuantizerConfig
+from slimplus.data.text import SELF
 from slimplus.distributed.preemption import Preemption
 from slimplus.models.streaming import BlockRunner
 from slimplus.quantization.linear import QuantizationConfig
 from slimplus.recipe.schema import EndToEndSection, LossSection, Recipe, TrainingSection
 from slimplus.training.end_to_end import EndToEndConfig
-from slimplus.training.fit import FitConfig
+from slimplus.training.fit import FitConfig, Report
 from slimplus.training.losses import LossConfig
 from slimplus.training.optimizers import Name, RateConfig, Schedule
 from slimplus.training.reconstruction import ReconstructionConfig
@@ -22,7 +23,7 @@ WARMUP = 4  # steps over which the rates rise, since Adam's first moments come f
 
 
 def block_quantizer(
-    recipe: Recipe, fabric: Fabric, runner: BlockRunner, logs: Path, preemption: Preemption
+    recipe: Recipe, fabric: Fabric, runner: BlockRunner, logs: Path, preemption: Preemption, report: Report
 ) -> BlockQuantizer:
     """Return the quantizer of blocks that a recipe asks for.
 
@@ -32,6 +33,7 @@ def block_quantizer(
         runner: the runner of blocks on this process's device.
         logs: folder of the TensorBoard and CSV logs.
         preemption: the handler of this process's signals.
+        report: function that is told of training steps.
     """
     quantization, trainer = recipe.quantization, recipe.trainer
     allocation = quantization.allocates_by
@@ -56,10 +58,12 @@ def block_quantizer(
             logs,
             recipe.seed,
             trainer.checkpoint_seconds,
+            tuple(trainer.logger),
         ),
         runner=runner,
         fabric=fabric,
         preemption=preemption,
+        report=report,
     )
 
 
@@ -114,3 +118,27 @@ def end_to_end_config(section: EndToEndSection) -> EndToEndConfig:
         hidden_states=section.hidden_states,
         activation_checkpointing=section.activation_checkpointing,
     )
+
+
+def expected_work(recipe: Recipe) -> dict[str, float]:
+    """Return the stages of a run in their order, each with the work that it is expected to be.
+
+    The unit is one token through all blocks, forwards. The factors are those of SmolLM2-135M on one core, for which
+    benchmarks/results/quality.json has the seconds of each stage; they make an estimate, and decide nothing.
+    """
+    data, quantization = recipe.data, recipe.quantization
+    calibration = data.samples * data.sequence_length
+    evaluation = data.evaluation.windows * data.evaluation.sequence_length
+    own = sum(source.weight for source in data.calibration.sources if source.path == SELF)
+    share = own / sum(source.weight for source in data.calibration.sources)
+    salient = quantization.trains and recipe.training.loss.salient_channels
+    training = 3 * recipe.training.epochs if quantization.trains else 0
+    return {
+        "calibration_text": 3.0 * share * calibration,
+        "full_precision": 1.5 * evaluation,
+        "sensitivity": 5.0 * calibration if salient or quantization.allocates_by == "model" else 0.0,
+        "blocks": (10.0 + training) * calibration,
+        "end_to_end": 5.0 * recipe.end_to_end.epochs * calibration,
+        "export": 0.0,
+        "packed": 1.5 * evaluation,
+    }

@@ -19,6 +19,7 @@ from slimplus.quantization.linear import QuantizationConfig
 from slimplus.recipe.schema import Recipe
 from slimplus.run_dir.directory import Record, RunDirectory
 from slimplus.run_dir.metrics import Metrics
+from slimplus.utils.progress import Progress
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Job:
         block_names: names of the blocks in the model.
         embedding_and_head_bits: name → bits of the layers outside the blocks that get packed.
         metrics: the content of metrics.json.
+        progress: what is shown of the work while it runs.
         allocation: layer → widths of its groups, imported or found for the whole model; None if each block finds them.
         channels: salience of each block's output channels, `[blocks, hidden]`, if it was measured.
         tuned: tensors that the end-to-end stage trained, by their names in the packed model, if it ran.
@@ -61,6 +63,7 @@ class Job:
     block_names: list[str]
     embedding_and_head_bits: dict[str, int]
     metrics: Metrics
+    progress: Progress
     allocation: dict[str, list[int]] | None = None
     channels: Tensor | None = None
     tuned: dict[str, Tensor] | None = None

@@ -13,10 +13,11 @@ from lightning.fabric import Fabric
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from slimplus.data.text import Text, characters_to_read, read_text
+from slimplus.data.text import SELF, Text, characters_to_read, read_text
 from slimplus.data.windows import (
     Packing,
     Windows,
+    WrittenText,
     calibration_windows,
     chat_renderer,
     check_ids,
@@ -38,10 +39,11 @@ from slimplus.models.location import resolve_model_folder
 from slimplus.models.precision import resolve_precision
 from slimplus.models.streaming import BlockRunner
 from slimplus.models.towers import carried_over
-from slimplus.pipeline.configs import block_quantizer
+from slimplus.pipeline.configs import block_quantizer, expected_work
 from slimplus.pipeline.job import Job
 from slimplus.pipeline.model_checks import check_shapes, given_allocation
 from slimplus.pipeline.self_check import self_check
+from slimplus.pipeline.self_text import SelfText, check_memory, self_text
 from slimplus.recipe.preflight import check_shares
 from slimplus.recipe.schema import Recipe, to_yaml
 from slimplus.run_dir.allocation_file import average_bits
@@ -49,6 +51,7 @@ from slimplus.run_dir.directory import RunDirectory
 from slimplus.run_dir.fingerprint import differences, fingerprint, library_versions
 from slimplus.run_dir.metrics import Metrics
 from slimplus.utils.machine import describe_machine
+from slimplus.utils.progress import FILE, Progress
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +73,7 @@ def start(recipe: Recipe) -> Fabric:
     return launch(trainer.accelerator, trainer.devices, trainer.num_nodes, trainer.strategy)
 
 
-def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption) -> Job:
+def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption, progress: Progress | None = None) -> Job:
     """Check what can be checked before the long work, read the texts, and return the job.
 
     Every process of the job calls this.
@@ -79,6 +82,7 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption) -> Job:
         recipe: the resolved recipe.
         fabric: the processes of the job.
         preemption: the handler of this process's signals.
+        progress: what is shown of the work while it runs; None for nothing.
 
     Raises:
         InputError: if the recipe does not fit the model, the texts, the processes or the run directory.
@@ -97,21 +101,34 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption) -> Job:
     allocation = given_allocation(skeleton, recipe)
     bits = _embedding_and_head_bits(recipe, source, skeleton)
     tokenizer = source.tokenizer()
-    texts = calibration_texts(recipe, tokenizer)
+    own = self_text(recipe, tokenizer, source, runner.precision, run.tokens, _limit(recipe))
+    if own is not None and not own.is_complete:
+        check_memory(own, skeleton, fabric.device, recipe.trainer.devices)
+    texts = calibration_texts(recipe, tokenizer, own)
     identity = fingerprint(recipe, texts_identity(texts), tokenizer, source, config, runner.precision)
     blocks = len(find_blocks(skeleton))
     events = _check_and_repair(run, recipe, identity, blocks) if fabric.is_global_zero else []
     fabric.barrier()
     run.open()
     with fabric.rank_zero_first():
-        calibration, evaluation = _windows(recipe, texts, tokenizer, run.tokens)
+        evaluation = _evaluation_windows(recipe, tokenizer, run.tokens)
     rows = embedding_rows(skeleton)
-    check_ids(calibration.tokens, rows, tokenizer, "data.calibration.path")
     check_ids(evaluation.tokens, rows, tokenizer, "data.evaluation.path")
-    metrics = _start_metrics(recipe, run, fabric, evaluation, runner.precision, identity, events)
+    progress = progress or Progress(shows=False)
+    progress.open(run.root / FILE, expected_work(recipe))
+    metrics = _start_metrics(recipe, run, fabric, evaluation, runner.precision, identity, events, progress)
     if allocation is not None:
         _note_average(metrics, recipe, allocation, skeleton)
-    quantizer = block_quantizer(recipe, fabric, runner, run.logs, preemption)
+    quantizer = block_quantizer(recipe, fabric, runner, run.logs, preemption, progress.step)
+    if own is not None and not own.is_complete:
+        with metrics.stage("calibration_text"):
+            own.write(source, run, fabric.device, quantizer.ranks, progress)
+        fabric.barrier()
+    with fabric.rank_zero_first():
+        calibration = _calibration_windows(recipe, texts, tokenizer, run.tokens)
+    check_ids(calibration.tokens, rows, tokenizer, "data.calibration.path")
+    if fabric.is_global_zero:
+        run.manifest.add(run.tokens)
     return Job(
         recipe=recipe,
         run=run,
@@ -128,6 +145,7 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption) -> Job:
         block_names=[f"{blocks_path(skeleton)}.{index}" for index in range(blocks)],
         embedding_and_head_bits=bits,
         metrics=metrics,
+        progress=progress,
         allocation=allocation,
     )
 
@@ -194,40 +212,46 @@ def _check_and_repair(run: RunDirectory, recipe: Recipe, identity: dict[str, Any
     return events
 
 
-def calibration_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Text]:
-    """Return the calibration texts, of which no more is read than the windows can need."""
-    data, render_chat = recipe.data, chat_renderer(tokenizer)
-    limit = characters_to_read(data.samples * data.sequence_length)
+def calibration_texts(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, own: SelfText | None = None
+) -> list[Text | WrittenText]:
+    """Return the calibration texts, of which no more is read than the windows can need.
+
+    Args:
+        recipe: the resolved recipe.
+        tokenizer: the model's tokenizer.
+        own: the text that the model writes, if the recipe asks for it.
+    """
+    render_chat, limit = chat_renderer(tokenizer), _limit(recipe)
     return [
-        read_text(source.path, "calibration", source.column, limit, render_chat, source.weight)
-        for source in data.calibration.sources
+        own.text
+        if own is not None and source.path == SELF
+        else read_text(source.path, "calibration", source.column, limit, render_chat, source.weight)
+        for source in recipe.data.calibration.sources
     ]
 
 
-def _windows(
-    recipe: Recipe, texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> tuple[Windows, Windows]:
-    """Return the calibration and the evaluation windows, which are kept in `folder`."""
+def _limit(recipe: Recipe) -> int:
+    """Return how many characters of a calibration text to read."""
+    return characters_to_read(recipe.data.samples * recipe.data.sequence_length)
+
+
+def _calibration_windows(
+    recipe: Recipe, texts: Sequence[Text | WrittenText], tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> Windows:
+    """Return the calibration windows, which are kept in `folder`."""
     data = recipe.data
-    calibration = calibration_windows(
-        texts,
-        tokenizer,
-        data.samples,
-        data.sequence_length,
-        recipe.seed,
-        folder / "calibration.safetensors",
-        Packing(data.bos, data.separator),
-    )
-    limit = characters_to_read(data.evaluation.windows * data.evaluation.sequence_length)
-    text = read_text(data.evaluation.path, "evaluation", data.evaluation.column, limit, chat_renderer(tokenizer))
-    evaluation = evaluation_windows(
-        text.joined,
-        tokenizer,
-        data.evaluation.windows,
-        data.evaluation.sequence_length,
-        cache=folder / "evaluation.safetensors",
-    )
-    return calibration, evaluation
+    file, packing = folder / "calibration.safetensors", Packing(data.bos, data.separator)
+    return calibration_windows(texts, tokenizer, data.samples, data.sequence_length, recipe.seed, file, packing)
+
+
+def _evaluation_windows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Windows:
+    """Return the evaluation windows, which are kept in `folder`."""
+    data = recipe.data.evaluation
+    limit = characters_to_read(data.windows * data.sequence_length)
+    text = read_text(data.path, "evaluation", data.column, limit, chat_renderer(tokenizer))
+    file = folder / "evaluation.safetensors"
+    return evaluation_windows(text.joined, tokenizer, data.windows, data.sequence_length, file)
 
 
 def _start_metrics(
@@ -238,10 +262,11 @@ def _start_metrics(
     precision: str,
     identity: dict[str, Any],
     events: list[str],
+    progress: Progress,
 ) -> Metrics:
     """Write what identifies the run, and return its metrics with those of earlier starts and with new events."""
     values = _known_figures(recipe, run, evaluation, precision, identity)
-    metrics = Metrics(values, run, fabric.device, fabric.is_global_zero)
+    metrics = Metrics(values, run, fabric.device, fabric.is_global_zero, progress)
     metrics["events"] += events
     fabric.barrier()  # every process has read the fingerprint of the earlier start
     if fabric.is_global_zero:

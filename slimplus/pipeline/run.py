@@ -13,6 +13,8 @@ from slimplus.pipeline.stages.export import export
 from slimplus.pipeline.stages.sensitivity import measure_sensitivity
 from slimplus.recipe.schema import Recipe
 from slimplus.run_dir.lock import locked, readable_errors
+from slimplus.run_dir.metrics import device_bytes
+from slimplus.utils.progress import Progress
 
 
 def run(recipe: Recipe) -> str | None:
@@ -27,8 +29,15 @@ def run(recipe: Recipe) -> str | None:
         Preempted: if SIGTERM or SIGUSR1 ended the run.
     """
     fabric, root = start(recipe), recipe.run_dir
-    with Preemption() as preemption, watched(fabric), readable_errors(root), locked(root, fabric.is_global_zero):
-        job = prepare(recipe, fabric, preemption)
+    first = fabric.is_global_zero
+    with (
+        Preemption() as preemption,
+        watched(fabric),
+        readable_errors(root),
+        locked(root, first),
+        Progress(first, device_bytes(fabric.device)) as progress,
+    ):
+        job = prepare(recipe, fabric, preemption, progress)
         measure_full_precision(job)
         measure_sensitivity(job)
         quantize_blocks(job)

@@ -48,6 +48,8 @@ def _library_problems(recipe: Recipe) -> Iterator[str]:
         "accelerate": gguf,
         "gguf": gguf,
         "deepspeed": {"trainer.strategy": recipe.trainer.strategy.startswith("deepspeed")},
+        "wandb": {"trainer.logger": "wandb" in recipe.trainer.logger},
+        "mlflow": {"trainer.logger": "mlflow" in recipe.trainer.logger},
         "bitsandbytes": {
             "training.optimizer": recipe.quantization.trains and training.optimizer == "adamw_8bit",
             "end_to_end.optimizer": end_to_end.epochs > 0 and end_to_end.optimizer == "adamw_8bit",
@@ -151,6 +153,9 @@ def check_inputs(recipe: Recipe) -> None:
             part = "" if len(sources) == 1 else f"its share of {share} of "
             need = f"{part}data.samples={data.samples} windows of data.sequence_length={data.sequence_length}"
             problems.append(_text_problem(source.path, "calibration", share * data.sequence_length, need))
+        if (prompts := data.generation.prompts) is not None:
+            problem = _text_problem(prompts, "calibration", data.generation.prefix_tokens or 1, "one prompt")
+            problems.append(problem and problem.replace("data.calibration.path", "data.generation.prompts"))
         tokens = data.evaluation.sequence_length
         need = f"one window of data.evaluation.sequence_length={tokens}"
         problems.append(_text_problem(data.evaluation.path, "evaluation", tokens, need))

@@ -229,6 +229,11 @@ class TrainerSection(Section):
         description="precision of arithmetic; auto is bf16-mixed on devices that are faster in bfloat16, else 16-mixed "
         "on a GPU and 32-true on a CPU",
     )
+    logger: list[Literal["tensorboard", "csv", "wandb", "mlflow"]] = Field(
+        ["tensorboard", "csv"],
+        min_length=1,
+        description="where losses and learning rates of the trainings go; report.html draws its curves from csv",
+    )
     checkpoint_seconds: int = Field(
         120, ge=0, description="training time between two checkpoints of a block; there is also one each epoch"
     )

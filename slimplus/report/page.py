@@ -15,7 +15,7 @@ from plotly.offline import get_plotlyjs
 from slimplus.report.charts import Chart, charts
 from slimplus.report.run_files import RunFigures, events, read_runs
 from slimplus.utils.files import write_atomic
-from slimplus.utils.units import format_bytes
+from slimplus.utils.units import format_bytes, format_seconds
 
 SECTIONS = {
     "bits": "Bits",
@@ -109,13 +109,6 @@ def _headline(metrics: Mapping[str, Any]) -> dict[str, str]:
     if "peak_device_memory_bytes" in metrics:
         rows["peak memory of the device"] = format_bytes(metrics["peak_device_memory_bytes"])
     return rows
-
-
-def format_seconds(seconds: float) -> str:
-    """Return a duration for people to read, such as `45 s`, `12 min` or `3.2 h`."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def evaluation_rows(run: RunFigures) -> Iterator[list[str]]:

@@ -4,6 +4,7 @@
 |---|---|
 | .lock | lock of the job at work |
 | recipe.yaml | the resolved recipe |
+| progress.json | where the job stands, for `slimplus status`; not in the manifest |
 | manifest.json | size and checksum of every complete file |
 | fingerprint.json | recipe keys, and hashes of model, tokenizer and text, that all the rest depends on |
 | tokens/*.safetensors | calibration and evaluation windows |

@@ -22,13 +22,18 @@ from slimplus.recipe.schema import keys as recipe_keys
 FREE_KEYS = (
     *("run_dir", "resume", "dry_run", "data.evaluation", "trainer.checkpoint_seconds"),
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.offload"),
+    "trainer.logger",
     "model.revision",  # a name of the commit that `weights_digest` gives
     *("quantization.embedding_bits", "quantization.head_bits"),  # quantized after the blocks
     "end_to_end",  # comes after the blocks; its file holds the hash of what it was made from
+    "data.generation.prompts",  # the text's hash tells what they say
     "training.accumulate_grad_batches",  # changes the memory of a step, not its result
 )
 # Keys that earlier versions did not have: left out at their defaults, so that a run begun with one of those goes on.
-LATER_KEYS = ("data.calibration.column", "data.bos", "data.separator")
+LATER_KEYS = (
+    *("data.calibration.column", "data.bos", "data.separator", "data.generation.prefix_tokens", "data.generation.chat"),
+    *("data.generation.temperature", "data.generation.seed", "data.generation.batch_size"),
+)
 LIBRARIES = ("torch", "transformers", "lightning", "deepspeed", "safetensors", "tokenizers")
 LARGEST_WHOLE = 2**26  # bytes; larger files are hashed by samples
 SAMPLE_BYTES, SAMPLES = 2**16, 256

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import UserDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from slimplus.run_dir.directory import RunDirectory
 from slimplus.utils.errors import InputError, first_line
 from slimplus.utils.machine import peak_resident_bytes
+from slimplus.utils.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +30,14 @@ class Metrics(UserDict[str, Any]):
         run: the run directory that keeps them.
         device: the device whose memory is watched.
         writes: whether this process writes the file; one process of a job does.
+        progress: what is told which stage is at work.
     """
 
-    def __init__(self, values: Mapping[str, Any], run: RunDirectory, device: torch.device, writes: bool) -> None:
+    def __init__(
+        self, values: Mapping[str, Any], run: RunDirectory, device: torch.device, writes: bool, progress: Progress
+    ) -> None:
         super().__init__(values)
-        self._run, self._device, self._writes = run, device, writes
+        self._run, self._device, self._writes, self._progress = run, device, writes, progress
         self._stage, self._since = "", 0.0
 
     def save(self) -> None:
@@ -54,6 +59,7 @@ class Metrics(UserDict[str, Any]):
             InputError: if the device's memory does not suffice.
         """
         self._stage, self._since = name, time.perf_counter()
+        self._progress.begin(name)
         try:
             yield
         except torch.OutOfMemoryError as error:
@@ -64,6 +70,7 @@ class Metrics(UserDict[str, Any]):
             ) from error
         finally:
             self.checkpoint()
+            self._progress.end()
 
     def checkpoint(self) -> None:
         """Save the seconds and the memory of the stage up to here: a killed job cannot save them at its end."""
@@ -80,3 +87,8 @@ class Metrics(UserDict[str, Any]):
         self[f"peak_{name}"] = max(self.get(f"peak_{name}", 0), occupied)
         stages = self.setdefault(f"stage_{name}", {})
         stages[self._stage] = max(stages.get(self._stage, 0), occupied)
+
+
+def device_bytes(device: torch.device) -> Callable[[], int] | None:
+    """Return a function that tells the bytes in use on a device, or None if it has no memory of its own."""
+    return partial(torch.cuda.memory_allocated, device) if device.type == "cuda" else None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import gc
 import logging
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -16,8 +17,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric import Fabric
-from lightning.pytorch.callbacks import LearningRateMonitor, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -25,6 +25,7 @@ from slimplus.distributed.preemption import Preemption
 from slimplus.distributed.ranks import Ranks
 from slimplus.distributed.strategies import Offload, build_strategy
 from slimplus.training.checkpoints import END_TO_END, Attempt, TrainingCheckpoints
+from slimplus.training.loggers import DEFAULT_LOGGERS, build_loggers, finish_loggers
 from slimplus.training.module import JUDGED, QuantizerTraining
 from slimplus.training.sampler import StepSampler
 from slimplus.training.step_guard import EXPLODED, StepGuard
@@ -33,6 +34,10 @@ from slimplus.utils.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+Report = Callable[[int, int, float], None]
+"""Function that is told of a training step: its number, the number of all steps, and its loss."""
+
+REPORT_SECONDS = 0.5  # between two reports, since reading a loss waits for a GPU
 RATES = (1.0, 0.1)  # factors on the learning rates: in the first attempt, and in that after one that did not help
 
 
@@ -48,6 +53,7 @@ class FitConfig:
         logs: folder of the TensorBoard and CSV logs.
         seed: seed of the order of the windows.
         checkpoint_seconds: seconds of training between two checkpoints within an epoch.
+        loggers: names of the loggers, see `build_loggers`.
     """
 
     devices: int
@@ -57,6 +63,7 @@ class FitConfig:
     logs: Path
     seed: int
     checkpoint_seconds: float
+    loggers: tuple[str, ...] = DEFAULT_LOGGERS
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,25 @@ class FitResult:
     def helped(self) -> bool:
         """Whether the trained quantizers are better than the calibrated ones."""
         return self.loss is not None and self.loss <= self.calibrated_loss
+
+
+def ignore(step: int, steps: int, loss: float) -> None:
+    """Take a report of a training step, and tell nobody."""
+
+
+class _StepReport(Callback):
+    """Callback that reports training steps, a few of them a second."""
+
+    def __init__(self, report: Report) -> None:
+        self._report, self._reported_at = report, 0.0
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Report the step if the last report is some time ago."""
+        now = time.monotonic()
+        if now - self._reported_at >= REPORT_SECONDS:
+            assert isinstance(pl_module, QuantizerTraining)
+            self._reported_at = now
+            self._report(trainer.global_step, pl_module.steps, float(trainer.callback_metrics["loss_step"]))
 
 
 class ResumableLoader(DataLoader[tuple[Tensor, ...]]):
@@ -117,6 +143,7 @@ class Fit:
         fabric: the processes of the job.
         config: settings of the Trainer.
         preemption: the signals of this process.
+        report: function that is told of training steps.
     """
 
     module: QuantizerTraining
@@ -126,6 +153,7 @@ class Fit:
     fabric: Fabric
     config: FitConfig
     preemption: Preemption
+    report: Report = ignore
 
     def __call__(self) -> FitResult:
         """Train, from the last checkpoint if there is one.
@@ -257,6 +285,8 @@ class Fit:
                     windows = self.module.config.batch_size // (self.fabric.world_size * parts)
                     raise InputError(self._out_of_memory(windows)) from error
                 return None
+            finally:
+                finish_loggers(trainer.loggers)
         return supervisor
 
     def _trainer(self, supervisor: Supervisor, parts: int, steps: int) -> L.Trainer:
@@ -271,19 +301,13 @@ class Fit:
             precision="32-true",  # the module autocasts by itself
             max_epochs=self.module.config.epochs,
             accumulate_grad_batches=parts,
-            logger=[
-                TensorBoardLogger(config.logs, name="tensorboard", version=self.name),
-                CSVLogger(config.logs, name="csv", version=self.name),
-            ],
-            callbacks=[
-                supervisor,
-                LearningRateMonitor(logging_interval="step"),
-                TQDMProgressBar(refresh_rate=10, process_position=1, leave=False),
-            ],
+            logger=build_loggers(config.loggers, config.logs, self.name),
+            callbacks=[supervisor, LearningRateMonitor(logging_interval="step"), _StepReport(self.report)],
             log_every_n_steps=min(10, steps),
             default_root_dir=self.checkpoints.folder,  # Lightning looks there for checkpoints of SLURM's requeueing
             enable_checkpointing=False,  # the supervisor writes them
             enable_model_summary=False,
+            enable_progress_bar=False,  # the job has one line for all of its trainings
             use_distributed_sampler=False,
         )
         # Lightning's handler of SIGTERM would start a collective wherever the signal interrupts the process.

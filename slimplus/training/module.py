@@ -81,7 +81,7 @@ class QuantizerTraining(L.LightningModule):
         """Return the scaled loss of a batch, and log the loss."""
         loss = self.loss(batch)
         self._losses.append(loss.detach())
-        self.log("loss", loss, prog_bar=True, on_step=True, on_epoch=True, sync_dist=True)
+        self.log("loss", loss, on_step=True, on_epoch=True, sync_dist=True)
         return loss * self.loss_scale
 
     def forget_attempt(self) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 PACKAGES = ("slimplus", "torch", "transformers", "triton")
-CPUINFO, STATM, GPUS = Path("/proc/cpuinfo"), Path("/proc/self/statm"), Path("/proc/driver/nvidia/gpus")
+CPUINFO, MEMINFO, STATM = Path("/proc/cpuinfo"), Path("/proc/meminfo"), Path("/proc/self/statm")
+GPUS = Path("/proc/driver/nvidia/gpus")
 
 
 def describe_machine() -> dict[str, Any]:
@@ -48,6 +49,14 @@ def resident_bytes() -> int | None:
         return None
     _size, resident, *_ = STATM.read_text().split()
     return int(resident) * os.sysconf("SC_PAGE_SIZE")
+
+
+def available_bytes() -> int | None:
+    """Return the RAM that new work may still occupy, or None on systems without /proc."""
+    available = (
+        re.search(r"^MemAvailable:\s*(\d+) kB$", MEMINFO.read_text(), re.MULTILINE) if MEMINFO.exists() else None
+    )
+    return int(available[1]) * 1024 if available else None
 
 
 def peak_resident_bytes() -> int:

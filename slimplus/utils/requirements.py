@@ -22,6 +22,7 @@ QUANTIZATION = RECIPE | {
     "jinja2": "jinja2",
     "lightning": "lightning",
     "plotly": "plotly",
+    "rich": "rich",
     "tensorboard": "tensorboard",
     "torchmetrics": "torchmetrics",
 }

@@ -15,7 +15,6 @@ from slimplus.models.block_arguments import BlockArguments
 from slimplus.pipeline.job import Job
 from slimplus.run_dir.directory import Record, lineage
 from slimplus.training.reconstruction import LossContext
-from slimplus.utils.progress import track
 
 logger = logging.getLogger(__name__)
 
@@ -46,13 +45,14 @@ def quantize_blocks(job: Job) -> None:
         full, all_arguments = inputs.hidden, inputs.arguments
         quantized, parent_hash = full, ""
         del inputs  # so that the first block's inputs are freed once the second one's are there
-        for index, block in track(list(enumerate(job.model.blocks)), "quantizing"):
+        for index, block in job.progress.track(list(enumerate(job.model.blocks))):
             arguments = all_arguments[index]
             original = job.runner.load(block)
             targets = job.runner.run(original, full, arguments) if job.quantizer.trains else full
             if (stored := _stored_block(job, index, parent_hash)) is not None:
                 packed = load_packed_block(block, stored, job.settings.group_size)
                 parent_hash = lineage(parent_hash, stored)
+                job.progress.discount()
             else:
                 weights, record = job.quantizer(_task(job, index, original, arguments, quantized, targets, parent_hash))
                 packed = packed_block(block, weights)

@@ -74,7 +74,7 @@ def _head_hessian(job: Job) -> Tensor:
         return load_packed_block(block, tensors, job.settings.group_size)
 
     tokens = job.shard(job.calibration.tokens)
-    hidden = job.model.last_hidden(job.model.block_inputs(tokens), "head", finished)
+    hidden = job.model.last_hidden(job.model.block_inputs(tokens), job.progress.track, finished)
     accumulator = HessianAccumulator(job.model.head.in_features, job.runner.device)
     job.model.capture_head_inputs(tokens, hidden, accumulator.add)
     job.ranks.sum_on(0, accumulator.total)

@@ -60,7 +60,7 @@ def _train(job: Job, parent_hash: str) -> tuple[dict[str, Tensor], Record]:
     module = EndToEnd(_student(job), teacher, end_to_end_config(settings), job.runner.precision)
     checkpoints = job.run.end_to_end_checkpoints(parent_hash)
     data = (tokens, *states)
-    fit = Fit(module, data, END_TO_END, checkpoints, job.fabric, job.quantizer.fit, job.preemption)()
+    fit = Fit(module, data, END_TO_END, checkpoints, job.fabric, job.quantizer.fit, job.preemption, job.progress.step)()
     events = list(fit.events)
     if not fit.helped:
         events.append("training ended above the loss it began with; the blocks stay as they were")
@@ -78,7 +78,7 @@ def _train(job: Job, parent_hash: str) -> tuple[dict[str, Tensor], Record]:
 def _head_inputs(job: Job, tokens: Tensor) -> Tensor:
     """Return the inputs of the full-precision model's head, `[windows, sequence_length, hidden]`, on the CPU."""
     kept: list[Tensor] = []
-    hidden = job.model.last_hidden(job.model.block_inputs(tokens), "teacher")
+    hidden = job.model.last_hidden(job.model.block_inputs(tokens))
     job.model.capture_head_inputs(tokens, hidden, lambda states: kept.append(states.to("cpu", job.runner.hidden_dtype)))
     return torch.cat(kept)
 

@@ -32,7 +32,9 @@ def measure_full_precision(job: Job) -> None:
     with job.metrics.stage("full_precision"):
         recorder = Recorder()
         tokens = job.shard(job.evaluation.tokens)
-        job.metrics["perplexity"]["full"] = perplexity(job.model, tokens, "full precision", recorder.add)
+        job.metrics["perplexity"]["full"] = perplexity(
+            job.model, tokens, "full precision", recorder.add, job.progress.track
+        )
         predictions = recorder.predictions()
         tensors = {
             "tokens": _gather(job, predictions.tokens),
@@ -71,7 +73,9 @@ def measure_packed(job: Job) -> None:
         )  # for what is not packed; autocast lowers it as the precision says
         streamed = StreamedModel(model, job.runner)
         comparison, tokens = _comparison(job), job.shard(job.evaluation.tokens)
-        job.metrics["perplexity"]["quantized"] = perplexity(streamed, tokens, "packed", comparison.add)
+        job.metrics["perplexity"]["quantized"] = perplexity(
+            streamed, tokens, "packed", comparison.add, job.progress.track
+        )
         found = torch.stack([torch.cat(comparison.divergences), torch.cat(comparison.agreements).double()], -1)
         divergences, agreements = _gather(job, found).flatten(0, 1).unbind(-1)
         job.metrics["divergence"] = statistics(divergences, agreements)

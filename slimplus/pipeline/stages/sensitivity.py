@@ -16,7 +16,6 @@ from slimplus.pipeline.job import Job
 from slimplus.quantization.knapsack import allocate, costs_and_budget
 from slimplus.run_dir.directory import SENSITIVITY
 from slimplus.utils.errors import InputError
-from slimplus.utils.progress import track
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +65,7 @@ def _run_backwards(job: Job) -> dict[str, Tensor]:
         span = slice(window, window + 1)
         gradients[span] = job.model.sampled_gradient(tokens[span], hidden[-1][span], seed).cpu()
     tables, channels = {}, []
-    for index in track(list(reversed(range(len(job.block_names)))), "sensitivity"):
+    for index in job.progress.track(list(reversed(range(len(job.block_names))))):
         salience = gradients.square().sum((0, 1)).double().to(runner.device)  # ranks sum on their devices
         channels.append(ranks.sum(salience).float().cpu())
         data = BlockData(runner.load(job.model.blocks[index]), hidden[index], inputs.arguments[index], runner, ranks)
