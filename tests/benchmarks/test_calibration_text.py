@@ -73,7 +73,12 @@ def test_the_table_has_the_lowest_geometric_mean_first() -> None:
 @pytest.mark.slow
 def test_rows_are_measured_once(folder: Path, text_file: Path, tmp_path: Path, make_model: ModelMaker) -> None:
     results = tmp_path / "results.json"
-    command = [sys.executable, ROOT / "benchmarks" / "calibration_text.py", f"--texts={folder}", "--held-out=tales"]
+    command: list[str | Path] = [
+        sys.executable,
+        ROOT / "benchmarks" / "calibration_text.py",
+        f"--texts={folder}",
+        "--held-out=tales",
+    ]
     command += ["--wikitext2", text_file, text_file, f"--results={results}", f"--runs={tmp_path / 'runs'}"]
     command += ["--samples=4", "--sequence-length=32", "--epochs=1", "--evaluation-windows=2"]
     command += ["--evaluation-length=64", "--variants", "mix", "mix and self, after the mix"]
