@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> None:
         InputError: a sentence a line for everything that is wrong with the model.
     """
     if problem := location_problem(arguments.model, arguments.gguf_file, arguments.revision):
-        raise InputError(problem.replace("model.path: ", "").replace("model.gguf_file: ", "--gguf-file: "))
+        raise InputError(_as_options(problem))
 
     from slimplus.models.loading import ModelSource, build_on_meta  # with PyTorch
     from slimplus.models.source_check import check_source
@@ -55,5 +55,11 @@ def run(arguments: argparse.Namespace) -> None:
     for note in report.notes:
         write(f"note: {note}")
     if report.problems:
-        raise InputError("\n".join(problem.removeprefix("model.path: ") for problem in report.problems))
+        raise InputError("\n".join(map(_as_options, report.problems)))
     write("no problems found")
+
+
+def _as_options(problem: str) -> str:
+    """Return a sentence about keys of a recipe as one about the options of this command."""
+    renamed = problem.replace("model.gguf_file: ", "--gguf-file: ").replace("model.gguf_file=", "--gguf-file ")
+    return renamed.removeprefix("model.path: ")

@@ -192,14 +192,17 @@ def checkpoint_folder(path: str) -> Path:
         raise InputError(f"{path} is a file; give the folder of a packed checkpoint")
     if not re.fullmatch(HUB_ID, path):
         raise InputError(f"{path} does not exist; give the folder of a packed checkpoint, or a hub id org/name")
-    from huggingface_hub import hf_hub_download, snapshot_download  # slow to import, and not needed for a local folder
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    # Slow to import, and not needed for a local folder.
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
     try:
+        if not isinstance(try_to_load_from_cache(path, "config.json"), str):
+            HfApi().model_info(path, timeout=10)  # fails at once, where a download would try again and again
         # The config comes first: a model that is not packed may have a hundred gigabytes.
         _read_config(Path(hf_hub_download(path, "config.json")).parent)
         return Path(snapshot_download(path, ignore_patterns=["*.bin", "*.pt", "*.pth"]))
-    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+    except (OSError, HTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         if is_full(error):
             raise InputError(
                 f"{path}: no space is left to download it; free some, or set HF_HOME to another disk"

@@ -90,10 +90,11 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption, progress: Pr
     logging.getLogger("slimplus").setLevel(logging.INFO if fabric.is_global_zero else logging.WARNING)
     L.seed_everything(recipe.seed, verbose=False)
     check_shares(recipe, fabric.world_size)
-    runner = _block_runner(recipe, fabric)
     run = RunDirectory(recipe.run_dir)
     run.open()
-    source = _pinned_source(recipe, run)
+    before = _begun_with(run)
+    runner = _block_runner(recipe, fabric, before.get("trainer.precision"))
+    source = _pinned_source(recipe, before.get("model.path", ""))
     source = replace(source, revision=fabric.broadcast(source.revision))  # each process may have met another commit
     config = source.config()
     goes_on = any(run.blocks.glob("*"))
@@ -150,10 +151,23 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption, progress: Pr
     )
 
 
-def _block_runner(recipe: Recipe, fabric: Fabric) -> BlockRunner:
-    """Return what runs blocks on this process's device, in the precision that the first process has resolved."""
-    precision = fabric.broadcast(resolve_precision(recipe.trainer.precision, fabric.device))
-    return BlockRunner(fabric.device, precision)
+def _begun_with(run: RunDirectory) -> dict[str, Any]:
+    """Return what identifies a run that has begun, empty for a new one."""
+    damaged = run.manifest.problem(run.root / "fingerprint.json")  # `check_fingerprint` reports it
+    return {} if damaged else run.read("fingerprint.json")
+
+
+def _block_runner(recipe: Recipe, fabric: Fabric, before: str | None) -> BlockRunner:
+    """Return what runs blocks on this process's device, in one precision on all processes.
+
+    Args:
+        recipe: the resolved recipe.
+        fabric: the processes of the job.
+        before: precision that the run began with, which `auto` keeps: another machine may be faster in another one.
+    """
+    asked = recipe.trainer.precision
+    precision = before if asked == "auto" and before is not None else resolve_precision(asked, fabric.device)
+    return BlockRunner(fabric.device, fabric.broadcast(precision))
 
 
 def _checked_skeleton(recipe: Recipe, source: ModelSource, config: PretrainedConfig, try_out: bool) -> PreTrainedModel:
@@ -188,12 +202,15 @@ def _embedding_and_head_bits(recipe: Recipe, source: ModelSource, skeleton: PreT
     return embedding_and_head_bits(skeleton, tied, embedding, head)
 
 
-def _pinned_source(recipe: Recipe, run: RunDirectory) -> ModelSource:
-    """Return where the model comes from; a hub repository is pinned to the commit that the run began with."""
+def _pinned_source(recipe: Recipe, before: str) -> ModelSource:
+    """Return where the model comes from; a hub repository is pinned to the commit that the run began with.
+
+    Args:
+        recipe: the resolved recipe.
+        before: `model.path` of the fingerprint that the run began with.
+    """
     source = model_source(recipe)
-    damaged = run.manifest.problem(run.root / "fingerprint.json")  # `check_fingerprint` reports it
-    before = {} if damaged else run.read("fingerprint.json")
-    path, _, commit = before.get("model.path", "").rpartition("@")
+    path, _, commit = before.rpartition("@")
     if source.revision is None and path == source.path:
         source = replace(source, revision=commit)
     return source.pinned()

@@ -1,7 +1,7 @@
 """Whether the libraries that a task needs are installed.
 
 Using a packed checkpoint takes PyTorch, transformers and safetensors alone; making one takes all that pyproject.toml
-names. `pip install --no-deps slimplus` beside these three is an installation that loads and generates.
+names. `pip install --no-deps .` beside these three is an installation that loads and generates.
 """
 
 from __future__ import annotations

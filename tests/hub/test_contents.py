@@ -123,6 +123,7 @@ def test_a_path_that_leads_nowhere(finished: Path, make_model: ModelMaker, capsy
 def test_a_dense_model_on_the_hub_is_not_downloaded_to_be_refused(
     monkeypatch: pytest.MonkeyPatch, make_model: ModelMaker, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda _, name: str(make_model("llama") / name))
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("downloads all of it"))
     assert main(["inspect", "org/dense-70b"]) == 2
@@ -139,6 +140,7 @@ def test_a_disk_that_is_full_is_not_a_wrong_id(
     def fail(*_: Any) -> str:
         raise OSError(code, "as the system says")
 
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
     assert main(["inspect", "org/name"]) == 2
     assert sentence in capsys.readouterr().err
