@@ -71,7 +71,7 @@ def test_another_process_sees_a_run_at_work_killed_and_finished(arguments: Argum
     folder = tmp_path / "run"
     command = [sys.executable, ROOT / "train.py", *arguments(folder, *QAT, "training.epochs=4000")]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 280
     while "step" not in (said := run_status(folder)) and time.monotonic() < deadline:
         time.sleep(0.5)
     assert said["status"] == f"running, process {running.pid} on {platform.node()}"

@@ -80,8 +80,8 @@ def test_what_was_found_says_nothing_about_what_is_to_come() -> None:
 
 def test_a_state_in_words() -> None:
     assert str(State("full_precision")) == "full precision"
-    state = State("blocks", "block", 3, 30, 16, 64, 0.012345)
-    assert str(state) == "blocks, block 3 of 30, step 16 of 64, loss 0.01234"
+    state = State("blocks", "block", 3, 30, 16, 64, 0.0123)
+    assert str(state) == "blocks, block 3 of 30, step 16 of 64, loss 0.0123"
     assert state.share == pytest.approx(2.25 / 30)
     assert State("end_to_end", step=1, steps=4).share == 0.25
     assert State("blocks", part=31, parts=30).share == 1.0
