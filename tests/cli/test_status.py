@@ -69,7 +69,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_another_process_sees_a_run_at_work_killed_and_finished(arguments: Arguments, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    command = [sys.executable, ROOT / "train.py", *arguments(folder, *QAT, "training.epochs=4000")]
+    command: list[str | Path] = [sys.executable, ROOT / "train.py", *arguments(folder, *QAT, "training.epochs=4000")]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     deadline = time.monotonic() + 280
     while "step" not in (said := run_status(folder)) and time.monotonic() < deadline:
