@@ -85,7 +85,7 @@ def test_another_process_sees_a_run_at_work_killed_and_finished(arguments: Argum
 
 def run_status(folder: Path) -> dict[str, str]:
     lines = run_console("status", str(folder)).stdout.splitlines()
-    return {line.split("  ")[0]: line.split("  ")[-1] for line in lines}
+    return {name: value.strip() for name, _, value in (line.partition("  ") for line in lines)}
 
 
 def test_a_finished_run(finished: Path) -> None:
