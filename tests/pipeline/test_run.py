@@ -135,7 +135,7 @@ def test_the_command(arguments: Arguments, tmp_path: Path) -> None:
     assert "average bits" in done.stdout
     assert "It writes:" in done.stdout
     for stage in ("full precision", "blocks", "export", "packed"):
-        assert f"\n{stage}, " in done.stderr
+        assert f"\n{stage}, " in f"\n{done.stderr}"
     for chatter in ("GPU available", "does not have many workers", "max_epochs"):
         assert done.stderr.count(chatter) <= 1
 
