@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=256, help="tokens in a calibration window")
     parser.add_argument("--epochs", type=int, default=8, help="passes over the windows for each block")
     parser.add_argument("--evaluation-windows", type=int, default=16, help="windows of each evaluation text")
-    parser.add_argument("--evaluation-length", type=int, default=1024, help="tokens in an evaluation window")
+    parser.add_argument("--evaluation-length", type=int, default=512, help="tokens in an evaluation window")
     parser.add_argument("--seed", type=int, default=0, help="seed of windows, draws and training")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "calibration_text", help="folder for the runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the JSON")

@@ -61,6 +61,8 @@ def _kind(kind: Any) -> str:
         return _kind(inner[0])
     if origin is list:
         return f"[{_kind(inner[0])}, ...]"
+    if origin is Literal:
+        return " | ".join(map(str, inner))
     if isinstance(kind, type) and issubclass(kind, Section):
         return f"{{{', '.join(f'{name}: {describe_type(field)}' for name, field in kind.model_fields.items())}}}"
     if origin is dict:

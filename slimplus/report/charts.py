@@ -6,8 +6,10 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import log10
 
 import plotly.graph_objects as go
+import yaml
 from plotly.colors import sample_colorscale
 
 from slimplus.hub.contents import CheckpointContents, PackedLayer
@@ -20,6 +22,11 @@ RAMP = [[0.0, "#b7d3f6"], [0.35, "#5598e7"], [0.7, "#256abf"], [1.0, "#0d366b"]]
 """Colours from low to high, of one hue."""
 DEPTHS = [[0.0, "#1baf7a"], [0.5, "#2a78d6"], [1.0, "#8a63d2"]]
 """Colours of blocks from the first to the last, which can be seen on a light and on a dark page."""
+COLORBAR = {
+    **{"orientation": "h", "thickness": 8, "len": 0.6, "x": 0, "xanchor": "left", "y": 1.0, "yanchor": "bottom"},
+    **{"outlinewidth": 0, "ypad": 4, "ticklabelposition": "outside top"},
+}
+"""Scale of colours, above a map."""
 ROW, MARGIN = 24, 90  # pixels of a row of a chart, and of all that is around the rows
 UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
 MOST_LABELS = 12  # columns of a map whose cells still have room for a number
@@ -47,6 +54,7 @@ def charts(runs: Sequence[RunFigures]) -> list[Chart]:
     found = [
         *_size_and_perplexity(runs),
         *_bits(runs),
+        *(chart for run in runs for chart in _sensitivity(run, len(runs) > 1)),
         *_bytes(runs),
         *_block_errors(runs),
         *(chart for run in runs for chart in _curves(run, len(runs) > 1)),
@@ -151,8 +159,7 @@ def _bit_map(run: RunFigures, contents: CheckpointContents, scale: tuple[int, in
             zmax=scale[1],
             xgap=2,
             ygap=2,
-            colorbar={"orientation": "h", "thickness": 8, "len": 0.6, "x": 0, "xanchor": "left", "y": 1.0}
-            | {"yanchor": "bottom", "outlinewidth": 0, "ypad": 4, "ticklabelposition": "outside top"},
+            colorbar=COLORBAR,
         ),
         layout={"height": ROW * len(blocks) + MARGIN + 40},
     )
@@ -160,6 +167,48 @@ def _bit_map(run: RunFigures, contents: CheckpointContents, scale: tuple[int, in
     figure.update_xaxes(showgrid=False, tickangle=-40)
     caption = "Average width of the weights of each layer. Point at a cell for its groups."
     return Chart("bits", f"Bits of each layer{_of(run, named)}", caption, figure)
+
+
+def _sensitivity(run: RunFigures, named: bool) -> Iterator[Chart]:
+    """Yield the map of sensitivities, blocks × layers, if they were measured."""
+    if not run.sensitivity:
+        return
+    bits = yaml.safe_load(run.recipe)["quantization"]["bits"]
+    place = min(range(len(run.widths)), key=lambda index: abs(run.widths[index] - bits))
+    cells: dict[tuple[int, str], list[tuple[float, ...]]] = defaultdict(list)
+    for name, losses in run.sensitivity.items():
+        cells[layer_block(name), layer_kind(name)].append(losses)
+    sums = {cell: [sum(column) for column in zip(*rows, strict=True)] for cell, rows in cells.items()}
+    order = {layer_kind(name): place for place, name in reversed(list(enumerate(run.layers)))}
+    blocks = sorted({block for block, _ in sums})
+    kinds = sorted({kind for _, kind in sums}, key=lambda kind: (order.get(kind, len(order)), kind))
+    found = [[sums.get((block, kind)) for kind in kinds] for block in blocks]
+    figure = go.Figure(
+        go.Heatmap(
+            z=[[log10(losses[place]) if losses and losses[place] > 0 else None for losses in row] for row in found],
+            x=[kind.rpartition(".")[2] for kind in kinds] if _distinct(kinds) else kinds,
+            y=[str(block) for block in blocks],
+            customdata=[
+                [[kind, _losses(run.widths, losses)] for kind, losses in zip(kinds, row, strict=True)] for row in found
+            ],
+            hovertemplate="block %{y}, %{customdata[0]}<br>%{customdata[1]}<extra></extra>",
+            colorscale=RAMP,
+            xgap=2,
+            ygap=2,
+            colorbar=COLORBAR | {"tickprefix": "10<sup>", "ticksuffix": "</sup>"},
+        ),
+        layout={"height": ROW * len(blocks) + MARGIN + 40},
+    )
+    figure.update_yaxes(title="block", autorange="reversed", type="category", showgrid=False)
+    figure.update_xaxes(showgrid=False, tickangle=-40)
+    title = f"Growth of the loss with a layer at {run.widths[place]} bits{_of(run, named)}"
+    caption = "As measured before the bits were chosen, on a logarithmic scale. Point at a cell for other widths."
+    yield Chart("sensitivity", title, caption, figure)
+
+
+def _losses(widths: Sequence[int], losses: Sequence[float] | None) -> str:
+    """Return the growth of the loss at each width, a line each."""
+    return "<br>".join(f"{width} bits: {loss:.3g}" for width, loss in zip(widths, losses or (), strict=False))
 
 
 def _distinct(kinds: Sequence[str]) -> bool:

@@ -19,6 +19,7 @@ from slimplus.utils.units import format_bytes, format_seconds
 
 SECTIONS = {
     "bits": "Bits",
+    "sensitivity": "Sensitivity",
     "bytes": "Bytes",
     "errors": "Error of the blocks",
     "curves": "Training",

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+from safetensors import SafetensorError, safe_open
+
 from slimplus.hub.contents import CheckpointContents, read_contents
 from slimplus.utils.errors import InputError
 
-FILE = "report.html"
+FILE, SENSITIVITY = "report.html", "sensitivity.safetensors"
 REQUIRED = ("metrics.json", "recipe.yaml", "fingerprint.json")
 
 
@@ -44,6 +47,8 @@ class RunFigures:
         contents: contents of the packed checkpoint, or None if the run has not come so far.
         layers: names of the blocks' layers in the order of the model; empty if the run has not come so far.
         curves: losses of the trainings, in the order of the blocks.
+        sensitivity: layer → growth of the loss with all groups at each of `widths`; empty if it was not measured.
+        widths: the widths that the sensitivity was measured at.
     """
 
     name: str
@@ -54,6 +59,8 @@ class RunFigures:
     contents: CheckpointContents | None
     layers: tuple[str, ...]
     curves: tuple[Curve, ...]
+    sensitivity: Mapping[str, tuple[float, ...]]
+    widths: tuple[int, ...]
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[RunFigures]:
@@ -75,15 +82,18 @@ def _read_run(folder: Path, name: str) -> RunFigures:
         if not (folder / file).is_file():
             raise InputError(f"{folder} is no run directory: {file} is missing; give the run_dir of a run")
     packed, allocation = folder / "packed", folder / "allocation.json"
+    recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
     return RunFigures(
         name=name,
         folder=folder,
         metrics=_read_json(folder / "metrics.json"),
-        recipe=(folder / "recipe.yaml").read_text(encoding="utf-8"),
+        recipe=recipe,
         fingerprint=_read_json(folder / "fingerprint.json"),
         contents=read_contents(str(packed)) if (packed / "config.json").is_file() else None,
         layers=tuple(_read_json(allocation).get("bits", ())) if allocation.is_file() else (),
         curves=tuple(_read_curve(file) for file in sorted((folder / "logs" / "csv").glob("*/metrics.csv"))),
+        sensitivity=_read_sensitivity(folder / SENSITIVITY),
+        widths=tuple(yaml.safe_load(recipe)["quantization"]["widths"]),
     )
 
 
@@ -100,6 +110,18 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{file} is damaged: it holds no mapping; start the run again, which writes it again")
     return content
+
+
+def _read_sensitivity(file: Path) -> dict[str, tuple[float, ...]]:
+    """Return the sums over the groups of each layer, `[widths]`, of the tables in a file, if it exists."""
+    if not file.is_file():
+        return {}
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            names = [name for name in opened.keys() if name != "channels"]  # noqa: SIM118, no mapping
+            return {name: tuple(opened.get_tensor(name).sum(axis=1).tolist()) for name in names}
+    except SafetensorError as error:
+        raise InputError(f"{file} is damaged ({error}); start the run again, which writes it again") from error
 
 
 def _read_curve(file: Path) -> Curve:

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 FILE = "progress.json"
 RUNNING, FINISHED = "running", "finished"
 HEARTBEAT = 5.0  # seconds between two writes of the file
-LOG_SECONDS = (10.0, 60.0)  # seconds between two lines of the log: once a part is done, and at the latest
+PART_SECONDS, STEP_SECONDS = 10.0, 60.0  # at least, from a line of the log to that of another part, or another step
 LEAST = 0.02  # share of a stage after which its own pace says more than that of the stages before it
 
 Item = TypeVar("Item")
@@ -181,7 +181,7 @@ class Progress:
     def begin(self, stage: str) -> None:
         """Say that a stage begins."""
         self._pace.begin()
-        self._change(State(stage))
+        self._change(State(stage), 0.0)
 
     def end(self) -> None:
         """Say that the stage has ended."""
@@ -190,7 +190,7 @@ class Progress:
     def track(self, items: Sequence[Item], unit: str = "block") -> Iterator[Item]:
         """Yield the parts of a stage, and say which one is at work."""
         for number, item in enumerate(items, start=1):
-            self._change(State(self._state.stage, unit, number, len(items)), part=True)
+            self._change(State(self._state.stage, unit, number, len(items)), PART_SECONDS)
             yield item
         self._state = replace(self._state, part=len(items) + 1)
 
@@ -200,13 +200,12 @@ class Progress:
 
     def step(self, step: int, steps: int, loss: float) -> None:
         """Say that a training step of the part has been taken."""
-        self._change(replace(self._state, step=step, steps=steps, loss=loss))
+        self._change(replace(self._state, step=step, steps=steps, loss=loss), STEP_SECONDS)
 
-    def _change(self, state: State, part: bool = False) -> None:
-        """Take a new state, and log it if it is time and no line shows it."""
+    def _change(self, state: State, seconds: float) -> None:
+        """Take a new state, and log it if no line shows it and the last log is `seconds` ago."""
         self._state = state
-        waited = time.monotonic() - self._logged
-        if self._shows and self._line is None and waited >= LOG_SECONDS[0 if part else 1]:
+        if self._shows and self._line is None and time.monotonic() - self._logged >= seconds:
             self._logged = time.monotonic()
             logger.info("%s", self.describe())
 
@@ -251,8 +250,5 @@ class Progress:
         with self._lock, suppress(OSError):  # a full disk is reported by what must be written
             if status == RUNNING and self._ended.is_set():
                 return
-            try:
-                temporary.write_text(json.dumps(content, indent=2) + "\n")
-                temporary.replace(self._file)
-            finally:
-                temporary.unlink(missing_ok=True)
+            temporary.write_text(json.dumps(content, indent=2) + "\n")
+            temporary.replace(self._file)

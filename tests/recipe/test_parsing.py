@@ -81,6 +81,9 @@ def values_of(key: str) -> st.SearchStrategy[Any]:
         return st.dictionaries(st.integers(1, 8), st.floats(0.1, 10), max_size=3)
     if said == "[integer, ...]":
         return st.just([1, 2, 3, 4])
+    if said.startswith("["):
+        choices = said.removeprefix("[").removesuffix(", ...]").split(" | ")
+        return st.lists(st.sampled_from(choices), min_size=1)
     if said.startswith("integer"):
         return st.integers(2, 7)
     if said.startswith("number"):
@@ -98,11 +101,13 @@ def test_any_value_survives_the_command_line_and_the_written_recipe(
     needs = {
         "trainer.offload": ["trainer.strategy=deepspeed_stage_3"],
         "quantization.size_bytes": ["quantization.allocation=model"],
+        "data.generation.prefix_tokens": ["data.calibration=self", "data.generation.prompts=offline"],
     }
+    own = ["data.calibration=self"] if key.startswith("data.generation.") else []
     written = json.dumps(value, ensure_ascii=False)
     if key == "training.width_rates":  # JSON has no numbers as keys
         written = yaml.safe_dump(value, default_flow_style=True)
-    recipe = load_recipe([RECIPE, *needs.get(key, []), f"{key}={written}"])
+    recipe = load_recipe([RECIPE, *needs.get(key, own), f"{key}={written}"])
     found: Any = recipe
     for part in key.split("."):
         found = getattr(found, part)

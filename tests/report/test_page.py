@@ -9,7 +9,9 @@ import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from slimplus.report.charts import charts, layer_block, layer_kind
 from slimplus.report.page import evaluation_rows, headline, recipe_differences, render, write_report
@@ -89,6 +91,27 @@ def test_the_map_shows_the_bits_of_the_allocation(finished: Path) -> None:
             (widths,) = [bits for name, bits in allocation.items() if f".{row}." in name and name.endswith(kind)]
             assert bits == pytest.approx(sum(widths) / len(widths))
             assert f"{widths.count(2)} groups of 2 bits" in groups
+
+
+def test_the_map_of_sensitivities_shows_the_sums_over_the_groups(finished: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(finished, tmp_path / "run"))
+    names = json.loads((finished / "allocation.json").read_text())["bits"]
+    tables = {name: (index + 1) * np.array([[8, 8], [1, 3], [0.5, 0.5], [0, 0]]) for index, name in enumerate(names)}
+    save_file(tables | {"channels": np.ones((2, 64))}, copy / "sensitivity.safetensors")
+    (run,) = read_runs([copy])
+    (chart,) = [chart for chart in charts([run]) if chart.section == "sensitivity"]
+    (heatmap,) = chart.figure.data
+    shown = [10**value for row in heatmap.z for value in row]
+    assert shown == pytest.approx([4 * (index + 1) for index in range(len(names))])
+    assert heatmap.customdata[0][0] == [
+        layer_kind(next(iter(names))),
+        "1 bits: 16<br>2 bits: 4<br>3 bits: 1<br>4 bits: 0",
+    ]
+    assert "at 2 bits" in chart.title
+    assert Parts(render([run])).sections[3:5] == ["bits", "sensitivity"]
+    (copy / "sensitivity.safetensors").write_bytes(b"damaged")
+    with pytest.raises(InputError, match=r"sensitivity\.safetensors is damaged .*start the run again"):
+        read_runs([copy])
 
 
 def test_the_bytes_add_up(finished: Path) -> None:
