@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from slimplus.data import windows as windows_module
 from slimplus.data.text import Text, TextError
-from slimplus.data.windows import Packing, calibration_windows, chat_renderer, evaluation_windows
+from slimplus.data.windows import Packing, calibration_windows, chat_renderer, counted_tokens, evaluation_windows
 from slimplus.pipeline.prepare import calibration_texts, model_source
 from slimplus.recipe.parsing import load_recipe, recipe_names
 
@@ -75,6 +75,29 @@ def test_evaluation_windows_are_the_first(tokenizer: CountingTokenizer) -> None:
     windows = evaluation_windows(TEXT, tokenizer, 3, 100)
     assert pieces(windows.tokens, tokenizer) == [TEXT[:100], TEXT[100:200], TEXT[200:300]]
     assert len(evaluation_windows(TEXT, tokenizer, 50, 100).tokens) == 9  # 998 tokens hold no more
+
+
+def test_evaluation_windows_may_overlap(tokenizer: CountingTokenizer) -> None:
+    windows = evaluation_windows(TEXT, tokenizer, 3, 100, stride=30)
+    assert pieces(windows.tokens, tokenizer) == [TEXT[:100], TEXT[30:130], TEXT[60:160]]
+    assert windows.fingerprint != evaluation_windows(TEXT, tokenizer, 3, 100).fingerprint
+
+
+@pytest.mark.parametrize(("stride", "bos"), [(1, False), (30, False), (99, False), (30, True), (99, True)])
+def test_each_token_counts_once_with_overlapping_windows(stride: int, bos: bool) -> None:
+    starts = [number * stride for number in range(5)]
+    counted = counted_tokens(5, 100, stride)
+    predicted = [
+        start + int(place) + 1 - bos
+        for start, row in zip(starts, counted, strict=True)
+        for place in row.nonzero().flatten()
+    ]
+    assert predicted == list(range(1 - bos, starts[-1] + 100 - bos))
+
+
+def test_side_by_side_all_but_the_first_token_of_a_window_count() -> None:
+    assert counted_tokens(3, 100).all()
+    assert torch.equal(counted_tokens(3, 100), counted_tokens(3, 100, 100))
 
 
 def test_special_tokens_are_the_tokenizers_own() -> None:
@@ -297,3 +320,16 @@ def test_the_offline_text_is_long_enough_for_the_recipes_that_take_it(name: str)
     texts = calibration_texts(recipe, tokenizer)
     windows = calibration_windows(texts, tokenizer, data.samples, data.sequence_length, recipe.seed)
     assert windows.tokens.shape == (data.samples, data.sequence_length)
+
+
+@pytest.mark.parametrize(("bos", "expected"), [("auto", "^one "), ("never", "one t"), ("window", "^one ^two ^thre")])
+def test_evaluation_text_has_its_beginning_where_it_is_asked_for(
+    special: CountingTokenizer, bos: Any, expected: str
+) -> None:
+    windows = evaluation_windows("one two three four", special, len(expected) // 5, 5, bos=bos)
+    assert "".join(pieces(windows.tokens, special)) == expected
+
+
+def test_evaluation_windows_with_a_beginning_each_need_the_token(tokenizer: CountingTokenizer) -> None:
+    with pytest.raises(TextError, match=r"data\.bos: the model's tokenizer has no BOS token; give auto or never"):
+        evaluation_windows(TEXT, tokenizer, 1, 10, bos="window")
