@@ -237,21 +237,6 @@ def evaluation_windows(
     return _cached(cache, _fingerprint(text, tokenizer, sizes), build)
 
 
-def counted_tokens(windows: int, sequence_length: int, stride: int | None = None) -> Tensor:
-    """Return which predictions of evaluation windows count: each token of the text once, with the longest context.
-
-    The first token of a window has no prediction. Where windows overlap, the first window counts as a whole, and of
-    each other one only the tokens that the window before it does not hold.
-
-    Returns:
-        `[windows, sequence_length - 1]`, bool; the first column is of a window's second token.
-    """
-    counted = torch.ones(windows, sequence_length - 1, dtype=torch.bool)
-    if stride is not None:
-        counted[1:, : max(sequence_length - 1 - stride, 0)] = False
-    return counted
-
-
 def check_ids(tokens: Tensor, rows: int, tokenizer: PreTrainedTokenizerBase, key: str) -> None:
     """Check that a model's embedding has a row for every token of a text.
 

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from slimplus.data.text import characters_to_read, read_text
-from slimplus.data.windows import chat_renderer, counted_tokens, evaluation_windows
+from slimplus.data.windows import chat_renderer, evaluation_windows
 from slimplus.evaluation.divergence import statistics
 
 
@@ -96,3 +97,18 @@ def read_evaluation_text(
     )
     counted = counted_tokens(len(windows.tokens), config.sequence_length, config.stride)
     return EvaluationText(config, windows.tokens, counted, windows.fingerprint)
+
+
+def counted_tokens(windows: int, sequence_length: int, stride: int | None = None) -> Tensor:
+    """Return which predictions of evaluation windows count: each token of the text once, with the longest context.
+
+    The first token of a window has no prediction. Where windows overlap, the first window counts as a whole, and of
+    each other one only the tokens that the window before it does not hold.
+
+    Returns:
+        `[windows, sequence_length - 1]`, bool; the first column is of a window's second token.
+    """
+    counted = torch.ones(windows, sequence_length - 1, dtype=torch.bool)
+    if stride is not None:
+        counted[1:, : max(sequence_length - 1 - stride, 0)] = False
+    return counted

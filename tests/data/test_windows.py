@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from slimplus.data import windows as windows_module
 from slimplus.data.text import Text, TextError
-from slimplus.data.windows import Packing, calibration_windows, chat_renderer, counted_tokens, evaluation_windows
+from slimplus.data.windows import Packing, calibration_windows, chat_renderer, evaluation_windows
 from slimplus.pipeline.prepare import calibration_texts, model_source
 from slimplus.recipe.parsing import load_recipe, recipe_names
 
@@ -81,23 +81,6 @@ def test_evaluation_windows_may_overlap(tokenizer: CountingTokenizer) -> None:
     windows = evaluation_windows(TEXT, tokenizer, 3, 100, stride=30)
     assert pieces(windows.tokens, tokenizer) == [TEXT[:100], TEXT[30:130], TEXT[60:160]]
     assert windows.fingerprint != evaluation_windows(TEXT, tokenizer, 3, 100).fingerprint
-
-
-@pytest.mark.parametrize(("stride", "bos"), [(1, False), (30, False), (99, False), (30, True), (99, True)])
-def test_each_token_counts_once_with_overlapping_windows(stride: int, bos: bool) -> None:
-    starts = [number * stride for number in range(5)]
-    counted = counted_tokens(5, 100, stride)
-    predicted = [
-        start + int(place) + 1 - bos
-        for start, row in zip(starts, counted, strict=True)
-        for place in row.nonzero().flatten()
-    ]
-    assert predicted == list(range(1 - bos, starts[-1] + 100 - bos))
-
-
-def test_side_by_side_all_but_the_first_token_of_a_window_count() -> None:
-    assert counted_tokens(3, 100).all()
-    assert torch.equal(counted_tokens(3, 100), counted_tokens(3, 100, 100))
 
 
 def test_special_tokens_are_the_tokenizers_own() -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torchmetrics.text import Perplexity
 
-from slimplus.data.windows import counted_tokens
 from slimplus.evaluation.perplexity import perplexity
+from slimplus.evaluation.texts import counted_tokens
 from slimplus.models.loading import ModelSource
 from slimplus.models.streaming import BlockRunner, StreamedModel
 from slimplus.utils.errors import InputError
