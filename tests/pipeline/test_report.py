@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard
@@ -26,7 +27,7 @@ def test_model_card(finished: Path) -> None:
 
 
 def test_the_card_has_its_figures_in_the_hubs_form(finished: Path) -> None:
-    data = ModelCard.load(finished / "packed" / "README.md").data
+    data: Any = ModelCard.load(finished / "packed" / "README.md").data
     metrics = read_metrics(finished)
     text = metrics["evaluation"]["text"]
     assert data.base_model is None  # a folder of this machine is no model of the hub
@@ -44,9 +45,9 @@ def test_the_card_names_the_model_on_the_hub_and_scores_of_tasks() -> None:
     scores = {
         "quantized": [row, {**row, "task": "part", "part_of": "all"}, {**row, "task": "broken", "value": math.inf}]
     }
-    card = ModelCard(model_card(recipe, "AutoModelForCausalLM", 2.0, 1.0, {"tasks": {"scores": scores}}))
+    card: Any = ModelCard(model_card(recipe, "AutoModelForCausalLM", 2.0, 1.0, {"tasks": {"scores": scores}}))
     assert card.data.base_model == "org/name"
-    (result,) = card.data.eval_results or ()
+    (result,) = card.data.eval_results
     assert (result.dataset_name, result.metric_value) == ("piqa, 0-shot", 0.5)
     for words in ("transformers", f"slimplus generate {PLACE}", f"vllm serve {PLACE}", "--to gguf", "llama-cli"):
         assert words in card.text
