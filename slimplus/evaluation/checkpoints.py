@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -12,11 +12,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
-from slimplus.data.text import characters_to_read, read_text
-from slimplus.data.windows import chat_renderer, evaluation_windows
-from slimplus.evaluation.divergence import Comparison, Recorder, statistics
+from slimplus.evaluation.divergence import Comparison, Recorder
 from slimplus.evaluation.generation import find_device
 from slimplus.evaluation.perplexity import perplexity_of_logits
+from slimplus.evaluation.tasks import TaskConfig, load_tasks, score, settings
+from slimplus.evaluation.texts import EvaluationText, TextConfig, read_evaluation_text
 from slimplus.models.auto_class import auto_class
 from slimplus.models.exact import key_problem
 from slimplus.models.loading import UNBUILDABLE, ModelSource
@@ -29,59 +29,68 @@ class EvaluationConfig:
     """What is measured, and where.
 
     Attributes:
-        texts: names or paths of the texts.
-        windows: windows of each text at most, from its start.
-        sequence_length: tokens in a window.
+        texts: the texts; there may be none.
+        tasks: tasks of lm-eval, or None.
         device: where the models run.
         dtype: dtype of what is not quantized, and of the arithmetic; `auto` is the stored one.
     """
 
-    texts: Sequence[str]
-    windows: int
-    sequence_length: int
+    texts: Sequence[TextConfig]
+    tasks: TaskConfig | None
     device: str
     dtype: str
 
 
-def evaluate(path: str, against: str | None, config: EvaluationConfig) -> list[dict[str, Any]]:
-    """Return the figures of a checkpoint on each text: perplexity, and divergence from the model it is held against.
-
-    One model after the other is in memory.
+def evaluate(path: str, against: str | None, config: EvaluationConfig) -> dict[str, Any]:
+    """Return the figures of a checkpoint, and of the model it is held against, one after the other in memory.
 
     Args:
         path: folder, hub id, `package:NAME` or GGUF file of the checkpoint.
         against: the same of the model that it was made from, or None.
         config: what is measured, and where.
 
+    Returns:
+        `texts`: perplexity and divergence on each text, as `texts` in metrics.json; `tasks`: how tasks are asked, and
+        the scores of each model, if there are any.
+
     Raises:
-        InputError: if a model, a tokenizer or a text cannot be read, the two models' tokenizers give
+        InputError: if a model, a tokenizer, a text or a task cannot be read, the two models' tokenizers give
             different tokens, or there is no such device.
     """
     device = find_device(config.device)
-    checkpoint = _source(path)
-    windows = _windows(checkpoint, config)
-    if against is not None and not _equal(_windows(_source(against), config), windows):
+    sources = {"checkpoint": _source(path)} | ({} if against is None else {"against": _source(against)})
+    texts = _texts(sources["checkpoint"], config)
+    if against is not None and not _equal(_texts(sources["against"], config), texts):
         raise InputError(
             f"--against: {against} makes other tokens of a text than {path}; give the model it was made from"
         )
-    recorders = {text: Recorder() for text in windows}
-    full: dict[str, float] = {}
-    if against is not None:
-        model = _load(_source(against), device, config.dtype)
-        full = {text: _perplexity(model, tokens, recorders[text]) for text, tokens in windows.items()}
+    tasks = None if config.tasks is None else load_tasks(config.tasks)
+    rows: list[dict[str, Any]] = [text.protocol | {"perplexity": {}} for text in texts]
+    recorders = [Recorder() for _ in texts]
+    scores = {}
+    for name, source in reversed(sources.items()):
+        model = _load(source, device, config.dtype)
+        for text, row, recorder in zip(texts, rows, recorders, strict=True):
+            if name == "against":
+                row["perplexity"][name] = _perplexity(model, text, recorder)
+            else:
+                row |= _compared(model, text, row["perplexity"], recorder if against else None)
+        if tasks is not None:
+            scores[name] = score(model, source.tokenizer(), tasks)
         del model
-    model = _load(checkpoint, device, config.dtype)
-    rows = []
-    for text, tokens in windows.items():
-        row = {"text": text, "windows": len(tokens), "sequence_length": tokens.shape[1]}
-        if against is None:
-            rows.append(row | {"perplexity": {"checkpoint": _perplexity(model, tokens, None)}})
-            continue
-        comparison = Comparison(recorders[text].predictions())
-        found = {"checkpoint": _perplexity(model, tokens, comparison), "against": full[text]}
-        figures = statistics(torch.cat(comparison.divergences), torch.cat(comparison.agreements))
-        rows.append(row | {"perplexity": found, "divergence": figures})
-    return rows
+    return {"texts": rows} | ({} if tasks is None else {"tasks": {"settings": settings(tasks), "scores": scores}})
+
+
+def _compared(
+    model: PreTrainedModel, text: EvaluationText, perplexity: dict[str, float], recorder: Recorder | None
+) -> dict[str, Any]:
+    """Return the figures of the checkpoint on a text: perplexity beside the other model's, and divergence from it."""
+    if recorder is None:
+        return {"perplexity": {"checkpoint": _perplexity(model, text, None)}}
+    comparison = Comparison(recorder.predictions())
+    measured = perplexity | {"checkpoint": _perplexity(model, text, comparison)}
+    found = text.divergence(torch.cat(comparison.divergences), torch.cat(comparison.agreements))
+    return {"perplexity": measured, "divergence": found}
 
 
 def _source(path: str) -> ModelSource:
@@ -91,20 +100,15 @@ def _source(path: str) -> ModelSource:
     return ModelSource(resolve_model_folder(folder or "." if is_gguf else path), file if is_gguf else None)
 
 
-def _windows(source: ModelSource, config: EvaluationConfig) -> dict[str, Tensor]:
-    """Return the windows of each text, `[windows, sequence_length]`."""
+def _texts(source: ModelSource, config: EvaluationConfig) -> list[EvaluationText]:
+    """Return the texts as the tokenizer of a model cuts them."""
     tokenizer = source.tokenizer()
-    limit = characters_to_read(config.windows * config.sequence_length)
-    found = {}
-    for text in config.texts:
-        whole = read_text(text, "evaluation", limit=limit, render_chat=chat_renderer(tokenizer)).joined
-        found[text] = evaluation_windows(whole, tokenizer, config.windows, config.sequence_length).tokens
-    return found
+    return [read_evaluation_text(text, tokenizer) for text in config.texts]
 
 
-def _equal(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+def _equal(some: Sequence[EvaluationText], others: Sequence[EvaluationText]) -> bool:
     """Return whether the windows of all texts are the same."""
-    return all(torch.equal(tokens, others[text]) for text, tokens in some.items())
+    return all(torch.equal(text.tokens, other.tokens) for text, other in zip(some, others, strict=True))
 
 
 def _load(source: ModelSource, device: torch.device, dtype: str) -> PreTrainedModel:
@@ -138,14 +142,15 @@ def _load(source: ModelSource, device: torch.device, dtype: str) -> PreTrainedMo
     return cast(PreTrainedModel, model.eval())
 
 
-def _perplexity(model: PreTrainedModel, tokens: Tensor, observer: Recorder | Comparison | None) -> float:
-    """Return the perplexity of a model on windows, which the observer sees as well.
+def _perplexity(model: PreTrainedModel, text: EvaluationText, observer: Recorder | Comparison | None) -> float:
+    """Return the perplexity of a model on a text, which the observer sees as well.
 
     Raises:
         InputError: if the perplexity is NaN or infinite.
     """
     observe = None if observer is None else observer.add
-    measured = perplexity_of_logits(_logits(model, tokens), tokens, model.device, observe)
+    logits = _logits(model, text.tokens)
+    measured = perplexity_of_logits(logits, text.tokens, model.device, observe, text.counted)
     if not math.isfinite(measured):
         raise InputError(
             f"the perplexity of {model.name_or_path} is {measured}: its activations overflowed in "
@@ -159,22 +164,3 @@ def _logits(model: PreTrainedModel, tokens: Tensor) -> Iterator[Tensor]:
     """Yield the logits of one window after the other, `[1, sequence_length, vocabulary]`."""
     for window in tqdm(tokens.split(1), "windows", leave=False, disable=None):
         yield model(input_ids=window.to(model.device), use_cache=False).logits
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the figures as text: a line for each text, the numbers under their names."""
-    names = {"kl_mean": "mean KL", "kl_median": "median", "kl_p99": "99%", "kl_max": "maximum"}
-    compared = ["against", *names.values(), "same top token"] if "divergence" in rows[0] else []
-    lines = [["text", "windows", "perplexity", *compared]]
-    for row in rows:
-        cells = [row["text"], f"{row['windows']} x {row['sequence_length']}"]
-        cells += [f"{value:.3f}" for value in row["perplexity"].values()]
-        if "divergence" in row:
-            cells += [f"{row['divergence'][key]:.4g}" for key in names]
-            cells.append(f"{row['divergence']['top_token_agreement']:.2%}")
-        lines.append(cells)
-    sizes = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        f"{name:<{sizes[0]}}  " + "  ".join(f"{cell:>{size}}" for cell, size in zip(cells, sizes[1:], strict=True))
-        for name, *cells in lines
-    )

@@ -15,13 +15,19 @@ from slimplus.utils.errors import InputError
 from slimplus.utils.progress import Track, untracked
 
 TOKENS_AT_A_TIME = 256  # bounds memory: the metric holds several copies of `tokens × vocabulary` probabilities
+LEFT_OUT = -100  # stands for a token whose prediction does not count
 
 Observe = Callable[[Tensor], None]
 """Function that sees the logits `[predictions, vocabulary]` which a perplexity is computed from, in order."""
 
 
 def perplexity(
-    model: StreamedModel, tokens: Tensor, description: str, observe: Observe | None = None, track: Track = untracked
+    model: StreamedModel,
+    tokens: Tensor,
+    description: str,
+    observe: Observe | None = None,
+    track: Track = untracked,
+    counted: Tensor | None = None,
 ) -> float:
     """Return the perplexity of a model on windows, for each token but a window's first, given those before it.
 
@@ -31,12 +37,13 @@ def perplexity(
         description: what is measured, for messages.
         observe: function that sees the logits as well.
         track: iterates over the blocks.
+        counted: which predictions count, `[windows, sequence_length - 1]`, bool; None counts all.
 
     Raises:
         InputError: if the perplexity is NaN or infinite.
     """
     logits = _streamed_logits(model, tokens, track)
-    measured = perplexity_of_logits(logits, tokens, model.runner.device, observe)
+    measured = perplexity_of_logits(logits, tokens, model.runner.device, observe, counted)
     if not math.isfinite(measured):
         raise InputError(
             f"perplexity, {description}: it is {measured}, so the model's activations or its output overflowed; "
@@ -53,7 +60,11 @@ def _streamed_logits(model: StreamedModel, tokens: Tensor, track: Track) -> Iter
 
 
 def perplexity_of_logits(
-    logits: Iterable[Tensor], tokens: Tensor, device: torch.device, observe: Observe | None = None
+    logits: Iterable[Tensor],
+    tokens: Tensor,
+    device: torch.device,
+    observe: Observe | None = None,
+    counted: Tensor | None = None,
 ) -> float:
     """Return the perplexity on windows of a model whose logits are given.
 
@@ -61,15 +72,17 @@ def perplexity_of_logits(
         logits: the logits of one window after the other, `[1, sequence_length, vocabulary]`, on `device`.
         tokens: the windows, `[windows, sequence_length]`.
         device: where to compute.
-        observe: function that sees the logits as well.
+        observe: function that sees the logits as well, also where they do not count.
+        counted: which predictions count, `[windows, sequence_length - 1]`, bool; None counts all.
 
     Returns:
         The perplexity; NaN or infinity if logits are.
     """
     # A float32 softmax is 0 for tokens 104 nats below the likeliest one, which would make the perplexity infinite.
-    metric = Perplexity().to(device).set_dtype(torch.float64)
-    for window, whole in zip(tokens.split(1), logits, strict=True):
-        expected = window[:, 1:].to(device)
+    metric = Perplexity(ignore_index=LEFT_OUT).to(device).set_dtype(torch.float64)
+    targets = tokens[:, 1:] if counted is None else tokens[:, 1:].masked_fill(~counted, LEFT_OUT)
+    for target, whole in zip(targets.split(1), logits, strict=True):
+        expected = target.to(device)
         for start in range(0, expected.shape[1], TOKENS_AT_A_TIME):
             span = slice(start, min(start + TOKENS_AT_A_TIME, expected.shape[1]))
             metric.update(whole[:, span].double(), expected[:, span])

@@ -10,8 +10,11 @@ from lightning.fabric import Fabric
 from slimplus.blockwise.quantizer import BlockQuantizer, QuantizerConfig
 from slimplus.data.text import SELF
 from slimplus.distributed.preemption import Preemption
+from slimplus.evaluation.tasks import TaskConfig
+from slimplus.evaluation.texts import TextConfig
 from slimplus.models.streaming import BlockRunner
 from slimplus.quantization.linear import QuantizationConfig
+from slimplus.recipe.evaluation import EvaluationSection, EvaluationTextSection
 from slimplus.recipe.schema import EndToEndSection, LossSection, Recipe, TrainingSection
 from slimplus.training.end_to_end import EndToEndConfig
 from slimplus.training.fit import FitConfig, Report
@@ -103,6 +106,18 @@ def _loss(loss: LossSection) -> LossConfig:
     )
 
 
+def text_config(section: EvaluationTextSection) -> TextConfig:
+    """Return the configuration of a text that perplexity is measured on."""
+    return TextConfig(
+        section.path, section.windows, section.sequence_length, section.column, section.stride, section.bos
+    )
+
+
+def task_config(section: EvaluationSection) -> TaskConfig:
+    """Return the configuration of the tasks that a recipe asks for."""
+    return TaskConfig(section.tasks, section.num_fewshot, section.limit, section.batch_size)
+
+
 def end_to_end_config(section: EndToEndSection) -> EndToEndConfig:
     """Return the configuration of the end-to-end training that a recipe asks for."""
     return EndToEndConfig(
@@ -128,7 +143,7 @@ def expected_work(recipe: Recipe) -> dict[str, float]:
     """
     data, quantization = recipe.data, recipe.quantization
     calibration = data.samples * data.sequence_length
-    evaluation = data.evaluation.windows * data.evaluation.sequence_length
+    evaluation = sum(text.windows * text.sequence_length for text in recipe.evaluation_texts.values())
     own = sum(source.weight for source in data.calibration.sources if source.path == SELF)
     share = own / sum(source.weight for source in data.calibration.sources)
     salient = quantization.trains and recipe.training.loss.salient_channels

@@ -13,6 +13,8 @@ from slimplus.blockwise.quantizer import BlockQuantizer
 from slimplus.data.windows import Windows
 from slimplus.distributed.preemption import Preemption
 from slimplus.distributed.ranks import Ranks
+from slimplus.evaluation.tasks import LoadedTasks
+from slimplus.evaluation.texts import EvaluationText
 from slimplus.models.loading import ModelSource
 from slimplus.models.streaming import BlockRunner, StreamedModel
 from slimplus.quantization.linear import QuantizationConfig
@@ -36,7 +38,8 @@ class Job:
         source: where the full-precision model comes from.
         tokenizer: the model's tokenizer.
         calibration: windows that the model is calibrated and trained on.
-        evaluation: windows that perplexity is measured on.
+        evaluation_texts: texts that perplexity is measured on; the first is that of data.evaluation.
+        tasks: tasks of lm-eval on the first process, if the recipe has any.
         settings: how weights are quantized.
         quantizer: the quantizer of one block after the other.
         block_names: names of the blocks in the model.
@@ -57,7 +60,8 @@ class Job:
     source: ModelSource
     tokenizer: PreTrainedTokenizerBase
     calibration: Windows
-    evaluation: Windows
+    evaluation_texts: list[EvaluationText]
+    tasks: LoadedTasks | None
     settings: QuantizationConfig
     quantizer: BlockQuantizer
     block_names: list[str]
@@ -90,9 +94,13 @@ class Job:
 
     def forget_checkpoint(self) -> None:
         """Drop the packed checkpoint and its figures, because what it was made from is about to change."""
-        for key in ("size_bytes", "sentence", "divergence"):
+        for key in ("size_bytes", "sentence"):
             self.metrics.pop(key, None)
-        self.metrics["perplexity"].pop("quantized", None)
+        for figures in (self.metrics, *self.metrics["texts"]):
+            figures["perplexity"].pop("quantized", None)
+            figures.pop("divergence", None)
+        for asked in (self.metrics.get("generation", {}), self.metrics.get("tasks", {"scores": {}})["scores"]):
+            asked.pop("quantized", None)
         self.metrics.save()
         if self.fabric.is_global_zero:
             self.run.manifest.forget(self.run.packed)

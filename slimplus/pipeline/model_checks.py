@@ -39,11 +39,12 @@ def check_shapes(model: PreTrainedModel, recipe: Recipe) -> None:
         InputError: if a window is longer than the model's context, too few weights can be packed, no norm follows a
             block whose loss needs one, or no widths meet the average or the size (see `check_widths`).
     """
-    longest, data = context_length(model.config), recipe.data
-    for key, length in (("", data.sequence_length), ("evaluation.", data.evaluation.sequence_length)):
+    longest = context_length(model.config)
+    lengths = {key: text.sequence_length for key, text in recipe.evaluation_texts.items()}
+    for key, length in {"data": recipe.data.sequence_length, **lengths}.items():
         if longest is not None and length > longest:
             raise InputError(
-                f"data.{key}sequence_length: {length} tokens are more than the model takes; give at most {longest}"
+                f"{key}.sequence_length: {length} tokens are more than the model takes; give at most {longest}"
             )
     check_packed_share(model, recipe.model.allow_unpacked)
     if recipe.quantization.trains and recipe.training.loss.error == "after_norm":

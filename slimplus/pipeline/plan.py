@@ -183,7 +183,8 @@ def dry_run(recipe: Recipe) -> str:
     model = build_on_meta(config)
     check_shapes(model, recipe)
     self_check(config)
-    calibration, length = (recipe.data.samples, recipe.data.sequence_length), recipe.data.evaluation.sequence_length
+    calibration = (recipe.data.samples, recipe.data.sequence_length)
+    length = max(text.sequence_length for text in recipe.evaluation_texts.values())
     outside = embedding_and_head_bits(model, is_tied(model), settings.embedding_bits, settings.head_bits)
     grid = (*planned_widths(model, recipe), settings.group_size, settings.scale_bits)
     return str(make_plan(model, *grid, outside, calibration, length, _end_to_end_bytes(recipe)))

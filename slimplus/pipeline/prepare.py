@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ from slimplus.data.windows import (
     calibration_windows,
     chat_renderer,
     check_ids,
-    evaluation_windows,
     texts_identity,
 )
 from slimplus.distributed.preemption import Preemption
 from slimplus.distributed.strategies import launch
+from slimplus.evaluation.tasks import LoadedTasks, load_tasks, settings
+from slimplus.evaluation.texts import EvaluationText, read_evaluation_text
 from slimplus.models.architectures import (
     blocks_path,
     embedding_and_head_bits,
@@ -39,21 +41,26 @@ from slimplus.models.location import resolve_model_folder
 from slimplus.models.precision import resolve_precision
 from slimplus.models.streaming import BlockRunner
 from slimplus.models.towers import carried_over
-from slimplus.pipeline.configs import block_quantizer, expected_work
+from slimplus.pipeline.configs import block_quantizer, expected_work, task_config, text_config
 from slimplus.pipeline.job import Job
 from slimplus.pipeline.model_checks import check_shapes, given_allocation
 from slimplus.pipeline.self_check import self_check
 from slimplus.pipeline.self_text import SelfText, check_memory, self_text
+from slimplus.recipe.evaluation import EvaluationSection
 from slimplus.recipe.preflight import check_shares
 from slimplus.recipe.schema import Recipe, to_yaml
 from slimplus.run_dir.allocation_file import average_bits
-from slimplus.run_dir.directory import RunDirectory
+from slimplus.run_dir.directory import RunDirectory, numbered
 from slimplus.run_dir.fingerprint import differences, fingerprint, library_versions
 from slimplus.run_dir.metrics import Metrics
+from slimplus.utils.errors import keys_renamed
 from slimplus.utils.machine import describe_machine
 from slimplus.utils.progress import FILE, Progress
 
 logger = logging.getLogger(__name__)
+
+MEASURED = ("perplexity", "divergence")  # figures of each text in metrics.json; those of the first stand apart as well
+ASKED = ("sentence", "tasks", "generation")  # figures of what a model wrote
 
 
 def model_source(recipe: Recipe) -> ModelSource:
@@ -107,17 +114,19 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption, progress: Pr
         check_memory(own, skeleton, fabric.device, recipe.trainer.devices)
     texts = calibration_texts(recipe, tokenizer, own)
     identity = fingerprint(recipe, texts_identity(texts), tokenizer, source, config, runner.precision)
+    tasks = load_tasks(task_config(recipe.evaluation)) if recipe.evaluation.tasks else None
     blocks = len(find_blocks(skeleton))
     events = _check_and_repair(run, recipe, identity, blocks) if fabric.is_global_zero else []
     fabric.barrier()
     run.open()
     with fabric.rank_zero_first():
-        evaluation = _evaluation_windows(recipe, tokenizer, run.tokens)
+        evaluation_texts = _evaluation_texts(recipe, tokenizer, run.tokens)
     rows = embedding_rows(skeleton)
-    check_ids(evaluation.tokens, rows, tokenizer, "data.evaluation.path")
+    for key, text in zip(recipe.evaluation_texts, evaluation_texts, strict=True):
+        check_ids(text.tokens, rows, tokenizer, f"{key}.path")
     progress = progress or Progress(shows=False)
     progress.open(run.root / FILE, expected_work(recipe))
-    metrics = _start_metrics(recipe, run, fabric, evaluation, runner.precision, identity, events, progress)
+    metrics = _start_metrics(recipe, run, fabric, evaluation_texts, tasks, runner.precision, identity, events, progress)
     if allocation is not None:
         _note_average(metrics, recipe, allocation, skeleton)
     quantizer = block_quantizer(recipe, fabric, runner, run.logs, preemption, progress.step)
@@ -140,7 +149,8 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption, progress: Pr
         source=source,
         tokenizer=tokenizer,
         calibration=calibration,
-        evaluation=evaluation,
+        evaluation_texts=evaluation_texts,
+        tasks=tasks,
         settings=quantizer.quantization,
         quantizer=quantizer,
         block_names=[f"{blocks_path(skeleton)}.{index}" for index in range(blocks)],
@@ -262,27 +272,30 @@ def _calibration_windows(
     return calibration_windows(texts, tokenizer, data.samples, data.sequence_length, recipe.seed, file, packing)
 
 
-def _evaluation_windows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Windows:
-    """Return the evaluation windows, which are kept in `folder`."""
-    data = recipe.data.evaluation
-    limit = characters_to_read(data.windows * data.sequence_length)
-    text = read_text(data.path, "evaluation", data.column, limit, chat_renderer(tokenizer))
-    file = folder / "evaluation.safetensors"
-    return evaluation_windows(text.joined, tokenizer, data.windows, data.sequence_length, file)
+def _evaluation_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[EvaluationText]:
+    """Return the texts that perplexity is measured on, whose windows are kept in `folder`."""
+    found = []
+    for index, (key, section) in enumerate(recipe.evaluation_texts.items()):
+        with keys_renamed({"data.evaluation": key, "data.bos": f"{key}.bos"}):
+            cache = folder / numbered("evaluation.safetensors", index)
+            found.append(read_evaluation_text(text_config(section), tokenizer, cache))
+    return found
 
 
 def _start_metrics(
     recipe: Recipe,
     run: RunDirectory,
     fabric: Fabric,
-    evaluation: Windows,
+    texts: Sequence[EvaluationText],
+    tasks: LoadedTasks | None,
     precision: str,
     identity: dict[str, Any],
     events: list[str],
     progress: Progress,
 ) -> Metrics:
     """Write what identifies the run, and return its metrics with those of earlier starts and with new events."""
-    values = _known_figures(recipe, run, evaluation, precision, identity)
+    values = _known_figures(recipe, run, texts, precision, identity)
+    values |= _known_answers(recipe.evaluation, tasks, values)
     metrics = Metrics(values, run, fabric.device, fabric.is_global_zero, progress)
     metrics["events"] += events
     fabric.barrier()  # every process has read the fingerprint of the earlier start
@@ -295,29 +308,51 @@ def _start_metrics(
 
 
 def _known_figures(
-    recipe: Recipe, run: RunDirectory, evaluation: Windows, precision: str, identity: dict[str, Any]
+    recipe: Recipe, run: RunDirectory, texts: Sequence[EvaluationText], precision: str, identity: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return what metrics.json holds so far; perplexities only if they are of the same windows and model."""
+    """Return what metrics.json holds so far; measured figures only if they are of the same model and windows."""
+    before, identity_before = run.read("metrics.json"), run.read("fingerprint.json")
+    decisive = ("model.path", "model.gguf_file", "model.dtype", "model configuration", "trainer.precision")
+    if not all(identity_before.get(key) == identity[key] for key in decisive):
+        before = {key: value for key, value in before.items() if key not in (*MEASURED, *ASKED, "texts")}
+    measured = {row["fingerprint"]: row for row in _measured_texts(before)}
+    rows = [{"perplexity": {}} | measured.get(text.fingerprint, {}) | text.protocol for text in texts]
     fresh: dict[str, Any] = {
         "method": recipe.quantization.method,
         "model": recipe.model.path,
         "precision": precision,
         "libraries": library_versions(),
         "machine": describe_machine(),
-        "evaluation": {
-            "text": recipe.data.evaluation.path,
-            "windows": len(evaluation.tokens),
-            "sequence_length": evaluation.tokens.shape[1],
-            "fingerprint": evaluation.fingerprint,
-        },
+        "evaluation": texts[0].protocol,
+        "texts": rows,
+        **{key: deepcopy(rows[0][key]) for key in MEASURED if key in rows[0]},
     }
-    before, identity_before = run.read("metrics.json"), run.read("fingerprint.json")
-    measured = ("perplexity", "divergence", "sentence")
-    decisive = ("model.path", "model.gguf_file", "model.dtype", "model configuration", "trainer.precision")
-    same = all(identity_before.get(key) == identity[key] for key in decisive)
-    if not same or before.get("evaluation", {}).get("fingerprint") != evaluation.fingerprint:
-        before = {key: value for key, value in before.items() if key not in measured}
-    return {"perplexity": {}, "seconds": {}, "events": []} | before | fresh
+    asks = {"tasks": bool(recipe.evaluation.tasks), "generation": bool(recipe.evaluation.prompts)}
+    rest = {key: value for key, value in before.items() if key not in MEASURED and asks.get(key, True)}
+    return {"seconds": {}, "events": []} | rest | fresh
+
+
+def _measured_texts(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the figures of each text; runs of earlier versions measured one, and did not list it."""
+    if "texts" in metrics or "evaluation" not in metrics:
+        return list(metrics.get("texts", []))
+    figures = {key: metrics[key] for key in MEASURED if key in metrics}
+    return [metrics["evaluation"] | figures]
+
+
+def _known_answers(section: EvaluationSection, tasks: LoadedTasks | None, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries on tasks and prompts, with what models have answered to the same ones."""
+    asked: dict[str, Any] = {}
+    if tasks is not None:
+        before = known.get("tasks", {})
+        same = before.get("settings") == settings(tasks)
+        asked["tasks"] = {"settings": settings(tasks), "scores": before["scores"] if same else {}}
+    if section.prompts:
+        asked["generation"] = {"prompts": section.prompts, "new_tokens": section.new_tokens}
+        before = known.get("generation", {})
+        if all(before.get(key) == value for key, value in asked["generation"].items()):
+            asked["generation"] = before
+    return asked
 
 
 def _note_average(

@@ -1,11 +1,17 @@
-"""What a run ends with: its summary, the model card of its checkpoint, its report."""
+"""What a run ends with: its summary, the results in the model card of its checkpoint, its report."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from slimplus.evaluation.tables import Cells, align, answer_cells, describe_windows, markdown, task_cells, text_cells
+from slimplus.models.auto_class import auto_class
 from slimplus.pipeline.job import Job
+from slimplus.pipeline.model_card import model_card
+from slimplus.recipe.schema import Recipe
 from slimplus.report.run_files import FILE, events
 from slimplus.utils.units import format_bytes
 
@@ -16,7 +22,7 @@ def results_table(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         ("method", metrics["method"]),
         (
-            f"perplexity ({evaluation['text']}, {evaluation['windows']} windows of {evaluation['sequence_length']})",
+            f"perplexity ({evaluation['text']}, {describe_windows(evaluation)})",
             f"{perplexity['full']:.2f} full precision, {perplexity['quantized']:.2f} quantized",
         ),
         ("divergence from full precision", describe_divergence(metrics["divergence"])),
@@ -53,6 +59,14 @@ def _embedding_and_head_row(metrics: Mapping[str, Any]) -> list[tuple[str, str]]
     return [("packed outside the blocks", f"{bits}: {format_bytes(metrics['outer_bytes'])}")] if bits else []
 
 
+def tables_of(metrics: Mapping[str, Any]) -> list[Cells]:
+    """Return the tables that follow the results: of the texts, if there are several, of tasks and of answers."""
+    texts = [text_cells(metrics["texts"])] if len(metrics["texts"]) > 1 else []
+    tasks = [task_cells(metrics["tasks"]["scores"])] if "tasks" in metrics else []
+    answers = [answer_cells(metrics["generation"])] if "generation" in metrics else []
+    return [lines for lines in (*texts, *tasks, *answers) if len(lines) > 1]
+
+
 def summary(metrics: Mapping[str, Any], packed: str, sentence: str | None) -> str:
     """Return the summary of a run as plain text.
 
@@ -64,56 +78,17 @@ def summary(metrics: Mapping[str, Any], packed: str, sentence: str | None) -> st
     rows = results_table(metrics)
     width = max(len(name) for name, _ in rows)
     table = "\n".join(f"{name:<{width}}  {value}" for name, value in [*rows, *events(metrics)])
+    tables = "".join(f"\n\n{align(lines)}" for lines in tables_of(metrics))
     sample = "" if sentence is None else f" It writes:\n\n    {sentence}"
-    return f"{table}\n\nThe packed checkpoint is in {packed}.{sample}\n"
+    return f"{table}{tables}\n\nThe packed checkpoint is in {packed}.{sample}\n"
 
 
-FIGURES = "<!-- figures -->"
-
-
-def model_card(source: str, loader: str, bits: float, share: float, recipe: str) -> str:
-    """Return README.md of a packed checkpoint, in which `with_figures` puts the results once they are measured.
-
-    Args:
-        source: the name of the full-precision model.
-        loader: name of the auto class that loads the model.
-        bits: average width of a packed weight in the blocks.
-        share: share of the weights in the blocks that is packed.
-        recipe: the resolved recipe, as YAML.
-    """
-    return f"""---
-library_name: transformers
-tags:
-- slimplus
-- quantized
----
-
-# {source}, {round(bits, 2):g} bits on average
-
-{share:.1%} of the weights of the transformer blocks are quantized in groups of mixed precision, with
-[SliM-LLM](https://arxiv.org/abs/2405.14917)'s salience-driven allocation where the method below says so, and packed by
-slimplus. It has to be installed: transformers does not know the format by itself. It would warn that some weights are
-newly initialized, and answer with random linear layers.
-
-```python
-from transformers import {loader}
-
-model = {loader}.from_pretrained("PATH")
-```
-
-{FIGURES}
-
-## Recipe
-
-```yaml
-{recipe}```
-"""
-
-
-def with_figures(card: str, metrics: Mapping[str, Any]) -> str:
-    """Return a model card with the table of results in it."""
-    rows = "\n".join(f"| {name} | {value} |" for name, value in results_table(metrics))
-    return card.replace(FIGURES, f"| | |\n|---|---|\n{rows}")
+def finished_card(recipe: Recipe, metrics: Mapping[str, Any], packed: Path) -> str:
+    """Return README.md of the packed checkpoint of a finished run, with its results."""
+    loader = auto_class(json.loads((packed / "config.json").read_text(encoding="utf-8"))).__name__
+    tables = [[["", ""], *map(list, results_table(metrics))], *tables_of(metrics)]
+    share = metrics.get("packed_share", 1.0)  # runs of earlier versions pack all
+    return model_card(recipe, loader, metrics["average_bits"], share, metrics, "\n\n".join(map(markdown, tables)))
 
 
 def finish(job: Job) -> str | None:
@@ -127,8 +102,7 @@ def finish(job: Job) -> str | None:
         return None
     text = summary(job.metrics, str(job.run.packed), job.metrics["sentence"])
     job.run.write("summary.txt", text)
-    card = (job.run.packed / "README.md").read_text()
-    job.run.write("packed/README.md", with_figures(card, job.metrics))
+    job.run.write("packed/README.md", finished_card(job.recipe, job.metrics, job.run.packed))
     from slimplus.report.page import write_report  # plotly takes a second to import, and only the end needs it
 
     write_report([job.run.root], job.run.root / FILE)

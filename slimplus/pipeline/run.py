@@ -6,6 +6,7 @@ from slimplus.distributed.preemption import Preemption
 from slimplus.distributed.watchdog import watched
 from slimplus.pipeline.prepare import prepare, start
 from slimplus.pipeline.report import finish
+from slimplus.pipeline.stages.ask import ask_full_precision, ask_packed
 from slimplus.pipeline.stages.blocks import quantize_blocks
 from slimplus.pipeline.stages.end_to_end import train_end_to_end
 from slimplus.pipeline.stages.evaluate import measure_full_precision, measure_packed
@@ -39,9 +40,11 @@ def run(recipe: Recipe) -> str | None:
     ):
         job = prepare(recipe, fabric, preemption, progress)
         measure_full_precision(job)
+        ask_full_precision(job)
         measure_sensitivity(job)
         quantize_blocks(job)
         train_end_to_end(job)
         export(job)
         measure_packed(job)
+        ask_packed(job)
         return finish(job)

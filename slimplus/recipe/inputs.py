@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from slimplus.data.text import SELF
+from slimplus.recipe.evaluation import EvaluationTextSection
 from slimplus.recipe.section import Number, Section
 
 
@@ -100,21 +101,12 @@ class GenerationSection(Section):
         return self
 
 
-class EvaluationSection(Section):
-    """What perplexity is measured on."""
-
-    path: str = Field("offline", min_length=1, description="text for perplexity; same choices as data.calibration.path")
-    column: str | None = Field(None, min_length=1, description="column that holds the text; as data.calibration.column")
-    sequence_length: int = Field(2048, ge=2, description="tokens in an evaluation window (the context length)")
-    windows: int = Field(16, ge=1, description="evaluation windows at most, taken from the start of the text")
-
-
 class DataSection(Section):
     """Texts, cut into windows of tokens."""
 
     calibration: CalibrationSection = CalibrationSection()
     generation: GenerationSection = GenerationSection()
-    evaluation: EvaluationSection = EvaluationSection()
+    evaluation: EvaluationTextSection = EvaluationTextSection()
     samples: int = Field(128, ge=1, description="calibration windows")
     sequence_length: int = Field(2048, ge=2, description="tokens in a calibration window")
     bos: Literal["auto", "never", "document", "window"] = Field(

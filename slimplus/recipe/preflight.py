@@ -13,6 +13,7 @@ from slimplus.models.source_files import location_problem
 from slimplus.recipe.inputs import ModelSection
 from slimplus.recipe.schema import EndToEndSection, Recipe, TrainingSection
 from slimplus.recipe.section import RecipeError
+from slimplus.utils.requirements import TASKS
 
 RUN_FOLDERS = ("tokens", "blocks", "checkpoints", "logs", "packed")
 RUN_FILES = (".lock", "manifest.json", "fingerprint.json", "metrics.json", "recipe.yaml")
@@ -47,6 +48,7 @@ def _library_problems(recipe: Recipe) -> Iterator[str]:
     needs: dict[str, dict[str, bool]] = {
         "accelerate": gguf,
         "gguf": gguf,
+        "lm_eval": {"evaluation.tasks": bool(recipe.evaluation.tasks)},
         "deepspeed": {"trainer.strategy": recipe.trainer.strategy.startswith("deepspeed")},
         "wandb": {"trainer.logger": "wandb" in recipe.trainer.logger},
         "mlflow": {"trainer.logger": "mlflow" in recipe.trainer.logger},
@@ -61,7 +63,8 @@ def _library_problems(recipe: Recipe) -> Iterator[str]:
     for library, keys in needs.items():
         needed = [key for key, needs in keys.items() if needs]
         if needed and importlib.util.find_spec(library) is None:
-            yield f"{' and '.join(needed)}: {library} is not installed; pip install {library}"
+            package = TASKS.get(library, library)
+            yield f"{' and '.join(needed)}: {library} is not installed; pip install {package}"
 
 
 def _folder_problem(run_dir: str) -> str | None:
@@ -89,7 +92,12 @@ def check_shares(recipe: Recipe, processes: int) -> None:
     Raises:
         RecipeError: if they cannot; the message names the key and what it must be a multiple of.
     """
-    samples, windows = recipe.data.samples, recipe.data.evaluation.windows
+    samples = recipe.data.samples
+    if recipe.evaluation.tasks and processes > 1:
+        raise RecipeError(
+            f"evaluation.tasks: one process asks them, and this job has {processes}; leave them out, and run `slimplus "
+            "evaluate RUN_DIR/packed --against MODEL --tasks …` afterwards"
+        )
     if samples % processes:
         raise RecipeError(
             f"data.samples: {samples} windows cannot be shared evenly by {processes} processes; "
@@ -99,11 +107,12 @@ def check_shares(recipe: Recipe, processes: int) -> None:
         _check_step("training", recipe.training, samples, processes)
     if recipe.end_to_end.epochs:
         _check_step("end_to_end", recipe.end_to_end, samples, processes)
-    if windows < processes:
-        raise RecipeError(
-            f"data.evaluation.windows: {windows} is less than one for each of {processes} processes; "
-            f"give at least {processes}"
-        )
+    for key, text in recipe.evaluation_texts.items():
+        if text.windows < processes:
+            raise RecipeError(
+                f"{key}.windows: {text.windows} is less than one for each of {processes} processes; "
+                f"give at least {processes}"
+            )
 
 
 def _check_step(section: str, training: TrainingSection | EndToEndSection, samples: int, processes: int) -> None:
@@ -156,9 +165,11 @@ def check_inputs(recipe: Recipe) -> None:
         if (prompts := data.generation.prompts) is not None:
             problem = _text_problem(prompts, "calibration", data.generation.prefix_tokens or 1, "one prompt")
             problems.append(problem and problem.replace("data.calibration.path", "data.generation.prompts"))
-        tokens = data.evaluation.sequence_length
-        need = f"one window of data.evaluation.sequence_length={tokens}"
-        problems.append(_text_problem(data.evaluation.path, "evaluation", tokens, need))
+        for key, text in recipe.evaluation_texts.items():
+            tokens = text.sequence_length
+            need = f"one window of {key}.sequence_length={tokens}"
+            problem = _text_problem(text.path, "evaluation", tokens, need)
+            problems.append(problem and problem.replace("data.evaluation.path", f"{key}.path"))
     if allocation and recipe.quantization.allocates_by == "file" and not Path(allocation).expanduser().is_file():
         problems.append(
             f"quantization.allocation: {allocation} is no file; give slimllm, uniform, block or model, the "

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
+from slimplus.recipe.evaluation import EvaluationSection, EvaluationTextSection
 from slimplus.recipe.inputs import DataSection, ModelSection
 from slimplus.recipe.section import Number, Section
 
@@ -269,6 +270,7 @@ class Recipe(Section):
     quantization: QuantizationSection
     training: TrainingSection = TrainingSection()
     end_to_end: EndToEndSection = EndToEndSection()
+    evaluation: EvaluationSection = EvaluationSection()
     trainer: TrainerSection = TrainerSection()
     run_dir: str = Field(
         min_length=1, description="folder for all that the run writes; runs/NAME if the recipe sets none"
@@ -276,6 +278,23 @@ class Recipe(Section):
     resume: ResumeSection = ResumeSection()
     seed: int = Field(0, ge=0, lt=2**32, description="seed of the windows and of training")
     dry_run: bool = Field(False, description="print the plan and sizes without loading weights, then stop")
+
+    @property
+    def evaluation_texts(self) -> dict[str, EvaluationTextSection]:
+        """Key of the recipe → text that perplexity is measured on; the first is that of data.evaluation."""
+        first = self.data.evaluation
+        further = {f"evaluation.texts.{index}": text.after(first) for index, text in enumerate(self.evaluation.texts)}
+        return {"data.evaluation": first} | further
+
+    @model_validator(mode="after")
+    def _windows_without_gaps(self) -> Recipe:
+        for key, text in self.evaluation_texts.items():
+            if text.stride is not None and text.stride > text.sequence_length:
+                raise ValueError(
+                    f"{key}.stride: {text.stride} leaves gaps between windows of {text.sequence_length} tokens; "
+                    f"give at most {text.sequence_length}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _optimizer_that_can_be_sharded(self) -> Recipe:

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from slimplus.evaluation.tables import AGREEMENT, MODELS, Cells, answer_cells, task_cells, text_cells
 from slimplus.report.charts import Chart, charts
 from slimplus.report.run_files import RunFigures, events, read_runs
 from slimplus.utils.files import write_atomic
@@ -26,14 +27,6 @@ SECTIONS = {
     "resources": "Time and memory",
 }
 """Section of charts → heading, in the order of the page."""
-
-COLUMNS = (
-    *("text", "windows × tokens", "perplexity, full precision", "perplexity, quantized", "ratio"),
-    *("KL, mean", "median", "99th percentile", "maximum", "same top token"),
-)
-"""Columns of the evaluation besides the run's name."""
-
-KL, AGREEMENT = ("kl_mean", "kl_median", "kl_p99", "kl_max"), "top_token_agreement"
 
 Row = tuple[str, list[str]]
 """Name of a figure, and its value for each run."""
@@ -59,8 +52,10 @@ def render(runs: Sequence[RunFigures]) -> str:
         headline=headline(runs),
         sections={name: [chart for chart in drawn if chart.section == name] for name in ("headline", *SECTIONS)},
         headings=SECTIONS,
-        evaluation_columns=COLUMNS,
-        evaluations=[row for run in runs for row in evaluation_rows(run)],
+        evaluation=evaluation_table(runs),
+        tasks=task_table(runs),
+        answers=answer_table(runs),
+        answered={run.name: answers_side_by_side(run) for run in runs},
         samples={run.name: run.metrics["sentence"] for run in runs if run.metrics.get("sentence")},
         events={run.name: events(run.metrics) for run in runs},
         differences=recipe_differences(runs),
@@ -112,21 +107,50 @@ def _headline(metrics: Mapping[str, Any]) -> dict[str, str]:
     return rows
 
 
-def evaluation_rows(run: RunFigures) -> Iterator[list[str]]:
-    """Yield a row for each text: run, text, windows, perplexity of both models, their ratio, divergence."""
-    divergence = run.metrics.get("divergence", {})
-    evaluation, perplexity = run.metrics["evaluation"], run.metrics["perplexity"]
-    full, quantized = perplexity.get("full"), perplexity.get("quantized")
-    yield [
-        run.name,
-        evaluation["text"],
-        f"{evaluation['windows']} × {evaluation['sequence_length']}",
-        "" if full is None else f"{full:.2f}",
-        "" if quantized is None else f"{quantized:.2f}",
-        "" if full is None or quantized is None else f"{quantized / full:.3f}",
-        *(f"{divergence[key]:.4g}" if key in divergence else "" for key in KL),
-        f"{divergence[AGREEMENT]:.1%}" if divergence else "",
+def evaluation_table(runs: Sequence[RunFigures]) -> Cells:
+    """Return the figures of each text of each run, with the run's name before it if there are several."""
+    return _joined(runs, [text_cells(_texts_of(run.metrics)) for run in runs])
+
+
+def task_table(runs: Sequence[RunFigures]) -> Cells:
+    """Return the scores of the tasks of each run, with the run's name before them if there are several."""
+    return _joined(runs, [task_cells(run.metrics["tasks"]["scores"]) if "tasks" in run.metrics else [] for run in runs])
+
+
+def answer_table(runs: Sequence[RunFigures]) -> Cells:
+    """Return the figures of the answers of each run, with the run's name before them if there are several."""
+    return _joined(
+        runs, [answer_cells(run.metrics["generation"]) if "generation" in run.metrics else [] for run in runs]
+    )
+
+
+def _joined(runs: Sequence[RunFigures], tables: Sequence[Cells]) -> Cells:
+    """Return the tables of the runs as one, whose columns are those of all of them."""
+    names = list(dict.fromkeys(name for lines in tables for name in (lines[0] if lines else ())))
+    rows = [
+        [run.name, *(dict(zip(lines[0], line, strict=True)).get(name, "") for name in names)]
+        for run, lines in zip(runs, tables, strict=True)
+        for line in lines[1:]
     ]
+    joined = [["run", *names], *rows]
+    return joined if len(runs) > 1 else [line[1:] for line in joined]
+
+
+def answers_side_by_side(run: RunFigures) -> list[tuple[str, dict[str, str]]]:
+    """Return each prompt with the answers by the name of the model."""
+    generation = run.metrics.get("generation", {"prompts": []})
+    models = {MODELS[model]: generation[model] for model in MODELS if generation.get(model)}
+    return [
+        (prompt, {name: found["answers"][index] for name, found in models.items()})
+        for index, prompt in enumerate(generation["prompts"])
+        if models
+    ]
+
+
+def _texts_of(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the figures of each text; runs of earlier versions measured one, and did not list it."""
+    alone = {key: metrics[key] for key in ("perplexity", "divergence") if key in metrics}
+    return metrics["texts"] if "texts" in metrics else [metrics["evaluation"] | alone]
 
 
 def recipe_differences(runs: Sequence[RunFigures]) -> list[Row]:

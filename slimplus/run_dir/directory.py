@@ -8,7 +8,7 @@
 | manifest.json | size and checksum of every complete file |
 | fingerprint.json | recipe keys, and hashes of model, tokenizer and text, that all the rest depends on |
 | tokens/*.safetensors | calibration and evaluation windows |
-| predictions.safetensors | the full-precision model's likeliest next tokens on the evaluation windows |
+| predictions*.safetensors | the full-precision model's likeliest next tokens on the evaluation windows, a file a text |
 | sensitivity.safetensors | loss of each group at each width, if it was measured |
 | blocks/*.safetensors | one packed block each, with its record |
 | end_to_end.safetensors | packed layers and norms after end-to-end training |
@@ -51,6 +51,12 @@ SENSITIVITY = "sensitivity.safetensors"
 PREDICTIONS = "predictions.safetensors"
 TUNED = f"{END_TO_END}.safetensors"
 FORMAT = ("quantization.group_size", "quantization.scale_bits")  # all blocks of a checkpoint must agree in these keys
+
+
+def numbered(name: str, index: int) -> str:
+    """Return the name of one of several files of a kind: `name.ext`, then `name_1.ext`, `name_2.ext`, …."""
+    stem, dot, extension = name.partition(".")
+    return f"{stem}_{index}{dot}{extension}" if index else name
 
 
 class RunDirectory:

@@ -28,6 +28,9 @@ QUANTIZATION = RECIPE | {
 }
 """Module → distribution: what every run of a recipe imports. What only some recipes need is looked for with them."""
 
+TASKS = {"lm_eval": "'slimplus[tasks]'"}
+"""Module → distribution: what asks tasks."""
+
 
 def check_installed(purpose: str, modules: Mapping[str, str]) -> None:
     """Check that modules can be imported, without importing them.

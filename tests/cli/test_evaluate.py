@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ SIZES = ("--windows", "2", "--sequence-length", "64")
 
 def evaluate(file: Path, *arguments: str) -> list[dict[str, Any]]:
     assert main(["evaluate", *arguments, *SIZES, "--json", str(file)]) == 0
-    return json.loads(file.read_text())
+    return json.loads(file.read_text())["texts"]
 
 
 def test_a_packed_checkpoint_has_the_figures_of_its_run(
@@ -38,8 +39,8 @@ def test_a_packed_checkpoint_has_the_figures_of_its_run(
     assert row["perplexity"]["checkpoint"] == pytest.approx(metrics["perplexity"]["quantized"], rel=1e-3)
     assert row["divergence"] == pytest.approx(metrics["divergence"], rel=1e-2)
     said = capsys.readouterr().out
-    assert f"{row['perplexity']['checkpoint']:.3f}" in said
-    assert f"{row['divergence']['top_token_agreement']:.2%}" in said
+    assert f"{row['perplexity']['checkpoint']:.2f}" in said
+    assert f"{row['divergence']['top_token_agreement']:.1%}" in said
 
 
 def test_a_copy_diverges_by_nothing_on_every_text(make_model: ModelMaker, text_file: Path, tmp_path: Path) -> None:
@@ -60,10 +61,14 @@ def test_a_model_alone_has_its_perplexity(make_model: ModelMaker, text_file: Pat
     with torch.no_grad():
         logits = source.model()(input_ids=tokens).logits
     expected = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).exp()
+    assert len(row.pop("fingerprint")) == 64
     assert row == {
         "text": str(text_file),
         "windows": 2,
         "sequence_length": 64,
+        "stride": 64,
+        "bos": "auto",
+        "predictions": 126,
         "perplexity": {"checkpoint": pytest.approx(float(expected), rel=1e-4)},
     }
 
@@ -73,6 +78,7 @@ def test_a_model_alone_has_its_perplexity(make_model: ModelMaker, text_file: Pat
     [
         (["./nowhere"], "./nowhere"),
         (["MODEL", "--text", "./nowhere.txt"], "--text: there is no file './nowhere.txt'"),
+        (["MODEL", "--stride", "4096"], "--stride: 4096 leaves gaps between windows of 2048 tokens; give at most 2048"),
         (["MODEL", "--sequence-length", "1"], "--sequence-length: give at least 2"),
         (["MODEL", "--json", "/"], "--json: / is a folder; give a file"),
         (["MODEL", "--sequence-length", "9000000"], "lower --sequence-length, or give a longer text in --text"),
@@ -99,3 +105,24 @@ def test_another_tokenizer_is_refused(
     tokenizer.write_text(tokenizer.read_text().replace('"add_prefix_space": false', '"add_prefix_space": true'))
     assert main(["evaluate", str(model), "--against", str(tmp_path)]) == 2
     assert "makes other tokens of a text than" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_a_method_whose_library_is_missing_is_one_sentence(
+    method: str, make_model: ModelMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(make_model("llama"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": 128}
+    (folder / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert main(["evaluate", str(folder), *SIZES]) == 2
+    said = capsys.readouterr().err
+    assert f"{folder} needs a library that is not installed" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_windows_may_overlap_and_begin_with_the_token(make_model: ModelMaker, text_file: Path, tmp_path: Path) -> None:
+    options = ("--text", str(text_file), "--stride", "16", "--bos", "window")
+    (row,) = evaluate(tmp_path / "a.json", str(make_model("llama")), *options)
+    assert (row["stride"], row["bos"], row["predictions"]) == (16, "window", 63 + 16)

@@ -77,6 +77,12 @@ def test_evaluation_windows_are_the_first(tokenizer: CountingTokenizer) -> None:
     assert len(evaluation_windows(TEXT, tokenizer, 50, 100).tokens) == 9  # 998 tokens hold no more
 
 
+def test_evaluation_windows_may_overlap(tokenizer: CountingTokenizer) -> None:
+    windows = evaluation_windows(TEXT, tokenizer, 3, 100, stride=30)
+    assert pieces(windows.tokens, tokenizer) == [TEXT[:100], TEXT[30:130], TEXT[60:160]]
+    assert windows.fingerprint != evaluation_windows(TEXT, tokenizer, 3, 100).fingerprint
+
+
 def test_special_tokens_are_the_tokenizers_own() -> None:
     tokenizer = CountingTokenizer()
     plain = evaluation_windows(TEXT, tokenizer, 2, 100)
@@ -297,3 +303,16 @@ def test_the_offline_text_is_long_enough_for_the_recipes_that_take_it(name: str)
     texts = calibration_texts(recipe, tokenizer)
     windows = calibration_windows(texts, tokenizer, data.samples, data.sequence_length, recipe.seed)
     assert windows.tokens.shape == (data.samples, data.sequence_length)
+
+
+@pytest.mark.parametrize(("bos", "expected"), [("auto", "^one "), ("never", "one t"), ("window", "^one ^two ^thre")])
+def test_evaluation_text_has_its_beginning_where_it_is_asked_for(
+    special: CountingTokenizer, bos: Any, expected: str
+) -> None:
+    windows = evaluation_windows("one two three four", special, len(expected) // 5, 5, bos=bos)
+    assert "".join(pieces(windows.tokens, special)) == expected
+
+
+def test_evaluation_windows_with_a_beginning_each_need_the_token(tokenizer: CountingTokenizer) -> None:
+    with pytest.raises(TextError, match=r"data\.bos: the model's tokenizer has no BOS token; give auto or never"):
+        evaluation_windows(TEXT, tokenizer, 1, 10, bos="window")

@@ -10,6 +10,7 @@ from torch import nn
 from torchmetrics.text import Perplexity
 
 from slimplus.evaluation.perplexity import perplexity
+from slimplus.evaluation.texts import counted_tokens
 from slimplus.models.loading import ModelSource
 from slimplus.models.streaming import BlockRunner, StreamedModel
 from slimplus.utils.errors import InputError
@@ -49,3 +50,20 @@ def test_a_perplexity_that_is_no_number_is_no_result(
     streamed = StreamedModel(model, BlockRunner(CPU, precision))
     with pytest.raises(InputError, match=rf"perplexity, test: it is nan, so .*overflowed; .*{remedy}"):
         perplexity(streamed, tokens, "test")
+
+
+def test_overlapping_windows_give_the_perplexity_of_a_sliding_window(make_model: ModelMaker) -> None:
+    """As in transformers' page on the perplexity of models of fixed length: each token once, in the longest context."""
+    text = torch.randint(1, 250, (1, 60), generator=torch.Generator().manual_seed(1))
+    source = ModelSource(str(make_model("llama")), dtype="float32")
+    losses = []
+    with torch.no_grad():
+        for start, first in [(0, 1), (8, 24), (16, 32), (24, 40)]:
+            labels = text[:, start : start + 24].clone()
+            labels[:, : first - start] = -100
+            logits = source.model()(input_ids=text[:, start : start + 24]).logits
+            losses.append(nn.functional.cross_entropy(logits[0, :-1].double(), labels[0, 1:], reduction="sum"))
+    windows = text[0, :48].unfold(0, 24, 8)
+    model = StreamedModel(source.model(), RUNNER)
+    measured = perplexity(model, windows, "test", counted=counted_tokens(4, 24, 8))
+    assert math.log(measured) == pytest.approx(float(sum(losses)) / 47, rel=1e-5)

@@ -68,7 +68,7 @@ def test_pipeline_finds_the_packed_model(packed: Path, model: Any, tokenizer: An
 
 
 def test_lm_eval_scores_the_model(model: Any, tokenizer: Any) -> None:
-    """Needs `pip install lm-eval`, which is no dependency of this package."""
+    """Needs the extra `tasks`."""
     huggingface = pytest.importorskip("lm_eval.models.huggingface")
     from lm_eval.api.instance import Instance
 

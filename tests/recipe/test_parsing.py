@@ -81,11 +81,15 @@ def values_of(key: str) -> st.SearchStrategy[Any]:
         return st.dictionaries(st.integers(1, 8), st.floats(0.1, 10), max_size=3)
     if said == "[integer, ...]":
         return st.just([1, 2, 3, 4])
+    if said == "[text, ...]":
+        return st.lists(st.text("abc/.", min_size=1), max_size=3)
+    if said.startswith("[{path: text,"):
+        return st.lists(st.text("abc/.", min_size=1), max_size=3, unique=True)
     if said.startswith("["):
         choices = said.removeprefix("[").removesuffix(", ...]").split(" | ")
         return st.lists(st.sampled_from(choices), min_size=1)
     if said.startswith("integer"):
-        return st.integers(2, 7)
+        return st.integers(8, 9) if ">= 8" in said else st.integers(2, 7)
     if said.startswith("number"):
         return st.floats(1e-12, 1.0, exclude_max="< 1" in said)
     if said == "true | false":
@@ -111,7 +115,7 @@ def test_any_value_survives_the_command_line_and_the_written_recipe(
     found: Any = recipe
     for part in key.split("."):
         found = getattr(found, part)
-    assert found == value
+    assert [text.path for text in found] == value if key == "evaluation.texts" else found == value
     file = tmp_path_factory.getbasetemp() / "recipe.yaml"
     file.write_text(to_yaml(recipe), encoding="utf-8")
     assert load_recipe([f"recipe={file}"]) == recipe
@@ -250,3 +254,32 @@ def test_an_unreadable_recipe_file_is_one_sentence(tmp_path: Path, text: str | N
 def test_bits_that_cannot_be_packed(key: str, value: str) -> None:
     with pytest.raises(RecipeError, match=rf"quantization\.{key}: expected integer"):
         load_recipe(["recipe=llama7b_2bit", f"quantization.{key}={value}"])
+
+
+def test_a_further_text_takes_what_it_leaves_out_from_the_first(tmp_path: Path) -> None:
+    first = ["data.evaluation.windows=3", "data.evaluation.column=story", "data.evaluation.bos=window"]
+    texts = "evaluation.texts=[c4, {path: code.jsonl, column: content, sequence_length: 64, stride: 16}]"
+    recipe = load_recipe([RECIPE, *first, texts])
+    _, c4, code = recipe.evaluation_texts.values()
+    assert (c4.path, c4.windows, c4.sequence_length, c4.column, c4.bos) == ("c4", 3, 2048, None, "window")
+    assert (code.windows, code.sequence_length, code.stride, code.column) == (3, 64, 16, "content")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(to_yaml(recipe))
+    assert load_recipe([f"recipe={file}"]) == recipe
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("data.evaluation.stride=4096", "data.evaluation.stride: 4096 leaves gaps between windows of 2048 tokens"),
+        ("evaluation.texts=[{path: a.txt, sequence_length: 8, stride: 9}]", "evaluation.texts.0.stride: 9 leaves gaps"),
+        ("evaluation.texts=[a.txt, a.txt]", "evaluation.texts: a text stands twice in the list"),
+        ("evaluation.texts=[{path: a.txt, windows: many}]", "evaluation.texts: expected "),
+        ("evaluation.texts=a.txt", "evaluation.texts: expected "),
+    ],
+)
+def test_wrong_evaluation_texts_are_one_sentence(argument: str, said: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe([RECIPE, argument])
+    (line,) = str(caught.value).splitlines()
+    assert said in line

@@ -209,6 +209,15 @@ def test_a_bad_text_is_one_sentence(
     assert said in line
 
 
+def test_a_bad_further_text_is_named_by_its_place(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("too short")
+    first, second = input_problems("model.path=org/name", f"evaluation.texts=[c4, wikitext, {text}]")
+    assert first.startswith("evaluation.texts.1.path: unknown text source 'wikitext'")
+    assert second.startswith(f"evaluation.texts.2.path: {text} has 9 bytes, too few for one window of ")
+    assert "evaluation.texts.2.sequence_length=2048" in second
+
+
 def test_a_short_text_names_the_keys_and_numbers(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("word " * 400)

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from slimplus.report.charts import charts, layer_block, layer_kind
-from slimplus.report.page import evaluation_rows, headline, recipe_differences, render, write_report
+from slimplus.report.page import evaluation_table, headline, recipe_differences, render, write_report
 from slimplus.report.run_files import events, read_runs
 from slimplus.utils.errors import InputError
 from tests.support.runs import read_metrics
@@ -28,7 +28,7 @@ def other(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("other") / "other"
     shutil.copytree(finished, folder)
     metrics = read_metrics(folder) | {"method": "gptq"}
-    metrics["perplexity"]["quantized"] = 7777.125
+    metrics["perplexity"]["quantized"] = metrics["texts"][0]["perplexity"]["quantized"] = 7777.125
     metrics["blocks"][1]["events"] = ["<b>damping</b> was raised"]
     (folder / "metrics.json").write_text(json.dumps(metrics))
     recipe = (folder / "recipe.yaml").read_text()
@@ -138,7 +138,9 @@ def test_a_comparison_shows_both_runs(finished: Path, other: Path) -> None:
     assert [run.name for run in runs] == ["plus", "other"]
     assert dict(headline(runs))["method"] == ["slimllm_plus", "gptq"]
     assert recipe_differences(runs) == [("seed", ["0", "3"])]
-    assert next(evaluation_rows(runs[1]))[4] == "7777.12"
+    header, _, second = evaluation_table(runs)
+    assert dict(zip(header, second, strict=True))["perplexity, quantized"] == "7777.12"
+    assert second[0] == "other"
     page = render(runs)
     assert Parts(page).charts == 1 + 2 + 2 + 1 + 2 + 2
     assert "&lt;b&gt;damping&lt;/b&gt; was raised" in page

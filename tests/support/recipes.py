@@ -19,6 +19,7 @@ SMALL = (
     "data.sequence_length=32",
     "data.evaluation.sequence_length=64",
     "data.evaluation.windows=2",
+    "evaluation.prompts=[]",
     "quantization.group_size=16",
     "training.epochs=2",
     "trainer.precision=32-true",

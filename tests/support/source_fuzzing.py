@@ -272,7 +272,7 @@ class SourceFuzzer:
         recipe = self.recipe(folder)
         check_inputs(recipe)
         job = prepare(recipe, self.fabric, Preemption())
-        window = job.evaluation.tokens
+        window = job.evaluation_texts[0].tokens
         job.metrics["perplexity"]["full"] = perplexity(job.model, window, "full precision")
         job.metrics.save()
         job.run.open()

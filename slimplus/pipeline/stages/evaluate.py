@@ -7,13 +7,14 @@ import logging
 import torch
 from torch import Tensor
 
-from slimplus.evaluation.divergence import Comparison, Recorder, TopPredictions, statistics
+from slimplus.evaluation.divergence import Comparison, Recorder, TopPredictions
 from slimplus.evaluation.generation import continue_text
 from slimplus.evaluation.perplexity import perplexity
+from slimplus.evaluation.texts import EvaluationText
 from slimplus.hub.checkpoint import load
 from slimplus.models.streaming import StreamedModel
 from slimplus.pipeline.job import Job
-from slimplus.run_dir.directory import PREDICTIONS
+from slimplus.run_dir.directory import PREDICTIONS, numbered
 from slimplus.utils.errors import named_first_line
 
 logger = logging.getLogger(__name__)
@@ -24,38 +25,57 @@ GENERATION_ERRORS = (ValueError, TypeError, LookupError, AttributeError, Runtime
 
 
 def measure_full_precision(job: Job) -> None:
-    """Measure the perplexity of the full-precision model, and keep its predictions to compare others with."""
-    known = job.run.load_tensors(PREDICTIONS, job.evaluation.fingerprint)
-    if "full" in job.metrics["perplexity"] and known is not None:
-        logger.info("perplexity at full precision: found in metrics.json, skipped")
-        return
-    with job.metrics.stage("full_precision"):
-        recorder = Recorder()
-        tokens = job.shard(job.evaluation.tokens)
-        job.metrics["perplexity"]["full"] = perplexity(
-            job.model, tokens, "full precision", recorder.add, job.progress.track
-        )
-        predictions = recorder.predictions()
-        tensors = {
-            "tokens": _gather(job, predictions.tokens),
-            "log_probabilities": _gather(job, predictions.log_probabilities),
-        }
-        if job.fabric.is_global_zero:
-            job.run.save_tensors(PREDICTIONS, tensors, job.evaluation.fingerprint)
-        job.fabric.barrier()
+    """Measure the full-precision model's perplexity on each text, and keep its predictions to compare others with."""
+    for index, text in enumerate(job.evaluation_texts):
+        known = job.run.load_tensors(numbered(PREDICTIONS, index), text.fingerprint)
+        if "full" in job.metrics["texts"][index]["perplexity"] and known is not None:
+            logger.info("perplexity at full precision, %s: found in metrics.json, skipped", text.config.path)
+            continue
+        with job.metrics.stage("full_precision"):
+            _record_predictions(job, index, text)
 
 
-def _gather(job: Job, predictions: Tensor) -> Tensor:
+def _record_predictions(job: Job, index: int, text: EvaluationText) -> None:
+    """Measure the full-precision model on a text, and keep its predictions."""
+    recorder = Recorder()
+    _note_perplexity(job, index, "full", _perplexity(job, job.model, text, "full precision", recorder))
+    predictions = recorder.predictions()
+    tensors = {
+        "tokens": _gather(job, text, predictions.tokens),
+        "log_probabilities": _gather(job, text, predictions.log_probabilities),
+    }
+    if job.fabric.is_global_zero:
+        job.run.save_tensors(numbered(PREDICTIONS, index), tensors, text.fingerprint)
+    job.fabric.barrier()
+
+
+def _perplexity(
+    job: Job, model: StreamedModel, text: EvaluationText, name: str, observer: Recorder | Comparison
+) -> float:
+    """Return the perplexity of a model on all ranks' windows of a text; the observer sees this rank's logits."""
+    description = name if len(job.evaluation_texts) == 1 else f"{name}, {text.config.path}"
+    return perplexity(
+        model, job.shard(text.tokens), description, observer.add, job.progress.track, job.shard(text.counted)
+    )
+
+
+def _note_perplexity(job: Job, index: int, model: str, measured: float) -> None:
+    """Put a perplexity among the figures of its text; those of the first text stand apart as well."""
+    job.metrics["texts"][index]["perplexity"][model] = measured
+    if index == 0:
+        job.metrics["perplexity"][model] = measured
+
+
+def _gather(job: Job, text: EvaluationText, predictions: Tensor) -> Tensor:
     """Return all ranks' values of predictions by window, `[windows, predictions, ...]`, from this rank's in a row."""
-    windows, length = job.evaluation.tokens.shape
+    windows, length = text.tokens.shape
     rows = predictions.unflatten(0, (-1, length - 1)).to(job.runner.device)
     return job.ranks.gather(rows, windows).cpu()
 
 
-def _comparison(job: Job) -> Comparison:
+def _comparison(job: Job, index: int, text: EvaluationText) -> Comparison:
     """Return the comparison of this rank's windows with the full-precision model's predictions."""
-    job.run.open()  # the first rank has written them since the others read which files are complete
-    tensors = job.run.load_tensors(PREDICTIONS, job.evaluation.fingerprint)
+    tensors = job.run.load_tensors(numbered(PREDICTIONS, index), text.fingerprint)
     assert tensors is not None
     parts = {name: job.shard(tensor).flatten(0, 1) for name, tensor in tensors.items()}
     return Comparison(TopPredictions(parts["tokens"], parts["log_probabilities"]))
@@ -63,25 +83,41 @@ def _comparison(job: Job) -> Comparison:
 
 def measure_packed(job: Job) -> None:
     """Measure the checkpoint as it loads back: perplexity, divergence from full precision, a sentence it writes."""
-    if "sentence" in job.metrics and "divergence" in job.metrics:
+    rows = job.metrics["texts"]
+    missing = [index for index, row in enumerate(rows) if "divergence" not in row]
+    if not missing and "sentence" in job.metrics:
         logger.info("perplexity of the checkpoint: found in metrics.json, skipped")
         return
     job.release_model()
     with job.metrics.stage("packed"):
-        model = load(
-            job.run.packed, dtype=torch.float32
-        )  # for what is not packed; autocast lowers it as the precision says
+        # What is not packed becomes float32; autocast lowers it as the precision says.
+        model = load(job.run.packed, dtype=torch.float32)
         streamed = StreamedModel(model, job.runner)
-        comparison, tokens = _comparison(job), job.shard(job.evaluation.tokens)
-        job.metrics["perplexity"]["quantized"] = perplexity(
-            streamed, tokens, "packed", comparison.add, job.progress.track
-        )
-        found = torch.stack([torch.cat(comparison.divergences), torch.cat(comparison.agreements).double()], -1)
-        divergences, agreements = _gather(job, found).flatten(0, 1).unbind(-1)
-        job.metrics["divergence"] = statistics(divergences, agreements)
+        job.run.open()  # the first rank has written predictions since the others read which files are complete
+        for index in missing:
+            _compare(job, index, streamed)
         model.base_model.to(job.runner.device)
-        try:
-            job.metrics["sentence"] = continue_text(model, job.tokenizer, PROMPT)
-        except GENERATION_ERRORS as error:
-            job.metrics["sentence"] = None
-            job.metrics.note(f"the checkpoint's sample sentence could not be written: {named_first_line(error)}")
+        if "sentence" not in job.metrics:
+            _write_sentence(job, model)
+
+
+def _compare(job: Job, index: int, model: StreamedModel) -> None:
+    """Measure the packed model on a text: perplexity, and divergence from full precision."""
+    text = job.evaluation_texts[index]
+    comparison = _comparison(job, index, text)
+    _note_perplexity(job, index, "quantized", _perplexity(job, model, text, "packed", comparison))
+    found = torch.stack([torch.cat(comparison.divergences), torch.cat(comparison.agreements).double()], -1)
+    divergences, agreements = _gather(job, text, found).flatten(0, 1).unbind(-1)
+    job.metrics["texts"][index]["divergence"] = text.divergence(divergences, agreements)
+    if index == 0:
+        job.metrics["divergence"] = job.metrics["texts"][0]["divergence"]
+    job.metrics.checkpoint()
+
+
+def _write_sentence(job: Job, model: torch.nn.Module) -> None:
+    """Have the packed model continue a sentence."""
+    try:
+        job.metrics["sentence"] = continue_text(model, job.tokenizer, PROMPT)
+    except GENERATION_ERRORS as error:
+        job.metrics["sentence"] = None
+        job.metrics.note(f"the checkpoint's sample sentence could not be written: {named_first_line(error)}")

@@ -19,10 +19,9 @@ from slimplus.models.architectures import find_linears, packed_share
 from slimplus.models.auto_class import auto_class
 from slimplus.models.towers import carried_over
 from slimplus.pipeline.job import Job
-from slimplus.pipeline.report import model_card
+from slimplus.pipeline.model_card import model_card
 from slimplus.pipeline.stages.embedding_and_head import packed_config, quantize_embedding_and_head
 from slimplus.pipeline.stages.end_to_end import training_hash
-from slimplus.recipe.schema import to_yaml
 from slimplus.run_dir.allocation_file import write_allocation
 from slimplus.utils.files import staging_folder
 
@@ -168,11 +167,11 @@ def _write(job: Job, embedding_and_head: PackedLayers, summary: PackingSummary) 
         job.tokenizer,
         job.model.model.generation_config,
         model_card(
-            job.recipe.model.path,
+            job.recipe,
             auto_class(job.model.model.config.to_dict()).__name__,
             summary.average_bits,
             summary.packed_share,
-            to_yaml(job.recipe),
+            {},
         ),
         job.source.processor_files() if carried_over(job.model.model) else (),
     )
