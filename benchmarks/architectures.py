@@ -21,10 +21,10 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as TEXT
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGES
 
-from slimplus.models.loading import build_on_meta
+from slimplus.models.loading import ModelLoadError, build_on_meta
 from slimplus.pipeline.model_checks import LEAST_PACKED
 from slimplus.pipeline.self_check import ERRORS, describe, self_check
-from slimplus.utils.errors import InputError, first_line
+from slimplus.utils.errors import InputError, first_line, named_first_line
 from slimplus.utils.files import write_atomic
 from slimplus.utils.machine import describe_machine
 
@@ -47,8 +47,11 @@ def row(model_type: str) -> Row:
         found |= {"blocks": report.path, "packed_share": report.share}
         self_check(config)
         outcome = "yes" if report.share >= LEAST_PACKED else "with model.allow_unpacked=true"
+    except ModelLoadError as error:
+        cause = error.__cause__ or error
+        outcome = f"no: its default configuration builds no model ({named_first_line(cause)})"
     except InputError as error:
-        outcome = "no: " + (str(error).partition("is not supported: ")[2] or first_line(error))
+        outcome = "no: " + str(error).partition("is not supported: ")[2]
     except ERRORS as error:
         outcome = f"no: its default configuration builds no model ({type(error).__name__}: {first_line(error)})"
     return found | {"outcome": outcome}
