@@ -32,6 +32,8 @@ SLOW = (
 )
 BLOCKS = {"jamba": 5, "qwen3_next": 4, "qwen3_5_text": 4}
 """Number of blocks of a whole run where two are none with attention, which transformers needs in order to generate."""
+VALUES = {"mamba2": {"hidden_size": 256, "num_heads": 16, "head_dim": 32, "n_groups": 2}}
+"""Values of configurations that can be shrunk twice: the self-check shrinks what the test has shrunk."""
 ALONE = ("bamba", "falcon_h1")
 """Architectures of which only the self-check runs: shrunk twice, they are no model that transformers builds."""
 VOCABULARY = 257  # of the byte-level tokenizer
@@ -55,7 +57,8 @@ def test_a_whole_run_of_an_architecture(arguments: Arguments, make_model: Any, t
     """Check, quantize, export, load back through transformers, generate: packed equals calibrated, to the bit."""
     folder = tmp_path / "model"
     tokenizer = AutoTokenizer.from_pretrained(make_model("llama"))
-    config = shrink(AutoConfig.for_model(model_type), BLOCKS.get(model_type, 2))
+    default = AutoConfig.for_model(model_type, **VALUES.get(model_type, {}))
+    config = shrink(default, BLOCKS.get(model_type, 2))
     config.vocab_size = len(tokenizer)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
