@@ -99,7 +99,9 @@ def main() -> None:
         write_atomic(results, json.dumps({"rows": [*kept, *added]}, indent=2) + "\n")
     for name in given.needs:
         command, about, _, *others = recipe_file(name).read_text(encoding="utf-8").split("\n")
-        write_atomic(recipe_file(name), "\n".join([command, about, needs(load_recipe([f"recipe={name}"])), *others]))
+        write_atomic(
+            Path(str(recipe_file(name))), "\n".join([command, about, needs(load_recipe([f"recipe={name}"])), *others])
+        )
 
 
 if __name__ == "__main__":
