@@ -28,7 +28,8 @@ def _recipes() -> Iterator[str]:
     for name in recipe_names():
         text = recipe_file(name).read_text(encoding="utf-8")
         command, about, *content = text.splitlines()
-        yield f"### {name}\n\n{about.lstrip('# ')}.\n\n```bash\n{command.lstrip('# ')}\n```\n"
+        needs = f" It {content.pop(0).lstrip('# ')}." if content[0].startswith("# needs") else ""
+        yield f"### {name}\n\n{about.lstrip('# ')}.{needs}\n\n```bash\n{command.lstrip('# ')}\n```\n"
         yield f'??? note "recipes/{name}.yaml"\n\n    ```yaml'
         yield from (f"    {line}".rstrip() for line in content)
         yield "    ```\n"

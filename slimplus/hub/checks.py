@@ -30,6 +30,7 @@ SIZES = re.compile(
 """Keys of config.json that are at least 1 in every architecture; architectures have further sizes."""
 COUNTS = re.compile(
     r"(\w+_)?(num|n|number_of)_(\w+_)?(layers?|experts?|heads?|blocks?|codebooks?|groups?|stacks?|inputs)"
+    r"|(\w+_)?depths?|(vision|encoder|audio)_layers"  # of towers
 )
 """Keys of numbers of modules, over which the code that builds a model loops."""
 MOST_MODULES = 1024  # of one kind in a block; more are possible only where each is packed

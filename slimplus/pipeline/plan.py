@@ -23,6 +23,7 @@ FLOAT32 = 4
 LIBRARIES = 600_000_000  # bytes of PyTorch, transformers and Lightning, loaded
 # While a block is trained: full-precision and fake-quantized weights, what autograd keeps of them, and two gradients.
 BLOCK_COPIES = 5
+CHECKPOINT_COPIES = 3  # of a block in training: what is trained, and an optimizer's two moments
 LOGITS_COPIES = 4  # float32 tensors of a window's logits: the model's, and the probabilities in the metric
 
 
@@ -187,7 +188,23 @@ def dry_run(recipe: Recipe) -> str:
     length = max(text.sequence_length for text in recipe.evaluation_texts.values())
     outside = embedding_and_head_bits(model, is_tied(model), settings.embedding_bits, settings.head_bits)
     grid = (*planned_widths(model, recipe), settings.group_size, settings.scale_bits)
-    return str(make_plan(model, *grid, outside, calibration, length, _end_to_end_bytes(recipe)))
+    plan = make_plan(model, *grid, outside, calibration, length, _end_to_end_bytes(recipe))
+    largest = max(sum(parameter.numel() for parameter in block.parameters()) for block in find_blocks(model))
+    return f"{plan}\n{'disk':<26} {_disk(plan, recipe, largest)}"
+
+
+def _disk(plan: Plan, recipe: Recipe, largest: int) -> str:
+    """Return what a run writes to `run_dir`, in words.
+
+    Args:
+        plan: the plan of the run.
+        recipe: the resolved recipe.
+        largest: number of weights in the largest block.
+    """
+    copies = 2 if recipe.end_to_end.epochs else 1  # of the packed blocks: after each, and after the end-to-end training
+    checkpoint = CHECKPOINT_COPIES * FLOAT32 * largest if recipe.quantization.trains else 0
+    written = plan.packed_bytes + copies * plan.packed_linear_bytes + checkpoint
+    return f"{format_bytes(written)} in run_dir, besides the {format_bytes(plan.full_bytes)} of the model itself"
 
 
 def _end_to_end_bytes(recipe: Recipe) -> int:

@@ -175,3 +175,11 @@ def test_values_are_checked_after_loading(checkpoint: Path, tmp_path: Path) -> N
     for load in (slimplus.load, AutoModelForCausalLM.from_pretrained):
         with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj: group_index is not a permutation"):
             load(copy)
+
+
+def test_a_tower_of_endless_blocks_is_refused() -> None:
+    tower = {"model_type": "qwen2_5_vl", "vision_config": {"depth": 10**9}}
+    with pytest.raises(ValueError, match=r"config\.json: depth: 1000000000 does not fit"):
+        check_architecture(tower, ["model.language_model.layers.0.mlp.up_proj"])
+    tower["vision_config"] = {"depth": 32}
+    check_architecture(tower, ["model.language_model.layers.0.mlp.up_proj"])

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
+from benchmarks.recipes import needs
+from slimplus.models.loading import build_on_meta
 from slimplus.recipe.parsing import load_recipe, recipe_file, recipe_names
 
 PAPER = {"llama7b_2bit": 2, "llama7b_3bit": 3, "llama2_7b_2bit": 2, "llama3_8b_2bit": 2, "opt_1.3b_2bit": 2}
 
+SMALL = ("smollm2_135m_2bit", "smollm2_135m_2bit_best", "gemma3_270m_2bit")  # which run from packages alone
+LARGE = ("llama3_1_8b_2bit", "llama3_1_70b_2bit", "mistral_7b_2bit", "qwen3_8b_2bit", "gemma3_12b_2bit")
 
-def test_the_recipes_are_those_of_the_paper_and_the_demo() -> None:
-    assert set(recipe_names()) == {*PAPER, "smollm2_135m_2bit", "smollm2_135m_2bit_best"}
+
+def test_the_recipes_are_those_of_the_paper_the_demos_and_models_that_people_use() -> None:
+    assert set(recipe_names()) == {*PAPER, *SMALL, *LARGE}
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -51,16 +55,37 @@ def test_paper_recipes_hold_the_papers_settings(name: str, bits: int) -> None:
         ("llama2_7b_2bit", 6_738_415_616),
         ("llama3_8b_2bit", 8_030_261_248),
         ("opt_1.3b_2bit", 1_315_758_080),
+        ("llama3_1_8b_2bit", 8_030_261_248),
+        ("llama3_1_70b_2bit", 70_553_706_496),
+        ("mistral_7b_2bit", 7_248_023_552),
+        ("qwen3_8b_2bit", 8_190_735_360),
+        ("gemma3_12b_2bit", 12_187_325_040),
     ],
 )
 def test_architecture_values_are_those_of_the_real_model(name: str, parameters: int) -> None:
     values = load_recipe([f"recipe={name}"]).model.config
     assert values is not None
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
+    model = build_on_meta(AutoConfig.for_model(**values))
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
 def test_llama3_keeps_its_rope_base() -> None:
     values = load_recipe(["recipe=llama3_8b_2bit"]).model.config or {}
     assert AutoConfig.for_model(**values).rope_parameters["rope_theta"] == 500_000.0
+
+
+@pytest.mark.parametrize("name", [LARGE[0], *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE[1:])])
+def test_the_header_says_what_a_large_model_needs(name: str) -> None:
+    """As `python -m benchmarks.recipes --needs NAME` writes it."""
+    line = recipe_file(name).read_text(encoding="utf-8").splitlines()[2]
+    assert line == needs(load_recipe([f"recipe={name}"]))
+
+
+def test_large_models_get_the_method_that_measured_best() -> None:
+    best = load_recipe(["recipe=smollm2_135m_2bit_best"]).quantization
+    for name in LARGE:
+        recipe = load_recipe([f"recipe={name}"])
+        settings = recipe.quantization
+        assert (settings.method, settings.allocation, settings.bits) == (best.method, best.allocation, best.bits)
+        assert recipe.training.parametrization == "rounding"
+        assert recipe.end_to_end.epochs > 0
