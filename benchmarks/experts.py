@@ -2,7 +2,7 @@
 
     python -m benchmarks.experts [WORK_FOLDER]
 
-1. A Mixtral of 8 experts a block is trained on Python's documentation, byte by byte, so that its routing means
+1. A Mixtral of 6 experts a block is trained on Python's documentation, byte by byte, so that its routing means
    something.
 2. It is quantized to 2 bits on average: with all widths by sensitivity; with those of the experts uniform and the
    others by the same sensitivity; with all uniform.
@@ -35,16 +35,16 @@ from slimplus.utils.files import write_atomic
 from slimplus.utils.machine import commit, describe_machine
 
 RESULTS = Path(__file__).resolve().parent / "results" / "experts.json"
-SIZES = {
-    "hidden_size": 128,
-    "intermediate_size": 128,
-    "num_hidden_layers": 3,
+SIZES: dict[str, Any] = {
+    "hidden_size": 96,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
-    "num_local_experts": 8,
+    "num_local_experts": 6,
     "num_experts_per_tok": 2,
 }
-STEPS, BATCH, LENGTH = 400, 8, 128
+STEPS, BATCH, LENGTH = 300, 8, 96
 BITS, GROUP_SIZE, WIDTHS = 2, 16, (1, 2, 3, 4)
 KEYS = (
     "recipe=smollm2_135m_2bit",
@@ -54,9 +54,9 @@ KEYS = (
     f"quantization.bits={BITS}",
     f"quantization.group_size={GROUP_SIZE}",
     f"quantization.widths={list(WIDTHS)}",
-    "data.samples=32",
+    "data.samples=24",
     f"data.sequence_length={LENGTH}",
-    "data.evaluation.windows=64",
+    "data.evaluation.windows=48",
     f"data.evaluation.sequence_length={LENGTH}",
     "end_to_end.epochs=0",
     "trainer.precision=32-true",

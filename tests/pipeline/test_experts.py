@@ -95,7 +95,8 @@ def test_the_packed_model_equals_the_calibrated_one_and_writes(mixture: Path, pa
 
 def test_a_dense_export_is_what_transformers_stores(quantized: Path, packed: Any, tmp_path: Path) -> None:
     export_dense(read_contents(str(quantized / "packed")), tmp_path, torch.float32)
-    dense, found = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
+    dense, found = loaded
     assert not found["missing_keys"]
     assert not found["unexpected_keys"]
     assert type(dense.model.layers[0].mlp.experts).__name__ == "MixtralExperts"
