@@ -30,6 +30,7 @@ SLOW = (
     *("olmo2", "olmo3", "olmoe", "persimmon", "phi", "phi3", "qwen3_5_text", "qwen3_moe", "qwen3_next", "seed_oss"),
     *("smollm3", "stablelm", "starcoder2", "xglm"),
 )
+EXPERTS = ("gpt_oss", "llama4_text", "nemotron_h", "olmoe", "qwen3_moe")  # and Mixtral in test_experts.py
 VOCABULARY = 257  # of the byte-level tokenizer
 
 
@@ -45,7 +46,7 @@ def test_architectures_pass(model_type: str) -> None:
 
 @pytest.mark.parametrize(
     "model_type",
-    ["gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3_text", "mixtral", "falcon"))],
+    ["gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3_text", "falcon", *EXPERTS))],
 )
 def test_a_whole_run_of_an_architecture(arguments: Arguments, make_model: Any, tmp_path: Path, model_type: str) -> None:
     """Check, quantize, export, load back through transformers, generate: packed equals calibrated, to the bit."""
