@@ -30,7 +30,7 @@ SLOW = (
     *("olmo2", "olmo3", "olmoe", "persimmon", "phi", "phi3", "qwen3_5_text", "qwen3_moe", "qwen3_next", "seed_oss"),
     *("smollm3", "stablelm", "starcoder2", "xglm"),
 )
-EXPERTS = ("gpt_oss", "llama4_text", "nemotron_h", "olmoe", "qwen3_moe")  # and Mixtral in test_experts.py
+EXPERTS = ("gpt_oss", "llama4_text", "olmoe", "qwen3_moe")  # and Mixtral in test_experts.py
 VOCABULARY = 257  # of the byte-level tokenizer
 
 
