@@ -37,7 +37,7 @@ def row(model_type: str) -> str:
         self_check(config)
         outcome = "yes" if report.share >= LEAST_PACKED else "with `model.allow_unpacked=true`"
     except InputError as error:
-        outcome = "no: " + str(error).partition("is not supported: ")[2]
+        outcome = "no: " + (str(error).partition("is not supported: ")[2] or str(error))
     except ERRORS as error:
         outcome = f"no: its default configuration builds no model ({type(error).__name__}: {first_line(error)})"
     return f"| `{model_type}` | {outcome.replace('|', '/')} | {blocks} | {share} |"
