@@ -51,7 +51,7 @@ def row(model_type: str) -> Row:
         cause = error.__cause__ or error
         outcome = f"no: its default configuration builds no model ({named_first_line(cause)})"
     except InputError as error:
-        outcome = "no: " + str(error).partition("is not supported: ")[2]
+        outcome = "no: " + (str(error).partition("is not supported: ")[2] or str(error))
     except ERRORS as error:
         outcome = f"no: its default configuration builds no model ({type(error).__name__}: {first_line(error)})"
     return found | {"outcome": outcome}

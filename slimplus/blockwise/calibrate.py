@@ -6,17 +6,24 @@ and quantizes it; the result goes to all ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from slimplus.blockwise.data import BlockData, search_windows
+from slimplus.blockwise.stacks import StackSums
 from slimplus.format.affine import QuantizedWeight, group_count, uniform_bits
 from slimplus.quantization.gptq import RoundedWeight
 from slimplus.quantization.linear import QuantizationConfig, round_weight
-from slimplus.quantization.salience import HessianAccumulator, InverseHessian, group_salience, invert_hessian
+from slimplus.quantization.salience import (
+    HessianAccumulator,
+    InverseHessian,
+    group_salience,
+    invert_hessian,
+    shrunk_hessian,
+)
 from slimplus.quantization.salience_allocation import AllocationSearch, paired_bits
 
 
@@ -30,6 +37,7 @@ class BlockResult:
         divergence: layer → KL for 0, 1, 2, … pairs of groups, if SliM-LLM's search found the widths.
         percdamp: layer → damping that its Hessian needed, as a part of the mean of its diagonal.
         dead_columns: layer → number of its columns whose input is zero for every calibration token.
+        tokens: expert's layer → number of calibration tokens that were sent to it, if Hessians were measured.
     """
 
     weights: dict[str, QuantizedWeight]
@@ -37,12 +45,31 @@ class BlockResult:
     divergence: dict[str, list[float]]
     percdamp: dict[str, float]
     dead_columns: dict[str, int]
+    tokens: dict[str, int]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What this rank knows of the inputs of some layers of a block.
+
+    Attributes:
+        hessians: Hessians that this rank owns, `[in, in]`, by the first layer that reads the same input.
+        inverses: their inverses.
+        tokens: expert's layer → number of tokens that all ranks sent to it.
+    """
+
+    hessians: dict[str, Tensor]
+    inverses: dict[str, InverseHessian]
+    tokens: dict[str, int]
 
 
 def quantize_block(
     data: BlockData, config: QuantizationConfig, bits: Mapping[str, Tensor] | None = None
 ) -> BlockResult:
     """Quantize every linear layer of a block, without training; all ranks get the same result.
+
+    The Hessians of experts may not fit the memory together. They are then made for a chunk of the layers at a time, and
+    again for the rounding if the search for widths needed all of them first.
 
     Args:
         data: the block and its inputs.
@@ -52,74 +79,131 @@ def quantize_block(
     Raises:
         ValueError: if a Hessian cannot be inverted.
     """
-    hessians = _hessians(data, config)
-    inverses = {name: invert_hessian(hessian, config.percdamp) for name, hessian in hessians.items()}
     divergence: dict[str, list[float]] = {}
+    measured: _Measured | None = None
     if bits is None and config.allocation == "slimllm":
-        bits, divergence = _search(data, inverses, config)
+        salience: dict[str, Tensor] = {}
+        for chunk in data.chunks:
+            measured = None  # so that the last chunk's is freed first
+            measured = _measure(data, chunk, config)
+            own, found = _search(data, chunk, measured.inverses, config)
+            salience, divergence = salience | own, divergence | found
+        bits = _paired(data, salience, divergence, config)
     if bits is None:
         bits = {
             name: uniform_bits(layer.in_features, config.group_size, config.bits) for name, layer in data.layers.items()
         }
+    parts = []
+    for chunk in data.chunks:
+        if measured is None or len(data.chunks) > 1:
+            measured = None
+            measured = _measure(data, chunk, config)
+        parts.append(_round(data, chunk, measured, bits, config))
+    return _joined(parts, divergence)
+
+
+def _joined(parts: Sequence[BlockResult], divergence: dict[str, list[float]]) -> BlockResult:
+    """Return the results of the parts of a block as one."""
+    first, *others = parts
+    for other in others:
+        for field in fields(first):
+            getattr(first, field.name).update(getattr(other, field.name))
+    return replace(first, divergence=divergence)
+
+
+def _round(
+    data: BlockData, names: Sequence[str], measured: _Measured, bits: Mapping[str, Tensor], config: QuantizationConfig
+) -> BlockResult:
+    """Return the result of some layers of a block, on every rank."""
     own = {}
-    for name, layer in data.own_layers.items():
-        leader = data.leader[name]
-        own[name] = round_weight(layer.weight, bits[name], hessians[leader], inverses[leader], config)
-    shared = {name: _broadcast_result(data, name, bits[name], own.get(name), config) for name in data.layers}
-    weights = {name: weight for name, (weight, _) in shared.items()}
-    remainders = {name: remainder for name, (_, remainder) in shared.items()}
-    percdamp = _figure(data, {name: inverse.percdamp for name, inverse in inverses.items()})
-    dead = _figure(data, {name: float(inverse.dead.sum()) for name, inverse in inverses.items()})
-    return BlockResult(weights, remainders, divergence, percdamp, {name: int(count) for name, count in dead.items()})
-
-
-def _hessians(data: BlockData, config: QuantizationConfig) -> dict[str, Tensor]:
-    """Return the Hessians that this rank owns, `[in, in]`, by the first layer that reads the same input."""
-    columns = {name: data.layers[name].in_features for name in data.leader.values()}
-    if config.method == "rtn":  # rounding to nearest does not depend on the inputs
-        return {
-            name: torch.eye(columns[name], device=data.runner.device) for name in columns if name in data.own_layers
-        }
-    sums = {name: HessianAccumulator(count, data.runner.device) for name, count in columns.items()}
-    data.capture_inputs({name: accumulator.add for name, accumulator in sums.items()})
-    hessians = {}
-    for name in columns:
-        accumulator = sums.pop(name)  # so that each is freed once its Hessian is made
-        data.ranks.sum_on(data.owner[name], accumulator.total)
-        accumulator.tokens *= data.ranks.count
+    for name in names:
         if name in data.own_layers:
-            hessians[name] = accumulator.hessian
-    return hessians
+            leader = data.leader[name]
+            hessian, inverse = measured.hessians[leader], measured.inverses[leader]
+            own[name] = round_weight(data.layers[name].weight, bits[name], hessian, inverse, config)
+    shared = {name: _broadcast_result(data, name, bits[name], own.get(name), config) for name in names}
+    inverses = measured.inverses
+    percdamp = _figure(data, names, {name: inverse.percdamp for name, inverse in inverses.items()})
+    dead = _figure(data, names, {name: float(inverse.dead.sum()) for name, inverse in inverses.items()})
+    return BlockResult(
+        weights={name: weight for name, (weight, _) in shared.items()},
+        remainders={name: remainder for name, (_, remainder) in shared.items()},
+        divergence={},
+        percdamp=percdamp,
+        dead_columns={name: int(count) for name, count in dead.items()},
+        tokens=measured.tokens,
+    )
+
+
+def _measure(data: BlockData, names: Sequence[str], config: QuantizationConfig) -> _Measured:
+    """Run the block on all calibration windows, and return what this rank learns of the inputs of some layers."""
+    leaders = list(dict.fromkeys(data.leader[name] for name in names))
+    device = data.runner.device
+    if config.method == "rtn":  # rounding to nearest does not depend on the inputs
+        sizes = {name: data.layers[name].in_features for name in leaders if name in data.own_layers}
+        hessians = {name: torch.eye(size, device=device) for name, size in sizes.items()}
+        return _Measured(hessians, _invert(hessians, config), {})
+    sums = StackSums(data, leaders, lambda layer: HessianAccumulator(layer.in_features, device))
+    data.capture_inputs({name: accumulator.add for name, accumulator in sums.targets().items()})
+    sums.merge(data.ranks, device)
+    tokens = {name: accumulator.tokens for name, accumulator in sums.own.items() if name in data.stack}
+    for shared in sums.shared.values():
+        data.ranks.sum(shared.total)
+    hessians = {}
+    for name in leaders:
+        accumulator = sums.own.pop(name)  # so that each is freed once its Hessian is made
+        data.ranks.sum_on(data.owner[name], accumulator.total)
+        if name in data.own_layers:
+            stack = sums.shared_by(name)
+            hessians[name] = accumulator.hessian if stack is None else shrunk_hessian(accumulator, stack)
+    return _Measured(hessians, _invert(hessians, config), tokens)
+
+
+def _invert(hessians: Mapping[str, Tensor], config: QuantizationConfig) -> dict[str, InverseHessian]:
+    """Return the inverses of Hessians, by the same names."""
+    return {name: invert_hessian(hessian, config.percdamp) for name, hessian in hessians.items()}
 
 
 def _search(
-    data: BlockData, inverses: Mapping[str, InverseHessian], config: QuantizationConfig
+    data: BlockData, names: Sequence[str], inverses: Mapping[str, InverseHessian], config: QuantizationConfig
 ) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
-    """Return the widths that SliM-LLM's search finds for each layer, and the KL of every candidate.
+    """Return the salience of the groups of some layers, and the KL of every candidate of SliM-LLM's search.
 
-    Every rank tries the candidates of all layers on its share of the windows.
+    Every rank tries the candidates of all the layers on its share of the windows.
     """
     size = config.group_size
     salience = {}
-    for name, layer in data.layers.items():
-        inverse = inverses.get(data.leader[name])
+    for name in names:
+        layer, inverse = data.layers[name], inverses.get(data.leader[name])
         if inverse is None:
             own = torch.empty(group_count(layer.in_features, size), device=data.runner.device)
         else:
             own = group_salience(layer.weight, inverse, size)
         salience[name] = data.ranks.send(data.owner[name], own)
-    searches = {
-        name: AllocationSearch(layer.weight, salience[name], config.bits, size) for name, layer in data.layers.items()
-    }
+    searches = {name: AllocationSearch(data.layers[name].weight, salience[name], config.bits, size) for name in names}
     windows = search_windows(data.ranks, data.hidden)
     data.capture_inputs({name: search.add for name, search in searches.items()}, windows)
-    bits, divergence = {}, {}
-    for name, search in searches.items():
-        total = data.ranks.sum(search.divergence)
-        divergence[name] = total.tolist()
-        pairs = int(total.argmin())
-        bits[name] = paired_bits(salience[name], pairs, config.bits, data.layers[name].in_features, size)
-    return bits, divergence
+    return salience, {name: data.ranks.sum(search.divergence).tolist() for name, search in searches.items()}
+
+
+def _paired(
+    data: BlockData, salience: Mapping[str, Tensor], divergence: Mapping[str, list[float]], config: QuantizationConfig
+) -> dict[str, Tensor]:
+    """Return the widths that SliM-LLM's search finds; the experts of a stack have as many pairs as each other."""
+    totals: dict[str, Tensor] = {}
+    for name, own in divergence.items():
+        stack = data.stack.get(name, name)
+        totals[stack] = totals.get(stack, 0) + torch.tensor(own, dtype=torch.float64)
+    return {
+        name: paired_bits(
+            salience[name],
+            int(totals[data.stack.get(name, name)].argmin()),
+            config.bits,
+            layer.in_features,
+            config.group_size,
+        )
+        for name, layer in data.layers.items()
+    }
 
 
 def _broadcast_result(
@@ -140,10 +224,10 @@ def _broadcast_result(
     return replace(quantized, integers=integers, scale=scale, zero_point=zero_point), remainder
 
 
-def _figure(data: BlockData, own: Mapping[str, float]) -> dict[str, float]:
-    """Return, on every rank, a figure of each layer's Hessian, given those of the Hessians that this rank owns."""
+def _figure(data: BlockData, names: Sequence[str], own: Mapping[str, float]) -> dict[str, float]:
+    """Return, on every rank, a figure of some layers' Hessians, given those of the Hessians that this rank owns."""
     figures = {}
-    for name, leader in data.leader.items():
-        value = torch.tensor(own.get(leader, 0.0), dtype=torch.float64, device=data.runner.device)
+    for name in names:
+        value = torch.tensor(own.get(data.leader[name], 0.0), dtype=torch.float64, device=data.runner.device)
         figures[name] = float(data.ranks.send(data.owner[name], value))
     return figures

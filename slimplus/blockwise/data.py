@@ -9,10 +9,14 @@ from functools import cached_property, partial
 from torch import Tensor, nn
 
 from slimplus.distributed.ranks import Ranks
-from slimplus.models.architectures import find_linears
+from slimplus.models.architectures import find_linears, stack_of_layers
 from slimplus.models.block_arguments import BlockArguments
 from slimplus.models.streaming import BlockRunner
 from slimplus.quantization.salience_allocation import SEARCH_TOKENS
+
+HESSIAN_BYTES = 8 * 2**30
+"""Memory of the Hessians of experts that are summed at a time; 256 experts of 7168 columns have 98 GiB of them."""
+HESSIAN_ELEMENT = 8  # bytes of float64
 
 InputHook = Callable[[Tensor], None]
 """`(input of a layer) -> None`."""
@@ -60,16 +64,44 @@ class BlockData:
 
     @cached_property
     def leader(self) -> dict[str, str]:
-        """Layer → the first layer that reads the same tensor (q, k and v; gate and up): they share one Hessian."""
+        """Layer → the first layer that reads the same tensor (q, k and v; gate and up): they share one Hessian.
+
+        A layer with a number in its name, as an expert's, shares none: whether the first window reaches it differs
+        from rank to rank.
+        """
         seen: dict[str, Tensor] = {}
-        leader = {name: name for name in self.layers}  # of a layer that the first window does not reach
+        leader = {name: name for name in self.layers}
 
         def note(name: str, inputs: Tensor) -> None:
             seen[name] = inputs  # kept alive, so that no other tensor gets its address
             leader[name] = next(other for other, tensor in seen.items() if tensor is inputs)
 
-        self.capture_inputs({name: partial(note, name) for name in self.layers}, windows=1)
+        unnumbered = [name for name in self.layers if not any(part.isdigit() for part in name.split("."))]
+        self.capture_inputs({name: partial(note, name) for name in unnumbered}, windows=1)
         return leader
+
+    @cached_property
+    def stack(self) -> dict[str, str]:
+        """Layer of an expert → the name of the stack of layers of one shape that it belongs to."""
+        return stack_of_layers(self.block)
+
+    @cached_property
+    def chunks(self) -> list[list[str]]:
+        """The layers in parts whose Hessians are in memory together.
+
+        The first part holds all layers that are no expert's, each of the others as many experts as `HESSIAN_BYTES`
+        take.
+        """
+        chunks, size = [[name for name in self.layers if name not in self.stack]], 0
+        for name in self.layers:
+            if name in self.stack:
+                own = HESSIAN_ELEMENT * self.layers[name].in_features ** 2
+                if size + own > HESSIAN_BYTES and size:
+                    chunks.append([])
+                    size = 0
+                chunks[-1].append(name)
+                size += own
+        return chunks
 
     @cached_property
     def owner(self) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from slimplus.blockwise.swap import fake_quantized_block, trained_weights
 from slimplus.distributed.preemption import Preemption
 from slimplus.distributed.ranks import Ranks
 from slimplus.format.affine import QuantizedWeight, lost_to_storage
-from slimplus.models.architectures import find_linears
+from slimplus.models.architectures import expert_stacks, find_linears
 from slimplus.models.block_arguments import BlockArguments
 from slimplus.models.precision import with_remedy
 from slimplus.models.streaming import BlockRunner
@@ -150,6 +150,9 @@ class BlockQuantizer:
                 f"no calibration token reaches these input columns: {', '.join(dead)}; they are rounded to nearest "
                 "(more, or more varied, calibration text may reach them)"
             )
+        if result.tokens:
+            record["experts"] = expert_tokens(task.block, result.tokens)
+            record["events"] += dead_expert_events(record["experts"])
         weights = self._train(task, result, record) if self.trains else result.weights
         layers = find_linears(task.block)
         warning = storage_warning({name: (layers[name].weight, weight) for name, weight in weights.items()})
@@ -190,6 +193,30 @@ class BlockQuantizer:
         if fit.loss is not None:
             record["events"].append("training ended above the calibrated loss; the calibrated quantizers are kept")
         return result.weights
+
+
+def expert_tokens(block: nn.Module, tokens: Mapping[str, int]) -> dict[str, list[int]]:
+    """Return the calibration tokens that each expert has seen, by the name of the experts in the block.
+
+    Args:
+        block: the block.
+        tokens: expert's layer → number of tokens.
+    """
+    return {
+        name: [tokens[f"{name}.{stack.layout.up}.{expert}"] for expert in range(stack.count)]
+        for name, stack in expert_stacks(block).items()
+    }
+
+
+def dead_expert_events(experts: Mapping[str, Sequence[int]]) -> list[str]:
+    """Return a sentence that names the experts without any token, if there are some; see `expert_tokens`."""
+    dead = {name: [str(expert) for expert, count in enumerate(counts) if not count] for name, counts in experts.items()}
+    return [
+        f"no calibration token is sent to experts {', '.join(numbers)} of {name}; they are quantized for the inputs of "
+        "the other experts (more, or more varied, calibration text may reach them)"
+        for name, numbers in dead.items()
+        if numbers
+    ]
 
 
 def storage_warning(layers: Mapping[str, tuple[Tensor, QuantizedWeight]]) -> str | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics.text import Perplexity
 
 from slimplus.models.precision import overflow_remedy
-from slimplus.models.streaming import StreamedModel
+from slimplus.models.streaming import ReplaceBlock, StreamedModel
 from slimplus.utils.errors import InputError
 from slimplus.utils.progress import Track, untracked
 
@@ -28,6 +28,7 @@ def perplexity(
     observe: Observe | None = None,
     track: Track = untracked,
     counted: Tensor | None = None,
+    replace: ReplaceBlock | None = None,
 ) -> float:
     """Return the perplexity of a model on windows, for each token but a window's first, given those before it.
 
@@ -38,11 +39,12 @@ def perplexity(
         observe: function that sees the logits as well.
         track: iterates over the blocks.
         counted: which predictions count, `[windows, sequence_length - 1]`, bool; None counts all.
+        replace: returns the block to run in the place of each block.
 
     Raises:
         InputError: if the perplexity is NaN or infinite.
     """
-    logits = _streamed_logits(model, tokens, track)
+    logits = _streamed_logits(model, tokens, track, replace)
     measured = perplexity_of_logits(logits, tokens, model.runner.device, observe, counted)
     if not math.isfinite(measured):
         raise InputError(
@@ -52,9 +54,11 @@ def perplexity(
     return measured
 
 
-def _streamed_logits(model: StreamedModel, tokens: Tensor, track: Track) -> Iterator[Tensor]:
+def _streamed_logits(
+    model: StreamedModel, tokens: Tensor, track: Track, replace: ReplaceBlock | None
+) -> Iterator[Tensor]:
     """Yield the logits of one window after the other."""
-    hidden = model.last_hidden(model.block_inputs(tokens), track)
+    hidden = model.last_hidden(model.block_inputs(tokens), track, replace)
     for window, output in zip(tokens.split(1), hidden.split(1), strict=True):
         yield model.logits(window, output)
 

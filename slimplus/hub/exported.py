@@ -25,9 +25,12 @@ class PackedTensors:
 
     def __init__(self, contents: CheckpointContents) -> None:
         self._places: dict[str, Path] = {}
+        self._names: dict[str, list[str]] = {}  # of the tensors in each layer
         for file in [contents.folder / name for name in weight_file_names(contents.folder)]:
             with safe_open(file, framework="pt") as stored:
                 self._places |= dict.fromkeys(stored.keys(), file)
+        for name in self._places:
+            self._names.setdefault(name.rpartition(".")[0], []).append(name)
 
     def read(self, name: str) -> Tensor:
         """Return a tensor by its name in the files."""
@@ -41,7 +44,7 @@ class PackedTensors:
         Raises:
             InputError: if the layer's tensors are damaged.
         """
-        names = [name for name in self._places if name.rpartition(".")[0] == layer.name and not name.endswith(".bias")]
+        names = [name for name in self._names.get(layer.name, []) if not name.endswith(".bias")]
         tensors = {name.rpartition(".")[2]: self.read(name) for name in names}
         try:
             check_packed(tensors, (layer.rows, layer.columns), layer.group_size)

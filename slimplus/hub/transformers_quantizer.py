@@ -6,7 +6,7 @@ may import only what `transformers.quantizers` imports as well.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -34,6 +34,7 @@ from slimplus.models.architectures import embedding_scale, linear_shape
 from slimplus.models.exact import not_finite
 from slimplus.nn import PackedEmbedding, PackedLinear, TiedHead, prepare_inference
 from slimplus.nn.dequantize import replace_packed_layers
+from slimplus.nn.expert_stack import ExpertStack, expert_layout
 from slimplus.nn.packed_linear import offloading_hook
 
 if TYPE_CHECKING:
@@ -181,6 +182,7 @@ def swap_packed_layers(model: PreTrainedModel, config: SlimplusConfig) -> None:
     Raises:
         ValueError: naming the layer, if the model has no such layer, or the layer has another shape.
     """
+    _take_up_experts(model, config.modules)
     for name, counts in config.modules.items():
         try:
             with torch.device("meta"):
@@ -200,6 +202,24 @@ def swap_packed_layers(model: PreTrainedModel, config: SlimplusConfig) -> None:
     if getattr(model.config, "tie_word_embeddings", False) and head is not None:
         model.set_output_embeddings(TiedHead(embedding, head.bias))
         model._tied_weights_keys, model.all_tied_weights_keys = {}, {}  # transformers can tie only ordinary weights
+
+
+def _take_up_experts(model: nn.Module, names: Collection[str]) -> None:
+    """Replace modules of experts, of which `names` holds the packed layers, by linear layers for each expert.
+
+    Raises:
+        ValueError: if some experts of a module are packed and others are not.
+    """
+    named = {name.rpartition(".")[0] for name in names}
+    for name, module in list(model.named_modules()):
+        layout = expert_layout(module)
+        if layout is None or named.isdisjoint(f"{name}.{projection}" for projection in layout.projections):
+            continue
+        count = len(module.get_parameter(layout.up))
+        expected = (f"{name}.{projection}.{expert}" for projection in layout.projections for expert in range(count))
+        if missing := next((layer for layer in expected if layer not in names), None):
+            raise ValueError(f"quantization_config.modules lacks {missing}, one of {count} experts")
+        model.set_submodule(name, ExpertStack(module))
 
 
 def _refuse_resizing(*_: Any, **__: Any) -> None:

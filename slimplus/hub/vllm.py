@@ -94,6 +94,10 @@ class PackedConfig(QuantizationConfig):
                     f"{prefix}: vLLM takes no packed embedding or head; quantize with "
                     "quantization.embedding_bits=null quantization.head_bits=null"
                 )
+            if any(name.startswith(f"{prefix}.") and name.rpartition(".")[2].isdigit() for name in self.modules):
+                raise ValueError(
+                    f"{prefix}: vLLM takes no packed experts; serve what `slimplus export --to dense` writes"
+                )
             return None
         names = self._layer_names(prefix)
         packed = [name for name in names if name in self.modules]

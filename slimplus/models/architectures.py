@@ -16,6 +16,7 @@ from torch import nn
 
 from slimplus.models.shrink import number_of_blocks
 from slimplus.models.towers import carried_over, is_inside, towers
+from slimplus.nn.expert_stack import ExpertStack, expert_layout
 from slimplus.utils.errors import InputError
 
 if TYPE_CHECKING:  # transformers imports this package while it is being imported itself
@@ -119,6 +120,11 @@ def reason_to_skip(name: str, layer: nn.Linear) -> str | None:
     """Return why a linear layer of a block stays at 16 bit, or None for a layer that gets packed."""
     if layer.out_features < MIN_ROWS:
         return f"fewer than {MIN_ROWS} rows"
+    return skipped_by_name(name)
+
+
+def skipped_by_name(name: str) -> str | None:
+    """Return why a layer of a block stays at 16 bit by its name, or None."""
     for reason, globs in SKIPPED.items():
         if any(fnmatchcase(name, glob) for glob in globs):
             return reason
@@ -146,7 +152,7 @@ def left_out(block: nn.Module) -> dict[str, str]:
             if type(module) is nn.Linear:
                 reason = reason_to_skip(name, module) or ""
             elif parameter.dim() == 3 and "expert" in f"{name}.{key}":
-                reason = f"a stack {list(parameter.shape)} of experts' weights"
+                reason = f"a stack {list(parameter.shape)} of experts' weights, whose layout is not known"
             else:
                 reason = f"a {type(module).__name__}, not a linear layer"
             reasons[f"{name}.{key}".removeprefix(".")] = reason
@@ -161,12 +167,15 @@ def packed_share(model: PreTrainedModel) -> float:
 
 
 def plain_linears(model: PreTrainedModel) -> PreTrainedModel:
-    """Replace the layers of blocks that multiply as `nn.Linear` does by `nn.Linear`, and return the model.
+    """Replace what multiplies as `nn.Linear` does in the blocks by `nn.Linear`, and return the model.
 
-    A weight that is stored transposed (`Conv1D` of GPT-2) becomes a view `[out, in]` of the same memory.
+    A weight that is stored transposed (`Conv1D` of GPT-2) becomes a view `[out, in]` of the same memory. So do the
+    weights of experts, a view for each expert, see `ExpertStack`.
     """
     blocks = find_blocks(model)
     for name, module in list(blocks.named_modules()):
+        if _packs_experts(name.partition(".")[2], module):
+            blocks.set_submodule(name, ExpertStack(module))
         if (transposed := LINEAR_CLASSES.get(type(module).__name__)) is None:
             continue
         weight: Any = module.weight
@@ -176,6 +185,33 @@ def plain_linears(model: PreTrainedModel) -> PreTrainedModel:
         if reason_to_skip(name.partition(".")[2], linear) is None:
             blocks.set_submodule(name, linear.train(module.training))
     return model
+
+
+def _packs_experts(name: str, module: nn.Module) -> bool:
+    """Return whether a module of a block holds experts of a known layout, whose layers all get packed."""
+    layout = expert_layout(module)
+    if layout is None:
+        return False
+    rows = (getattr(module, key).shape[2 if layout.transposed else 1] for key in layout.projections)
+    return min(rows) >= MIN_ROWS and not any(skipped_by_name(f"{name}.{key}.0") for key in layout.projections)
+
+
+def expert_stacks(module: nn.Module) -> dict[str, ExpertStack]:
+    """Return the experts in a module by their dotted names."""
+    return {name: child for name, child in module.named_modules() if isinstance(child, ExpertStack)}
+
+
+def stack_of_layers(module: nn.Module) -> dict[str, str]:
+    """Return the name of the projection that each expert's layer belongs to, by the layer's name in a module.
+
+    The layers of a projection have the same shape, and keep equal numbers of groups of each width.
+    """
+    return {
+        f"{name}.{projection}.{expert}": f"{name}.{projection}".removeprefix(".")
+        for name, stack in expert_stacks(module).items()
+        for projection in stack.layout.projections
+        for expert in range(stack.count)
+    }
 
 
 def quantized_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:

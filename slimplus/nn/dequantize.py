@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from slimplus.nn.expert_stack import ExpertStack
 from slimplus.nn.packed_embedding import PackedEmbedding, TiedHead
 from slimplus.nn.packed_linear import PackedLinear
 
@@ -12,7 +13,8 @@ from slimplus.nn.packed_linear import PackedLinear
 def replace_packed_layers(module: nn.Module, dtype: torch.dtype) -> None:
     """Replace the packed layers in a module by frozen ordinary ones of `dtype`, wherever they lie, one at a time.
 
-    A head that is tied to a packed embedding shares the weight of the ordinary one.
+    A head that is tied to a packed embedding shares the weight of the ordinary one. Experts become one module again, as
+    transformers has them, unless adapters lie on them.
 
     Args:
         module: a module with packed layers, not a packed layer itself.
@@ -28,6 +30,9 @@ def replace_packed_layers(module: nn.Module, dtype: torch.dtype) -> None:
             module.set_submodule(name, _tied_linear(layer, embeddings[id(layer.embedding)]))
         elif isinstance(layer, PackedLinear):
             module.set_submodule(name, layer.to_linear(dtype))
+    for name, stack in list(module.named_modules()):
+        if isinstance(stack, ExpertStack) and stack.is_ordinary:
+            module.set_submodule(name, stack.fused())
 
 
 def _tied_linear(head: TiedHead, embedding: nn.Embedding) -> nn.Linear:

@@ -18,8 +18,10 @@ from slimplus.models.architectures import (
     left_out,
     packed_share,
     quantized_linears,
+    stack_of_layers,
 )
 from slimplus.quantization.knapsack import check_budget, costs_and_budget
+from slimplus.quantization.stack_allocation import pool_costs
 from slimplus.recipe.schema import QuantizationSection, Recipe
 from slimplus.run_dir.allocation_file import average_bits, check_allocation, read_allocation
 from slimplus.utils.errors import InputError
@@ -64,7 +66,7 @@ def check_packed_share(model: PreTrainedModel, allow_unpacked: bool) -> None:
         return
     reasons = Counter(reason for block in find_blocks(model) for reason in left_out(block).values())
     experts = any("experts" in reason for reason in reasons)
-    why = "the others are stacks of experts, which stay at 16 bit" if experts else "`slimplus check` names the others"
+    why = "experts of its layout stay at 16 bit" if experts else "`slimplus check` names the others"
     raise InputError(
         f"model.path: only {share:.1%} of the weights in the blocks of this {model.config.model_type} model can be "
         f"packed: {why}; set model.allow_unpacked=true to quantize these alone"
@@ -122,12 +124,15 @@ def check_widths(model: PreTrainedModel, settings: QuantizationSection) -> None:
     if settings.allocates_by not in ("block", "model"):
         return
     size, widths = settings.size_bytes, settings.widths
-    by_block = settings.allocates_by == "block"
-    for layers in map(find_linears, find_blocks(model)) if by_block else (quantized_linears(model),):
+    parts = find_blocks(model) if settings.allocates_by == "block" else (model,)
+    for part in parts:
+        layers = quantized_linears(model) if part is model else find_linears(part)
+        stack = stack_of_layers(part)
         shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
         costs, budget = costs_and_budget(shapes, settings.bits, settings.group_size, widths, size, settings.scale_bits)
+        pooled = pool_costs(costs, stack)
         try:
-            check_budget(costs.values(), widths, budget, exact=size is None)
+            check_budget(pooled.values(), widths, budget, exact=size is None)
         except ValueError as error:
             if size is not None:
                 raise InputError(

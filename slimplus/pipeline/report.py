@@ -29,6 +29,7 @@ def results_table(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("average bits", f"{metrics['average_bits']:.3f}{share_text(metrics)}"),
         ("bits per weight, all that is stored", f"{metrics['bits_per_weight']:.3f}"),
         *_embedding_and_head_row(metrics),
+        *_expert_rows(metrics),
         (
             "checkpoint",
             f"{format_bytes(metrics['size_bytes'])}, {metrics['compression']:.2f} times smaller than at 16 bit",
@@ -57,6 +58,19 @@ def _embedding_and_head_row(metrics: Mapping[str, Any]) -> list[tuple[str, str]]
     """Return the row of the packed layers outside the blocks, if there are any."""
     bits = ", ".join(f"{name} {bits} bits" for name, bits in metrics["outer_bits"].items())
     return [("packed outside the blocks", f"{bits}: {format_bytes(metrics['outer_bytes'])}")] if bits else []
+
+
+def _expert_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the rows on a mixture's experts, if there are any; runs of earlier versions do not tell of them."""
+    rows = []
+    if (coverage := metrics.get("experts")) is not None:
+        dead = [f"{', '.join(map(str, experts))} of {name}" for name, experts in coverage["dead"].items()]
+        unseen = f"; none for experts {'; '.join(dead)}" if dead else ""
+        tokens = f"at least {coverage['tokens_least']:,}, median {coverage['tokens_median']:,.0f}{unseen}"
+        rows.append(("calibration tokens of an expert", tokens))
+    if (agreement := metrics.get("routing_agreement")) is not None:
+        rows.append(("experts chosen as at full precision", f"{agreement:.1%}"))
+    return rows
 
 
 def tables_of(metrics: Mapping[str, Any]) -> list[Cells]:

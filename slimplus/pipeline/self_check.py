@@ -140,11 +140,12 @@ def _self_check(given: _Configuration) -> None:
     try:
         with _quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
-            _check_weights(build_on_meta(config))
-            model = _small_model(config)
+            whole = build_on_meta(config)
+            _check_weights(whole)
+            model = _small_model(config, _kinds(whole))
             tokens = torch.randint(model.config.get_text_config().vocab_size, (2, LENGTH))
             _check_streaming(model, tokens)
-            _check_packing(model, tokens)
+            _check_packing(plain_linears(model), tokens)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"model.path: architecture '{name}' is not supported: {error}") from error
     except ERRORS as error:
@@ -179,20 +180,19 @@ def _kinds(model: PreTrainedModel) -> list[tuple[object, ...]]:
     ]
 
 
-def _small_model(config: PretrainedConfig) -> PreTrainedModel:
-    """Return a random float32 model with the first blocks of every kind.
+def _small_model(config: PretrainedConfig, kinds: list[tuple[object, ...]]) -> PreTrainedModel:
+    """Return a random float32 model with the first blocks of every kind, of which `kinds` names each block's.
 
     Raises:
         UnsupportedModelError: if no model of the architecture is small enough.
     """
-    kinds = _kinds(build_on_meta(config))
     count = min(max(max(kinds.index(kind) for kind in kinds) + 1, 2), len(kinds), MOST_BLOCKS)
     small = shrink(config, count)
     weights = sum(parameter.numel() for parameter in build_on_meta(small).parameters())
     if weights > MOST_WEIGHTS:
         raise UnsupportedModelError(f"the smallest model of it that can be tried has {weights:,} weights")
     kind = auto_class(small.to_dict())
-    model = plain_linears(kind.from_config(small, dtype=torch.float32)).eval().requires_grad_(False)
+    model = kind.from_config(small, dtype=torch.float32).eval().requires_grad_(False)
     for parameter in model.parameters():  # gains of one and biases of zero would hide what is not applied
         if parameter.is_floating_point():
             parameter += 0.02 * torch.randn(parameter.shape)
@@ -211,10 +211,13 @@ def _check_weights(model: PreTrainedModel) -> None:
 
 
 def _check_streaming(model: PreTrainedModel, tokens: Tensor) -> None:
-    """Compare what blocks give one by one with what they give within the model, windows apart and together."""
+    """Compare what blocks give one by one with what they give within the model, windows apart and together.
+
+    The blocks that are run one by one have linear layers in the place of other layers and of experts.
+    """
     expected, logits = _outputs_of_blocks(model, tokens)
     for windows in (1, 2):
-        streamed = StreamedModel(deepcopy(model), BlockRunner(torch.device("cpu"), "32-true", windows))
+        streamed = StreamedModel(plain_linears(deepcopy(model)), BlockRunner(torch.device("cpu"), "32-true", windows))
         inputs = streamed.block_inputs(tokens)
         hidden = inputs.hidden
         for index, hidden in enumerate(streamed.forward_blocks(inputs)):  # noqa: B007, the last one is used below

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from slimplus.format.affine import uniform_bits
 from slimplus.quantization.gptq import quantize_weight
-from slimplus.quantization.salience import HessianAccumulator, invert_hessian
+from slimplus.quantization.salience import SHRINKAGE, HessianAccumulator, invert_hessian
 from slimplus.quantization.salience_calibration import CalibrationConfig, calibrate_group
 
 # Fewer steps over wider ranges than in calibration: widths are compared here, so no grid has to be the best one.
@@ -42,6 +42,34 @@ class GradientStatistics:
         squares = gradient.float().square()
         self.inputs.add(inputs.float() * squares.sum(-1, keepdim=True).sqrt())
         self.rows += squares.flatten(0, -2).sum(0)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return self.inputs.tokens
+
+    @tokens.setter
+    def tokens(self, tokens: int) -> None:
+        self.inputs.tokens = tokens
+
+    def merge(self, other: GradientStatistics) -> None:
+        """Add the tokens that `other` has seen."""
+        self.inputs.merge(other.inputs)
+        self.rows += other.rows
+
+    def shrunk(self, shared: GradientStatistics) -> GradientStatistics:
+        """Return the statistics of an expert, shrunk to those of all experts, `shared`, as `shrunk_hessian` does.
+
+        They are those of as many tokens as the expert has seen, so that a group that few tokens reach costs little.
+        """
+        rows, columns = len(self.rows), len(self.inputs.total)
+        prior = SHRINKAGE * columns
+        result = GradientStatistics(columns, rows, self.rows.device)
+        share, count = prior / max(shared.tokens, 1), max(self.tokens, 1) / (self.tokens + prior)
+        result.inputs.total = (self.inputs.total + share * shared.inputs.total) * count
+        result.rows = self.rows + share * shared.rows
+        result.tokens = self.tokens
+        return result
 
 
 def group_sensitivity(

@@ -27,8 +27,8 @@ SLOW = (
     *("apertus", "bamba", "bloom", "cohere", "cohere2", "deepseek_v3", "ernie4_5", "exaone4", "falcon", "falcon_h1"),
     *("falcon_mamba", "gemma", "gemma2", "gemma4_text", "glm", "glm4", "gpt_bigcode", "gpt_neo", "gpt_neox"),
     *("gpt_oss", "gptj", "granite", "helium", "jamba", "lfm2", "llama4_text", "mamba", "minicpm3", "mpt", "olmo"),
-    *("olmo2", "olmo3", "persimmon", "phi", "phi3", "qwen3_5_text", "qwen3_moe", "qwen3_next", "seed_oss", "smollm3"),
-    *("stablelm", "starcoder2", "xglm"),
+    *("olmo2", "olmo3", "olmoe", "persimmon", "phi", "phi3", "qwen3_5_text", "qwen3_moe", "qwen3_next", "seed_oss"),
+    *("smollm3", "stablelm", "starcoder2", "xglm"),
 )
 BLOCKS = {"jamba": 5, "qwen3_next": 4, "qwen3_5_text": 4}
 """Number of blocks of a whole run where two are none with attention, which transformers needs in order to generate."""
@@ -66,7 +66,7 @@ def test_a_whole_run_of_an_architecture(arguments: Arguments, make_model: Any, t
     tokenizer.save_pretrained(folder)
     keys = ["quantization.method=rtn", "quantization.bits=4", "quantization.group_size=64"]
     out = tmp_path / "run"
-    run(arguments(out, *keys, "model.allow_unpacked=true", model=folder))
+    run(arguments(out, *keys, model=folder))
     packed: Any = AutoModelForCausalLM.from_pretrained(out / "packed", dtype=torch.float32)
     calibrated = plain_linears(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
     layers = {name: layer for name, layer in packed.named_modules() if isinstance(layer, PackedLinear)}
@@ -79,19 +79,20 @@ def test_a_whole_run_of_an_architecture(arguments: Arguments, make_model: Any, t
     written = packed.generate(tokens[:1], max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
     assert written.shape == (1, 28)
     metrics = read_metrics(out)
-    assert metrics["packed_share"] == packed_share(calibrated) or model_type == "mixtral"
+    assert metrics["packed_share"] == packed_share(calibrated)
     assert f"of the {metrics['packed_share']:.1%} of the weights" in (out / "summary.txt").read_text()
 
 
 def test_experts_are_not_left_out_in_silence(arguments: Arguments, tmp_path: Path, make_model: Any) -> None:
-    values = json.dumps({"model_type": "mixtral"}).replace('"', "")
+    """Those of LongCat, whose layout is not known."""
+    values = json.dumps({"model_type": "longcat_flash"}).replace('"', "")
     dry = arguments(tmp_path / "run", "dry_run=true", "model.config=" + values.replace(":", ": "))
     with pytest.raises(
-        InputError, match=r"only 2\.9% of the weights in the blocks of this mixtral model can be packed"
+        InputError, match=r"only 2\.4% of the weights in the blocks of this longcat_flash model can be packed"
     ):
         _dry_run(dry)
     plan = _dry_run([*dry, "model.allow_unpacked=true"])
-    assert "average bits               2.000, of the 2.9% of the weights in the blocks that are packed" in plan
+    assert "average bits               2.000, of the 2.4% of the weights in the blocks that are packed" in plan
 
 
 def _dry_run(arguments: list[str]) -> str:

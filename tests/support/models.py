@@ -37,6 +37,14 @@ TINY = {
         "num_key_value_heads": 2,
         "head_dim": 16,
     },
+    "mixtral": {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+    },
     "opt": {
         "hidden_size": 64,
         "ffn_dim": 128,
@@ -62,7 +70,7 @@ def save_tiny_model(folder: Path, model_type: str, blocks: int, sizes: dict[str,
     for parameter in model.parameters():
         if parameter.dim() > 1:
             # Larger than usual, or the logits say nothing; columns of different size, or mixing bits never pays.
-            parameter.data *= 4 * torch.exp(torch.randn(parameter.shape[1]))
+            parameter.data *= 4 * torch.exp(torch.randn(parameter.shape[-1]))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from slimplus.evaluation.divergence import Comparison, Recorder, TopPredictions
 from slimplus.evaluation.generation import continue_text
 from slimplus.evaluation.perplexity import perplexity
+from slimplus.evaluation.routing import RoutingRecorder, matches
 from slimplus.evaluation.texts import EvaluationText
 from slimplus.hub.checkpoint import load
 from slimplus.models.streaming import StreamedModel
@@ -19,6 +21,7 @@ from slimplus.utils.errors import named_first_line
 
 logger = logging.getLogger(__name__)
 
+ROUTING = "routing."  # before the names of tensors in PREDICTIONS that hold the experts of each token
 PROMPT = "The history of the city begins"
 # What `generate` and tokenizers raise, some of which belong to the model: the figures of a finished run matter more.
 GENERATION_ERRORS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, AssertionError)
@@ -38,24 +41,42 @@ def measure_full_precision(job: Job) -> None:
 def _record_predictions(job: Job, index: int, text: EvaluationText) -> None:
     """Measure the full-precision model on a text, and keep its predictions."""
     recorder = Recorder()
-    _note_perplexity(job, index, "full", _perplexity(job, job.model, text, "full precision", recorder))
-    predictions = recorder.predictions()
+    with RoutingRecorder() as routing:
+        measured = _perplexity(job, job.model, text, "full precision", recorder, routing)
+    _note_perplexity(job, index, "full", measured)
+    predictions, length = recorder.predictions(), text.tokens.shape[1]
     tensors = {
-        "tokens": _gather(job, text, predictions.tokens),
-        "log_probabilities": _gather(job, text, predictions.log_probabilities),
+        "tokens": _gather(job, text, predictions.tokens, length - 1),
+        "log_probabilities": _gather(job, text, predictions.log_probabilities, length - 1),
     }
+    for name, chosen in routing.chosen().items():
+        tensors[f"{ROUTING}{name}"] = _gather(job, text, chosen, length)
     if job.fabric.is_global_zero:
         job.run.save_tensors(numbered(PREDICTIONS, index), tensors, text.fingerprint)
     job.fabric.barrier()
 
 
 def _perplexity(
-    job: Job, model: StreamedModel, text: EvaluationText, name: str, observer: Recorder | Comparison
+    job: Job,
+    model: StreamedModel,
+    text: EvaluationText,
+    name: str,
+    observer: Recorder | Comparison,
+    routing: RoutingRecorder,
 ) -> float:
-    """Return the perplexity of a model on all ranks' windows of a text; the observer sees this rank's logits."""
+    """Return the perplexity of a model on all ranks' windows of a text.
+
+    The observer sees the logits of this rank's windows, and `routing` the experts that their tokens are sent to.
+    """
     description = name if len(job.evaluation_texts) == 1 else f"{name}, {text.config.path}"
     return perplexity(
-        model, job.shard(text.tokens), description, observer.add, job.progress.track, job.shard(text.counted)
+        model,
+        job.shard(text.tokens),
+        description,
+        observer.add,
+        job.progress.track,
+        job.shard(text.counted),
+        routing.watch,
     )
 
 
@@ -66,19 +87,27 @@ def _note_perplexity(job: Job, index: int, model: str, measured: float) -> None:
         job.metrics["perplexity"][model] = measured
 
 
-def _gather(job: Job, text: EvaluationText, predictions: Tensor) -> Tensor:
-    """Return all ranks' values of predictions by window, `[windows, predictions, ...]`, from this rank's in a row."""
-    windows, length = text.tokens.shape
-    rows = predictions.unflatten(0, (-1, length - 1)).to(job.runner.device)
-    return job.ranks.gather(rows, windows).cpu()
+def _gather(job: Job, text: EvaluationText, values: Tensor, count: int) -> Tensor:
+    """Return all ranks' values by window, `[windows, count, ...]`, from this rank's, `count` a window, in a row."""
+    rows = values.unflatten(0, (-1, count)).to(job.runner.device)
+    return job.ranks.gather(rows, len(text.tokens)).cpu()
 
 
-def _comparison(job: Job, index: int, text: EvaluationText) -> Comparison:
-    """Return the comparison of this rank's windows with the full-precision model's predictions."""
+def _full_precision(job: Job, index: int, text: EvaluationText) -> dict[str, Tensor]:
+    """Return what is kept of the full-precision model on this rank's windows of a text, in a row."""
     tensors = job.run.load_tensors(numbered(PREDICTIONS, index), text.fingerprint)
     assert tensors is not None
-    parts = {name: job.shard(tensor).flatten(0, 1) for name, tensor in tensors.items()}
-    return Comparison(TopPredictions(parts["tokens"], parts["log_probabilities"]))
+    return {name: job.shard(tensor).flatten(0, 1) for name, tensor in tensors.items()}
+
+
+def _routing_agreement(job: Job, found: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> float | None:
+    """Return the share of the full-precision model's choices of experts that the packed model makes, of all ranks."""
+    expected = {name.removeprefix(ROUTING): chosen for name, chosen in kept.items() if name.startswith(ROUTING)}
+    if not expected:
+        return None
+    counts = torch.tensor(matches(found, expected), dtype=torch.int64, device=job.runner.device)
+    agreeing, total = job.ranks.sum(counts).tolist()
+    return agreeing / max(total, 1)
 
 
 def measure_packed(job: Job) -> None:
@@ -104,13 +133,19 @@ def measure_packed(job: Job) -> None:
 def _compare(job: Job, index: int, model: StreamedModel) -> None:
     """Measure the packed model on a text: perplexity, and divergence from full precision."""
     text = job.evaluation_texts[index]
-    comparison = _comparison(job, index, text)
-    _note_perplexity(job, index, "quantized", _perplexity(job, model, text, "packed", comparison))
+    kept = _full_precision(job, index, text)
+    comparison = Comparison(TopPredictions(kept["tokens"], kept["log_probabilities"]))
+    with RoutingRecorder() as routing:
+        measured = _perplexity(job, model, text, "packed", comparison, routing)
+    _note_perplexity(job, index, "quantized", measured)
     found = torch.stack([torch.cat(comparison.divergences), torch.cat(comparison.agreements).double()], -1)
-    divergences, agreements = _gather(job, text, found).flatten(0, 1).unbind(-1)
+    divergences, agreements = _gather(job, text, found, text.tokens.shape[1] - 1).flatten(0, 1).unbind(-1)
     job.metrics["texts"][index]["divergence"] = text.divergence(divergences, agreements)
+    agreement = _routing_agreement(job, routing.chosen(), kept)
     if index == 0:
         job.metrics["divergence"] = job.metrics["texts"][0]["divergence"]
+        if agreement is not None:
+            job.metrics["routing_agreement"] = agreement
     job.metrics.checkpoint()
 
 

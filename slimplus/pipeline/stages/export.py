@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import torch
@@ -89,6 +90,24 @@ class PackingSummary:
         """Average width of a weight in the blocks."""
         return self.weight_bits / self.weights
 
+    @property
+    def expert_coverage(self) -> dict[str, Any] | None:
+        """Calibration tokens that the experts have seen, and those that saw none; None for a model without experts."""
+        counts = {
+            f"block {index}, {name}": own
+            for index, record in enumerate(self.records)
+            for name, own in record.get("experts", {}).items()
+        }
+        if not counts:
+            return None
+        every = [count for own in counts.values() for count in own]
+        dead = {name: [expert for expert, count in enumerate(own) if not count] for name, own in counts.items()}
+        return {
+            "tokens_least": min(every),
+            "tokens_median": median(every),
+            "dead": {name: experts for name, experts in dead.items() if experts},
+        }
+
     def figures(self, size_bytes: int, full_bytes: int) -> dict[str, Any]:
         """Return the entries of metrics.json on a checkpoint of `size_bytes`, of a model of `full_bytes` at 16 bit."""
         return {
@@ -100,6 +119,7 @@ class PackingSummary:
             "size_bytes": size_bytes,
             "full_size_bytes": full_bytes,
             "compression": full_bytes / size_bytes,
+            **({"experts": coverage} if (coverage := self.expert_coverage) else {}),
             "blocks": self.records,
         }
 

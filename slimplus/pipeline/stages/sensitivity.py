@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from slimplus.blockwise.data import BlockData, search_windows
-from slimplus.blockwise.sensitivity import OutputGradient, backward_statistics, block_tables
-from slimplus.models.architectures import quantized_linears
+from slimplus.blockwise.sensitivity import OutputGradient, block_sensitivity
+from slimplus.models.architectures import quantized_linears, stack_of_layers
 from slimplus.models.precision import with_remedy
 from slimplus.pipeline.job import Job
-from slimplus.quantization.knapsack import allocate, costs_and_budget
+from slimplus.quantization.knapsack import costs_and_budget
+from slimplus.quantization.stack_allocation import allocate_stacks
 from slimplus.run_dir.directory import SENSITIVITY
 from slimplus.utils.errors import InputError
 
@@ -69,8 +70,8 @@ def _run_backwards(job: Job) -> dict[str, Tensor]:
         salience = gradients.square().sum((0, 1)).double().to(runner.device)  # ranks sum on their devices
         channels.append(ranks.sum(salience).float().cpu())
         data = BlockData(runner.load(job.model.blocks[index]), hidden[index], inputs.arguments[index], runner, ranks)
-        statistics, gradients = backward_statistics(data, windows, _output_gradient(gradients))
-        for name, table in block_tables(data, statistics, settings.widths, settings).items():
+        own, gradients = block_sensitivity(data, windows, _output_gradient(gradients), settings)
+        for name, table in own.items():
             tables[f"{job.block_names[index]}.{name}"] = table.cpu()
     return tables | {"channels": torch.stack(channels[::-1])}
 
@@ -90,7 +91,8 @@ def _allocate(job: Job, tables: Mapping[str, Tensor]) -> dict[str, list[int]]:
     )
     losses = {name: tables[name] for name in shapes}
     try:
-        found = allocate(losses, costs, settings.widths, budget, exact=size is None)
+        stack = stack_of_layers(job.model.model)
+        found = allocate_stacks(losses, costs, settings.widths, budget, exact=size is None, stack=stack)
     except ValueError as error:
         raise InputError(f"quantization.allocation: {error}") from error
     job.metrics["allocation_gap"] = found.gap
