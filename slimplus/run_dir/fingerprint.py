@@ -21,6 +21,7 @@ from slimplus.recipe.schema import keys as recipe_keys
 # Keys that may change between the starts of one run: they say where it runs, what is measured, or what comes later.
 FREE_KEYS = (
     *("run_dir", "resume", "dry_run", "data.evaluation", "trainer.checkpoint_seconds"),
+    *("data.cache_gigabytes", "data.cache_dir"),
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.offload"),
     "trainer.logger",
     "model.revision",  # a name of the commit that `weights_digest` gives
