@@ -35,7 +35,7 @@ def trained(layer: nn.Module, inputs: Tensor, autocast: bool) -> list[Tensor]:
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
         output = layer(inputs)
     (output.float() * torch.linspace(-1, 1, OUT)).square().sum().backward()
-    return [output, inputs.grad, *(p.grad for p in layer.parameters() if p.grad is not None)]  # type: ignore[list-item]
+    return [output, inputs.grad, *(p.grad for p in layer.parameters() if p.grad is not None)]
 
 
 @pytest.mark.parametrize("columns", [IN, 192])
