@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -15,6 +16,8 @@ from tests.support.processes import ROOT
 
 STATUS = Path("/proc/self/status")
 SECONDS = 0.01  # between two samples
+AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""What makes glibc give freed memory back to the system, instead of keeping it for what is asked for next."""
 
 
 def anonymous_bytes() -> int:
@@ -26,7 +29,9 @@ def anonymous_bytes() -> int:
 def peaks_of_run(arguments: list[str], timeout: float = 600) -> dict[str, int]:
     """Stage → most bytes of anonymous memory during it, of a run in a process of its own."""
     command = [sys.executable, "-m", "tests.support.memory", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | AT_ONCE, capture_output=True, text=True, timeout=timeout, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     peaks: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     return peaks
