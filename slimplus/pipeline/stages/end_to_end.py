@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 
 import torch
@@ -34,6 +35,7 @@ def train_end_to_end(job: Job) -> None:
         job.forget_checkpoint()
         with job.metrics.stage("end_to_end"):
             found = _train(job, parent_hash)
+            gc.collect()  # checkpointing made cycles, which would keep the student in memory
     else:
         logger.info("end_to_end: found in %s, skipped", job.run.root)
     job.tuned, job.metrics["end_to_end"] = found
