@@ -112,16 +112,29 @@ def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
         ]
         if parts:
             packed[f"qplane{plane}"] = torch.cat(parts)
-    steps = torch.exp2((MAX_BITS - bits).float())
-    if weight.scale_bits == 8:
-        codes, exponents = encode_scales(weight.scale)
-        packed["scales"] = torch.cat([_stored(codes, rows)[order], _stored(exponents, rows)])
-    else:
-        packed["scales"] = _stored(weight.scale, rows)[order].to(torch.float16)
-    packed["zeros"] = _stored(weight.zero_point * steps, rows)[order].to(torch.uint8)
+    packed |= pack_grid(weight.scale, weight.zero_point, bits, weight.scale_bits)
     packed["group_index"] = order.to(torch.int16)
     packed["group_bits"] = bits[order].to(torch.uint8)
     return {name: tensor.cpu().contiguous() for name, tensor in packed.items()}
+
+
+def pack_grid(scale: Tensor, zero_point: Tensor, bits: Tensor, scale_bits: int) -> dict[str, Tensor]:
+    """Return the packed tensors `scales` and `zeros`, on the device of the scales.
+
+    Args:
+        scale: scales that can be stored, `[out, groups]`.
+        zero_point: zero points that can be stored, `[out, groups]`.
+        bits: widths of the groups, `[groups]`, on the same device.
+        scale_bits: bits of a scale.
+    """
+    rows, order = padded_rows(len(scale)), torch.argsort(bits, stable=True)
+    steps = torch.exp2((MAX_BITS - bits).float())
+    if scale_bits == 8:
+        codes, exponents = encode_scales(scale)
+        scales = torch.cat([_stored(codes, rows)[order], _stored(exponents, rows)])
+    else:
+        scales = _stored(scale, rows)[order].to(torch.float16)
+    return {"scales": scales, "zeros": _stored(zero_point * steps, rows)[order].to(torch.uint8)}
 
 
 def unpack(packed: Mapping[str, Tensor], out_features: int, in_features: int, group_size: int) -> QuantizedWeight:
@@ -134,7 +147,24 @@ def unpack(packed: Mapping[str, Tensor], out_features: int, in_features: int, gr
         group_size: columns a group.
     """
     stored_bits, index = packed["group_bits"].int(), packed["group_index"].long()
-    groups, rows = packed["zeros"].shape
+    inverse = torch.argsort(index)
+    bits = stored_bits[inverse]
+    scales, scale_bits = packed["scales"], stored_scale_bits(packed)
+    if scale_bits == 8:
+        scales = decode_scales(scales[:-1], scales[-1:])
+    scale = scales[inverse].T[:out_features].float()
+    zero_point = packed["zeros"][inverse].T[:out_features].float() / torch.exp2((MAX_BITS - bits).float())
+    integers = unpack_integers(packed, out_features, in_features, group_size)
+    return QuantizedWeight(integers, scale, zero_point, bits, group_size, scale_bits)
+
+
+def unpack_integers(packed: Mapping[str, Tensor], out_features: int, in_features: int, group_size: int) -> Tensor:
+    """Return the integers `[out, in]`, uint8, of the weight that `pack` was given.
+
+    The arguments are those of `unpack`; of the packed tensors, `scales` and `zeros` are not needed.
+    """
+    stored_bits, index = packed["group_bits"].int(), packed["group_index"].long()
+    groups, rows = len(index), padded_rows(out_features)
     shape = (8, group_size // COLUMNS_PER_CONTAINER, 2, rows)
     columns = torch.empty(groups, *shape, dtype=torch.uint8, device=index.device)
     taken = dict.fromkeys(PLANES, 0)
@@ -146,15 +176,7 @@ def unpack(packed: Mapping[str, Tensor], out_features: int, in_features: int, gr
                 taken[plane] += (stop - start) * _word_rows(plane) * shape[1]
                 _unpack_plane(packed[f"qplane{plane}"][first : taken[plane]], plane, _offset(width, plane), segment)
         columns[index[start:stop]] = segment
-    inverse = torch.argsort(index)
-    bits = stored_bits[inverse]
-    scales, scale_bits = packed["scales"], stored_scale_bits(packed)
-    if scale_bits == 8:
-        scales = decode_scales(scales[:-1], scales[-1:])
-    scale = scales[inverse].T[:out_features].float()
-    zero_point = packed["zeros"][inverse].T[:out_features].float() / torch.exp2((MAX_BITS - bits).float())
-    integers = columns.view(groups * group_size, rows).T[:out_features, :in_features]
-    return QuantizedWeight(integers, scale, zero_point, bits, group_size, scale_bits)
+    return columns.view(groups * group_size, rows).T[:out_features, :in_features]
 
 
 def segments(counts: BitCounts) -> Iterator[tuple[int, int, int]]:

@@ -7,7 +7,7 @@ Parts are inferred from the model, with the few exceptions below by name. The se
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, cast
@@ -235,7 +235,7 @@ def text_norms(model: PreTrainedModel) -> list[nn.Module]:
     return [module for name, module in model.named_modules() if is_norm(module) and not is_inside(name, others)]
 
 
-def following_norm(model: PreTrainedModel, index: int) -> nn.Module:
+def following_norm(model: PreTrainedModel, index: int, block: Callable[[int], nn.Module] | None = None) -> nn.Module:
     """Return the normalization that reads a block's output: the first one of the next block, or the model's last one.
 
     Norms called `post_…` read what a part of the block gives, not the block's input.
@@ -243,13 +243,14 @@ def following_norm(model: PreTrainedModel, index: int) -> nn.Module:
     Args:
         model: a causal language model.
         index: number of the block, from 0.
+        block: function that gives a block with its weights, where the model's are on the meta device.
 
     Raises:
         UnsupportedModelError: if no normalization follows the block.
     """
     blocks, path = find_blocks(model), blocks_path(model)
     if index + 1 < len(blocks):
-        norms = list(_norms(blocks[index + 1]))
+        norms = list(_norms(block(index + 1) if block else blocks[index + 1]))
     else:  # a norm of the embeddings comes first
         norms = list(_norms(model.get_submodule(path.rpartition(".")[0])))[::-1]
     if norms:

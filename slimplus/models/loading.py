@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,7 +80,7 @@ class ModelSource:
         try:
             file = hf_hub_download(self.path, name, revision=self.revision)
         except (*UNREADABLE, HTTPError, RuntimeError) as error:
-            raise self._explain(error) from error
+            raise self.explain(error) from error
         return replace(self, revision=Path(file).parents[len(Path(name).parts) - 1].name)  # …/snapshots/COMMIT/NAME
 
     def _arguments(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class ModelSource:
         arguments: dict[str, Any] = {"trust_remote_code": self.trust_remote_code, "revision": self.revision or "main"}
         return arguments | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
 
-    def _explain(self, error: Exception, part: str = "config.json") -> ModelLoadError | TemporaryFailure:
+    def explain(self, error: Exception, part: str = "config.json") -> ModelLoadError | TemporaryFailure:
         """Return the error to raise in the place of one that the hub client or transformers raised.
 
         Args:
@@ -120,7 +120,7 @@ class ModelSource:
         try:
             config: PretrainedConfig = AutoConfig.from_pretrained(self.path, **self._arguments())
         except UNBUILDABLE as error:
-            raise self._explain(error) from error
+            raise self.explain(error) from error
         if (quantized := getattr(config, "quantization_config", None)) is not None:
             values = quantized if isinstance(quantized, Mapping) else quantized.to_dict()
             raise ModelLoadError(
@@ -160,22 +160,29 @@ class ModelSource:
             tokenizer("a")  # values of tokenizer_config.json are read with the first text
             return tokenizer
         except UNBUILDABLE as error:
-            raise self._explain(error, "tokenizer.json and tokenizer_config.json") from error
+            raise self.explain(error, "tokenizer.json and tokenizer_config.json") from error
 
-    def _load(self, **arguments: Any) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-        """Return the model, and what transformers tells of the loading."""
+    @property
+    def loaded_dtype(self) -> str:
+        """Name of the dtype to load, or `auto`."""
         # A GGUF file stores blocks of integers, not a dtype; bfloat16 is what dequantized weights are served in.
-        dtype = "bfloat16" if self.dtype == "auto" and self.gguf_file else self.dtype
+        return "bfloat16" if self.dtype == "auto" and self.gguf_file else self.dtype
+
+    def load(self, **arguments: Any) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+        """Return the model, and what transformers tells of the loading."""
         arguments |= self._arguments()
         if self.gguf_file and hasattr(transformers, "GgufConfig"):  # newer versions keep the integers by default
             arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        return self.load_as(auto_class(self.config().to_dict()), self.path, **arguments)
+
+    def load_as(self, kind: Any, path: str | None, **arguments: Any) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+        """Return a model of a class of transformers, and what transformers tells of the loading."""
         fixed: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which are refused
         try:
             with _quiet(progress="device_map" not in arguments or not Path(self.path).is_dir()):
-                kind = auto_class(self.config().to_dict())
-                loaded: Any = kind.from_pretrained(self.path, dtype=dtype, **arguments, **fixed)
+                loaded: Any = kind.from_pretrained(path, dtype=self.loaded_dtype, **arguments, **fixed)
         except UNBUILDABLE as error:
-            raise self._explain(error) from error
+            raise self.explain(error) from error
         return loaded
 
     def check_weights(self) -> None:
@@ -189,10 +196,10 @@ class ModelSource:
             TemporaryFailure: if the disk is full.
         """
         if not self.gguf_file:
-            _, info = self._load(device_map={"": "meta"})
-            self._check(info)
+            _, info = self.load(device_map={"": "meta"})
+            self.check(info)
 
-    def _check(self, info: Mapping[str, Any]) -> None:
+    def check(self, info: Mapping[str, Any]) -> None:
         """Raise ModelLoadError if the tensors that were loaded are not those of the architecture."""
         try:
             problem = key_problem(info) or code_problem(stored_weights(self.weight_files()))
@@ -223,7 +230,7 @@ class ModelSource:
         try:
             found = [cached_file(self.path, name, **missing) for name in PROCESSOR]
         except UNREADABLE as error:
-            raise self._explain(error) from error
+            raise self.explain(error) from error
         return [Path(file) for file in found if file is not None]
 
     def is_tied(self) -> bool:
@@ -232,7 +239,9 @@ class ModelSource:
         Raises:
             ModelLoadError: if the model cannot be loaded.
         """
-        model, _ = self._load(device_map={"": "meta"})
+        if self.gguf_file:  # whose configuration is made from the file: the two are tied where it holds no head
+            return bool(self.config().tie_word_embeddings)
+        model, _ = self.load(device_map={"": "meta"})
         if not self.config().tie_word_embeddings or is_tied(model):
             return is_tied(model)
         stored = stored_weights(self.weight_files())
@@ -253,11 +262,23 @@ class ModelSource:
             ModelLoadError: if the model cannot be loaded exactly, or holds NaN or infinity.
             TemporaryFailure: if the disk is full.
         """
-        model, info = self._load()
-        self._check(info)
+        model, info = self.load()
+        self.check(info)
+        return self.finished(model, ModelSource.model)
+
+    def finished(self, model: PreTrainedModel, load: Callable[[ModelSource], object]) -> PreTrainedModel:
+        """Return a model that was loaded, whole or in part, in evaluation mode and frozen.
+
+        Args:
+            model: the model.
+            load: function that has loaded it.
+
+        Raises:
+            ModelLoadError: if it holds NaN or infinity.
+        """
         if problem := finite_problem(model):
             if self.dtype != "auto":
-                replace(self, dtype="auto").model()  # which says if the file itself holds it
+                load(replace(self, dtype="auto"))  # which says if the file itself holds it
                 raise ModelLoadError(f"model.dtype: {self.path}: {problem.split(';')[0]} as {self.dtype}; give auto")
             raise ModelLoadError(f"model.path: {self.path}: {problem}")
         set_tied(model.config, is_tied(model))

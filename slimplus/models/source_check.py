@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from slimplus.models.architectures import context_length, embedding_rows, find_blocks, is_tied, position_table
+from slimplus.models.block_loading import open_model
 from slimplus.models.exact import DAMAGED, not_finite
 from slimplus.models.loading import ModelSource, build_on_meta
 from slimplus.models.source_files import folder_problem, stored_weights
@@ -84,7 +85,10 @@ def _weights(source: ModelSource, report: SourceReport) -> None:
     if files:
         found = not_finite(_stored_tensors(files, report))
     else:  # a GGUF file, or one of PyTorch, which only loading as a whole decodes
-        model = source.model()
+        model, load_block = open_model(source)
+        if load_block is not None:
+            for index in range(len(find_blocks(model))):
+                load_block(index)
         report.facts |= {"dtype": str(model.dtype).removeprefix("torch."), "head": _head(is_tied(model))}
         found = None
     if found:

@@ -13,12 +13,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimplus.models.architectures import blocks_path, find_blocks, runs_batches
-from slimplus.models.block_arguments import ArgumentRecorder, BlockArguments, batches, bind, run_block
+from slimplus.models.block_arguments import ArgumentRecorder, BlockArguments, bind, run_block
+from slimplus.models.block_loading import LoadBlock
 from slimplus.models.precision import autocast
+from slimplus.models.prefetch import prefetched
+from slimplus.models.state_cache import IN_MEMORY, StateCache
 from slimplus.models.towers import towers
 from slimplus.nn import PackedLinear
 from slimplus.nn.packed_linear import PackedModule
 from slimplus.quantization.salience import NotFiniteError
+from slimplus.utils.paging import Advice, advise
 from slimplus.utils.progress import Track, untracked
 
 ReplaceBlock = Callable[[int, nn.Module], nn.Module]
@@ -57,11 +61,13 @@ class BlockRunner:
         device: where blocks run.
         precision: Lightning's name of the precision to autocast to.
         windows: windows that run at once; None for as many as keep the device busy.
+        cache: what gives the hidden states their memory.
     """
 
     device: torch.device
     precision: str
     windows: int | None = None
+    cache: StateCache = IN_MEMORY
 
     @property
     def hidden_dtype(self) -> torch.dtype:
@@ -76,7 +82,6 @@ class BlockRunner:
                 copy.set_submodule(name, layer.to_linear())
         return copy.to(self.device, torch.float32)
 
-    @torch.no_grad()
     def run(self, block: nn.Module, hidden: Tensor, arguments: BlockArguments) -> Tensor:
         """Run a loaded block over windows, a few at a time.
 
@@ -88,14 +93,19 @@ class BlockRunner:
         Returns:
             The outputs on the CPU, in the shape and dtype of `hidden`.
         """
-        outputs = torch.empty_like(hidden)
-        if not len(hidden):  # with few windows, a rank's share may be empty
-            return outputs
-        for windows in batches(len(hidden), self.windows or windows_at_a_time(self.device, hidden.shape[1])):
-            source = hidden[windows.start : windows.stop].to(self.device, torch.float32)
-            with autocast(self.device, self.precision):
-                outputs[windows.start : windows.stop] = run_block(block, source, arguments, windows)
+        outputs = self.cache.empty(hidden.shape, hidden.dtype)
+        for windows, output in self.outputs(block, hidden, arguments):
+            outputs[windows.start : windows.stop] = output
         return outputs
+
+    @torch.no_grad()
+    def outputs(self, block: nn.Module, hidden: Tensor, arguments: BlockArguments) -> Iterator[tuple[range, Tensor]]:
+        """Run a loaded block as `run` does, and yield the numbers of a few windows and their outputs on the device."""
+        size = self.windows or windows_at_a_time(self.device, hidden.shape[1])
+        for windows, source in prefetched(hidden, size, self.device):
+            with autocast(self.device, self.precision):
+                output = run_block(block, source.float(), arguments, windows)
+            yield windows, output
 
 
 def _float32(tensor: Tensor, device: torch.device) -> Tensor:
@@ -114,13 +124,15 @@ class StreamedModel:
     Args:
         model: a causal language model on the CPU; it is changed.
         runner: runs the blocks, and holds device and precision.
+        load_block: function that loads one block, where the model holds its blocks on the meta device.
 
     Attributes:
         dtype: dtype that the model is stored in.
-        blocks: the transformer blocks, in order.
+        blocks: the transformer blocks, in order; `block` gives one with its weights.
     """
 
-    def __init__(self, model: PreTrainedModel, runner: BlockRunner) -> None:
+    def __init__(self, model: PreTrainedModel, runner: BlockRunner, load_block: LoadBlock | None = None) -> None:
+        self._load_block = load_block
         self.model, self.dtype, self.runner, device = model, model.dtype, runner, runner.device
         self.blocks = find_blocks(model)
         self._outputs: dict[type[nn.Module], Any] = {}  # what a block of each class returned in a real pass
@@ -137,6 +149,25 @@ class StreamedModel:
                     if parameter is not None:
                         parameter.data = _float32(parameter, device)
 
+    def block(self, index: int) -> nn.Module:
+        """Return a block with its weights on the CPU, in their stored dtype."""
+        return self.blocks[index] if self._load_block is None else self._load_block(index)
+
+    def stream(self, track: Track = untracked, backwards: bool = False) -> Iterator[tuple[int, nn.Module]]:
+        """Yield the number of each block, and the block with its weights; the system reads the next one meanwhile.
+
+        Args:
+            track: iterates over the blocks.
+            backwards: whether the last block comes first.
+        """
+        order = list(range(len(self.blocks)))[:: -1 if backwards else 1]
+        steps = list(zip(order, [*order[1:], None], strict=True))
+        for index, following in track(steps):
+            if following is not None:
+                advise(self.blocks[following], Advice.WILL_NEED)
+            yield index, self.block(index)
+            advise(self.blocks[index], Advice.COLD)
+
     @contextmanager
     def _replaced(self, forward: Callable[[int, Tensor, dict[str, Any]], Tensor]) -> Iterator[None]:
         """Have every block call `forward(index, hidden, other arguments)` instead of its own forward.
@@ -147,7 +178,7 @@ class StreamedModel:
 
             def call(*positional: Any, index: int = index, block: nn.Module = block, **keywords: Any) -> Any:
                 hidden, others = bind(block, positional, keywords)
-                outputs = self._real_outputs(block, hidden, others)
+                outputs = self._real_outputs(index, hidden, others)
                 replaced = forward(index, hidden, others)
                 if not isinstance(outputs, tuple | list):
                     return replaced
@@ -160,15 +191,16 @@ class StreamedModel:
             for block in self.blocks:
                 del block.forward
 
-    def _real_outputs(self, block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Any:
+    def _real_outputs(self, index: int, hidden: Tensor, arguments: dict[str, Any]) -> Any:
         """Return what a block of this class returned in one real pass over a window, run when it is first needed.
 
         Some architectures return a tensor, others a tuple that holds the hidden states first.
         """
+        block = self.blocks[index]
         kind = type(block)
         if kind not in self._outputs:
             with self._unreplaced(block), torch.no_grad():
-                self._outputs[kind] = self.runner.load(block)(hidden[:1].float(), **arguments)
+                self._outputs[kind] = self.runner.load(self.block(index))(hidden[:1].float(), **arguments)
         return self._outputs[kind]
 
     @contextmanager
@@ -203,7 +235,8 @@ class StreamedModel:
     @torch.no_grad()
     def block_inputs(self, tokens: Tensor) -> BlockInputs:
         """Return the blocks' inputs for tokens `[windows, sequence_length]`, the hidden states on the CPU."""
-        runner, first = self.runner, list[Tensor]()
+        runner, first = self.runner, list[Tensor]()  # the states of one window at a time
+        hidden: Tensor | None = None
         recorder = ArgumentRecorder()
 
         def record(index: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -217,10 +250,15 @@ class StreamedModel:
 
         with self._replaced(record), autocast(runner.device, runner.precision):
             # A rank without windows runs any one, so that it knows the shapes.
-            for window in (tokens if len(tokens) else tokens.new_ones(1, tokens.shape[1])).split(1):
+            for number, window in enumerate((tokens if len(tokens) else tokens.new_ones(1, tokens.shape[1])).split(1)):
                 with suppress(_Captured):
                     self.model(input_ids=window.to(runner.device), use_cache=False)
-        return BlockInputs(torch.cat(first)[: len(tokens)], recorder.arguments(runs_batches(self.model)))
+                states = first.pop()
+                if hidden is None:
+                    hidden = runner.cache.empty((len(tokens), *states.shape[1:]), states.dtype)
+                hidden[number : number + 1] = states[: len(tokens)]
+        assert hidden is not None
+        return BlockInputs(hidden, recorder.arguments(runs_batches(self.model)))
 
     def forward_blocks(
         self, inputs: BlockInputs, track: Track = untracked, replace: ReplaceBlock | None = None
@@ -232,10 +270,10 @@ class StreamedModel:
             track: iterates over the blocks.
             replace: returns the block to run in the place of each block.
         """
-        hidden, steps = inputs.hidden, list(enumerate(zip(self.blocks, inputs.arguments, strict=True)))
-        for index, (block, arguments) in track(steps):
+        hidden = inputs.hidden
+        for index, block in self.stream(track):
             loaded = self.runner.load(replace(index, block) if replace else block)
-            hidden = self.runner.run(loaded, hidden, arguments)
+            hidden = self.runner.run(loaded, hidden, inputs.arguments[index])
             yield hidden
 
     def last_hidden(self, inputs: BlockInputs, track: Track = untracked, replace: ReplaceBlock | None = None) -> Tensor:

@@ -3,13 +3,16 @@
 from slimplus.nn.fake_quantized import FakeQuantizedLinear, LearnedRoundingLinear, TrainedWeightLinear
 from slimplus.nn.fusion import prepare_inference
 from slimplus.nn.packed_embedding import PackedEmbedding, TiedHead
+from slimplus.nn.packed_grid import PackedGridLinear, PackedScaledLinear
 from slimplus.nn.packed_linear import PackedLinear
 
 __all__ = [
     "FakeQuantizedLinear",
     "LearnedRoundingLinear",
     "PackedEmbedding",
+    "PackedGridLinear",
     "PackedLinear",
+    "PackedScaledLinear",
     "TiedHead",
     "TrainedWeightLinear",
     "prepare_inference",

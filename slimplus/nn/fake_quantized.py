@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from slimplus.format.affine import QuantizedWeight, storable_scale, storable_zero_point
+from slimplus.format.planes import pack_grid
 
 LARGEST_OFFSET = 0.5  # in steps of the grid: enough for a weight to take the other one of its two nearest levels
 
@@ -117,7 +118,7 @@ class FakeQuantizedLinear(nn.Module):
         self.out_features, self.in_features = weight.integers.shape
         self.group_size, self.scale_bits = weight.group_size, weight.scale_bits
         # Frozen tensors stay out of the state dict: a training checkpoint holds the quantizers alone.
-        self.register_buffer("integers", self._grouped(weight.integers), persistent=False)
+        self._hold(weight)
         self.register_buffer("bits", weight.bits.to(weight.integers.device), persistent=False)
         rates = [(width_rates or {}).get(width, 1.0) for width in weight.bits.tolist()]
         self.register_buffer("rates", weight.scale.new_tensor(rates), persistent=False)
@@ -127,7 +128,11 @@ class FakeQuantizedLinear(nn.Module):
         self.low_shift = nn.Parameter(weight.scale.new_zeros(weight.scale.shape))  # contiguous, for DeepSpeed
         self.high_shift = nn.Parameter(weight.scale.new_zeros(weight.scale.shape))
 
-    def _grouped(self, weight: Tensor) -> Tensor:
+    def _hold(self, weight: QuantizedWeight) -> None:
+        """Keep the integers of a weight."""
+        self.register_buffer("integers", self.grouped(weight.integers), persistent=False)
+
+    def grouped(self, weight: Tensor) -> Tensor:
         """Reshape values `[out, in]` to `[out, groups, group_size]`, the last group filled up with zeros."""
         return nn.functional.pad(weight, (0, -self.in_features % self.group_size)).unflatten(1, (-1, self.group_size))
 
@@ -173,6 +178,11 @@ class FakeQuantizedLinear(nn.Module):
         return nn.functional.linear(inputs, self.fake_quantized_weight(), self.bias)
 
     @torch.no_grad()
+    def packed_grid(self) -> dict[str, Tensor]:
+        """Return the tensors `scales` and `zeros` of the packed weight."""
+        return pack_grid(*self.qparams(), self.bits, self.scale_bits)
+
+    @torch.no_grad()
     def quantized_weight(self) -> QuantizedWeight:
         """Return the weight to pack, whose levels are exactly those of `fake_quantized_weight`."""
         scale, zero_point = self.qparams()
@@ -213,7 +223,7 @@ class _RoundingLinear(FakeQuantizedLinear):
     ) -> None:
         super().__init__(weight, bias, width_rates)
         self.rated = bool(width_rates)
-        self.register_buffer("position", self.integers + self._grouped(remainder), persistent=False)
+        self.register_buffer("position", self.integers + self.grouped(remainder), persistent=False)
         del self.integers
         self.register_buffer("largest", (2**self.bits - 1)[:, None].to(self.scale.dtype), persistent=False)
         self.change = nn.Parameter(torch.zeros_like(self.position))

@@ -15,6 +15,7 @@ from slimplus.distributed.preemption import Preemption
 from slimplus.distributed.ranks import Ranks
 from slimplus.evaluation.tasks import LoadedTasks
 from slimplus.evaluation.texts import EvaluationText
+from slimplus.models.block_loading import open_model
 from slimplus.models.loading import ModelSource
 from slimplus.models.streaming import BlockRunner, StreamedModel
 from slimplus.quantization.linear import QuantizationConfig
@@ -75,7 +76,8 @@ class Job:
     @cached_property
     def model(self) -> StreamedModel:
         """The full-precision model, loaded when a stage first asks for it."""
-        return StreamedModel(self.source.model(), self.runner)
+        model, load_block = open_model(self.source)
+        return StreamedModel(model, self.runner, load_block)
 
     def release_model(self) -> None:
         """Free the full-precision model."""

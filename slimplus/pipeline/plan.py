@@ -11,7 +11,7 @@ from slimplus.format.affine import group_count
 from slimplus.format.planes import packed_size
 from slimplus.models.architectures import embedding_and_head_bits, find_blocks, is_tied, packed_share, quantized_linears
 from slimplus.models.loading import build_on_meta
-from slimplus.models.towers import towers
+from slimplus.pipeline.memory import Needs, memory_needs, memory_rows
 from slimplus.pipeline.model_checks import check_shapes, planned_widths
 from slimplus.pipeline.prepare import model_source
 from slimplus.pipeline.self_check import self_check
@@ -20,11 +20,7 @@ from slimplus.utils.units import format_bytes
 
 BYTES_16_BIT = 2
 FLOAT32 = 4
-LIBRARIES = 600_000_000  # bytes of PyTorch, transformers and Lightning, loaded
-# While a block is trained: full-precision and fake-quantized weights, what autograd keeps of them, and two gradients.
-BLOCK_COPIES = 5
 CHECKPOINT_COPIES = 3  # of a block in training: what is trained, and an optimizer's two moments
-LOGITS_COPIES = 4  # float32 tensors of a window's logits: the model's, and the probabilities in the metric
 
 
 @dataclass(frozen=True)
@@ -44,10 +40,8 @@ class Plan:
         embedding_and_head_weights: number of weights in the packed layers outside the blocks, tied ones counted once.
         embedding_and_head_bytes: bytes of the packed tensors outside the blocks.
         other_bytes: bytes of everything that is not packed, at 16 bit.
-        host_bytes: rough peak of main memory if the CPU is the device: the model, and the largest of one block in
-            training with three sets of hidden states, one window's logits, and the whole model in training.
-        device_bytes: rough peak of a GPU's memory: embedding and head, and the largest of one block in training, one
-            window's logits, and the whole model in training without its activations.
+        needs: rough peaks of memory.
+        recipe: the recipe of the run.
     """
 
     architecture: str
@@ -62,8 +56,8 @@ class Plan:
     embedding_and_head_weights: int
     embedding_and_head_bytes: int
     other_bytes: int
-    host_bytes: int
-    device_bytes: int
+    needs: Needs
+    recipe: Recipe
 
     @property
     def full_bytes(self) -> int:
@@ -98,9 +92,7 @@ class Plan:
             "outside the blocks": self._outside,
             "size": f"{format_bytes(self.full_bytes)} at 16 bit -> {format_bytes(self.packed_bytes)} packed "
             f"({self.full_bytes / self.packed_bytes:.1f} times smaller)",
-            "peak memory estimate": f"{format_bytes(self.host_bytes)} main memory; on a GPU, if there is one, "
-            f"{format_bytes(self.device_bytes)}",
-        }
+        } | memory_rows(self.needs, self.recipe)
         return "\n".join(f"{name:<26} {value}" for name, value in rows.items())
 
 
@@ -111,9 +103,8 @@ def make_plan(
     group_size: int,
     scale_bits: int,
     embedding_and_head_bits: dict[str, int],
-    calibration: tuple[int, int],
-    evaluation_length: int,
-    end_to_end_bytes: int,
+    needs: Needs,
+    recipe: Recipe,
 ) -> Plan:
     """Return the plan of a run on a model.
 
@@ -124,16 +115,14 @@ def make_plan(
         group_size: number of columns in a group.
         scale_bits: bits of a scale.
         embedding_and_head_bits: name → bits of the layers outside the blocks that get packed.
-        calibration: number of calibration windows, and of tokens in each.
-        evaluation_length: number of tokens in an evaluation window.
-        end_to_end_bytes: bytes that the device holds for each weight in end-to-end training; 0 without that training.
+        needs: rough peaks of memory.
+        recipe: the recipe of the run.
     """
     layers, total = quantized_linears(model), sum(parameter.numel() for parameter in model.parameters())
     size = partial(packed_size, group_size=group_size, scale_bits=scale_bits)
     quantized = sum(layer.weight.numel() for layer in layers.values())
     outside = {name: model.get_parameter(f"{name}.weight") for name in embedding_and_head_bits}
     outside_weights = sum(weight.numel() for weight in {id(weight): weight for weight in outside.values()}.values())
-    host_bytes, device_bytes = _memory(model, quantized * end_to_end_bytes, calibration, evaluation_length)
     return Plan(
         architecture=model.config.model_type,
         blocks=len(find_blocks(model)),
@@ -150,27 +139,9 @@ def make_plan(
             for name, weight in outside.items()
         ),
         other_bytes=(total - quantized - outside_weights) * BYTES_16_BIT,
-        host_bytes=host_bytes,
-        device_bytes=device_bytes,
+        needs=needs,
+        recipe=recipe,
     )
-
-
-def _memory(
-    model: PreTrainedModel, end_to_end_bytes: int, calibration: tuple[int, int], evaluation_length: int
-) -> tuple[int, int]:
-    """Return `host_bytes` and `device_bytes` of a plan; end-to-end training holds weights of `end_to_end_bytes`."""
-    blocks, total = find_blocks(model), sum(parameter.numel() for parameter in model.parameters())
-    windows, length = calibration
-    config = model.config.get_text_config()
-    token_logits = LOGITS_COPIES * config.vocab_size * FLOAT32
-    block = BLOCK_COPIES * FLOAT32 * max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
-    whole = end_to_end_bytes + length * token_logits if end_to_end_bytes else 0
-    logits = evaluation_length * token_logits
-    still = [blocks, *towers(model).values()]
-    outside = FLOAT32 * (total - sum(parameter.numel() for part in still for parameter in part.parameters()))
-    hidden = windows * length * config.hidden_size * FLOAT32
-    host = LIBRARIES + total * BYTES_16_BIT + outside + max(block + 3 * hidden, logits, whole)
-    return host, outside + max(block, logits, whole)
 
 
 def dry_run(recipe: Recipe) -> str:
@@ -184,11 +155,10 @@ def dry_run(recipe: Recipe) -> str:
     model = build_on_meta(config)
     check_shapes(model, recipe)
     self_check(config)
-    calibration = (recipe.data.samples, recipe.data.sequence_length)
-    length = max(text.sequence_length for text in recipe.evaluation_texts.values())
     outside = embedding_and_head_bits(model, is_tied(model), settings.embedding_bits, settings.head_bits)
     grid = (*planned_widths(model, recipe), settings.group_size, settings.scale_bits)
-    plan = make_plan(model, *grid, outside, calibration, length, _end_to_end_bytes(recipe))
+    needs = memory_needs(model, recipe, recipe.trainer.precision)
+    plan = make_plan(model, *grid, outside, needs, recipe)
     largest = max(sum(parameter.numel() for parameter in block.parameters()) for block in find_blocks(model))
     return f"{plan}\n{'disk':<26} {_disk(plan, recipe, largest)}"
 
@@ -205,11 +175,3 @@ def _disk(plan: Plan, recipe: Recipe, largest: int) -> str:
     checkpoint = CHECKPOINT_COPIES * FLOAT32 * largest if recipe.quantization.trains else 0
     written = plan.packed_bytes + copies * plan.packed_linear_bytes + checkpoint
     return f"{format_bytes(written)} in run_dir, besides the {format_bytes(plan.full_bytes)} of the model itself"
-
-
-def _end_to_end_bytes(recipe: Recipe) -> int:
-    """Return the bytes that end-to-end training holds for each weight: the integer, and its value for the backward."""
-    if not recipe.end_to_end.epochs:
-        return 0
-    value = 4 if recipe.trainer.precision == "32-true" else 2
-    return 1 if recipe.end_to_end.activation_checkpointing else 1 + value

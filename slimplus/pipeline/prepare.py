@@ -39,10 +39,12 @@ from slimplus.models.architectures import (
 from slimplus.models.loading import ModelSource, build_on_meta
 from slimplus.models.location import resolve_model_folder
 from slimplus.models.precision import resolve_precision
+from slimplus.models.state_cache import StateCache
 from slimplus.models.streaming import BlockRunner
 from slimplus.models.towers import carried_over
 from slimplus.pipeline.configs import block_quantizer, expected_work, task_config, text_config
 from slimplus.pipeline.job import Job
+from slimplus.pipeline.memory import cache_folder, check_needs, memory_needs
 from slimplus.pipeline.model_checks import check_shapes, given_allocation
 from slimplus.pipeline.self_check import self_check
 from slimplus.pipeline.self_text import SelfText, check_memory, self_text
@@ -56,6 +58,7 @@ from slimplus.run_dir.metrics import Metrics
 from slimplus.utils.errors import keys_renamed
 from slimplus.utils.machine import describe_machine
 from slimplus.utils.progress import FILE, Progress
+from slimplus.utils.units import GIGABYTE
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +81,14 @@ def start(recipe: Recipe) -> Fabric:
     """Start the processes of the job that a recipe asks for."""
     trainer = recipe.trainer
     return launch(trainer.accelerator, trainer.devices, trainer.num_nodes, trainer.strategy)
+
+
+def _state_cache(recipe: Recipe) -> StateCache:
+    """Return what gives this process's hidden states their memory: its share of the machine's."""
+    gigabytes, trainer = recipe.data.cache_gigabytes, recipe.trainer
+    if gigabytes is None:
+        return StateCache()
+    return StateCache(int(gigabytes * GIGABYTE) // trainer.devices, cache_folder(recipe))
 
 
 def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption, progress: Progress | None = None) -> Job:
@@ -107,6 +118,7 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption, progress: Pr
     goes_on = any(run.blocks.glob("*"))
     skeleton = _checked_skeleton(recipe, source, config, try_out=fabric.is_global_zero and not goes_on)
     allocation = given_allocation(skeleton, recipe)
+    check_needs(memory_needs(skeleton, recipe, runner.precision), recipe, fabric.device)
     bits = _embedding_and_head_bits(recipe, source, skeleton)
     tokenizer = source.tokenizer()
     own = self_text(recipe, tokenizer, source, runner.precision, run.tokens, _limit(recipe))
@@ -177,7 +189,7 @@ def _block_runner(recipe: Recipe, fabric: Fabric, before: str | None) -> BlockRu
     """
     asked = recipe.trainer.precision
     precision = before if asked == "auto" and before is not None else resolve_precision(asked, fabric.device)
-    return BlockRunner(fabric.device, fabric.broadcast(precision))
+    return BlockRunner(fabric.device, fabric.broadcast(precision), cache=_state_cache(recipe))
 
 
 def _checked_skeleton(recipe: Recipe, source: ModelSource, config: PretrainedConfig, try_out: bool) -> PreTrainedModel:

@@ -119,6 +119,15 @@ class DataSection(Section):
         description="text between calibration documents; eos is the tokenizer's end-of-text token; null is the text's "
         "own: an empty line, a space for c4 and ptb, nothing between chats",
     )
+    cache_gigabytes: Number | None = Field(
+        None,
+        ge=0,
+        description="gigabytes of a machine's main memory for the blocks' inputs of all windows; what goes beyond lies "
+        "in files, which end with the run; null keeps all in main memory",
+    )
+    cache_dir: str | None = Field(
+        None, min_length=1, description="folder of these files, best on a local disk; null is run_dir"
+    )
 
     @model_validator(mode="after")
     def _text_to_generate(self) -> DataSection:

@@ -21,6 +21,7 @@ from slimplus.recipe.schema import keys as recipe_keys
 # Keys that may change between the starts of one run: they say where it runs, what is measured, or what comes later.
 FREE_KEYS = (
     *("run_dir", "resume", "dry_run", "data.evaluation", "evaluation", "trainer.checkpoint_seconds"),
+    *("data.cache_gigabytes", "data.cache_dir"),
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.offload"),
     "trainer.logger",
     "model.revision",  # a name of the commit that `weights_digest` gives
@@ -33,6 +34,7 @@ FREE_KEYS = (
 LATER_KEYS = (
     *("data.calibration.column", "data.bos", "data.separator", "data.generation.prefix_tokens", "data.generation.chat"),
     *("data.generation.temperature", "data.generation.seed", "data.generation.batch_size"),
+    "model.allow_unpacked",
 )
 LIBRARIES = ("torch", "transformers", "lightning", "deepspeed", "safetensors", "tokenizers")
 LARGEST_WHOLE = 2**26  # bytes; larger files are hashed by samples

@@ -247,7 +247,12 @@ class Fit:
         """Return the loader of this rank's batches, `parts` of which make its share of a step."""
         ranks, step = Ranks(self.fabric.global_rank, self.fabric.world_size), self.module.config.batch_size
         sampler = StepSampler(len(self.data[0]) * ranks.count, step, ranks, self.config.seed)
-        return ResumableLoader(TensorDataset(*self.data), batch_size=step // (ranks.count * parts), sampler=sampler)
+        return ResumableLoader(
+            TensorDataset(*self.data),
+            batch_size=step // (ranks.count * parts),
+            sampler=sampler,
+            pin_memory=self.fabric.device.type == "cuda",  # from which the GPU copies while it computes
+        )
 
     def _attempt(self, attempt: Attempt, found: bool) -> Supervisor | None:
         """Train once, from the checkpoint if one was found.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimplus.models.architectures import find_blocks, find_linears
+from slimplus.models.block_loading import LoadBlock
 from slimplus.models.precision import autocast
 from slimplus.models.towers import text_body
 
@@ -20,6 +21,7 @@ class Teacher:
 
     Args:
         model: the model; the linear layers of its blocks are replaced.
+        load_block: function that loads a block, where the model holds its blocks on the meta device.
         storage: `int8` (vector-wise, arXiv 2208.07339), which is more exact, or `nf4` (of QLoRA, arXiv 2305.14314).
         device: device that the teacher runs on.
         precision: Lightning's name of the precision to autocast to.
@@ -28,10 +30,21 @@ class Teacher:
         ModuleNotFoundError: if bitsandbytes is not installed.
     """
 
-    def __init__(self, model: PreTrainedModel, storage: Storage, device: torch.device, precision: str) -> None:
-        for block in find_blocks(model):
-            for name, layer in find_linears(block).items():
-                block.set_submodule(name, _stored(layer, storage, device))
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        load_block: LoadBlock | None,
+        storage: Storage,
+        device: torch.device,
+        precision: str,
+    ) -> None:
+        blocks = find_blocks(model)
+        for index in range(len(blocks)):
+            if load_block is not None:
+                blocks[index] = load_block(index)
+            for name, layer in find_linears(blocks[index]).items():
+                blocks[index].set_submodule(name, _stored(layer, storage, device))
+            blocks[index].to(device)
         model.requires_grad_(False).to(device)  # type: ignore[arg-type]
         self.model, self.device, self.precision = model, device, precision
 

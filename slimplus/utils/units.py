@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+GIGABYTE = 10**9  # bytes
+
 
 def format_bytes(size: float) -> str:
     """Return a number of bytes in decimal units, such as `13.48 GB`, `275.5 MB` or `4.1 kB`."""

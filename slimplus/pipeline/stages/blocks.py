@@ -45,7 +45,7 @@ def quantize_blocks(job: Job) -> None:
         full, all_arguments = inputs.hidden, inputs.arguments
         quantized, parent_hash = full, ""
         del inputs  # so that the first block's inputs are freed once the second one's are there
-        for index, block in job.progress.track(list(enumerate(job.model.blocks))):
+        for index, block in job.model.stream(job.progress.track):
             arguments = all_arguments[index]
             original = job.runner.load(block)
             targets = job.runner.run(original, full, arguments) if job.quantizer.trains else full
@@ -101,7 +101,7 @@ def _loss_context(job: Job, index: int) -> LossContext:
     """Return what the loss needs to know of a block's place in the model."""
     norm = None
     if job.quantizer.trains and job.quantizer.reconstruction.loss.error == "after_norm":
-        norm = deepcopy(following_norm(job.model.model, index)).to(job.runner.device, torch.float32)
+        norm = deepcopy(following_norm(job.model.model, index, job.model.block)).to(job.runner.device, torch.float32)
     return LossContext(norm, None if job.channels is None else job.channels[index].to(job.runner.device))
 
 

@@ -34,8 +34,7 @@ def quantize_embedding_and_head(job: Job) -> dict[str, dict[str, Tensor]]:
     """
     packed: dict[str, dict[str, Tensor]] = {}
     model = job.model.model
-    trained_norms = {name: tensor for name, tensor in (job.tuned or {}).items() if name in model.state_dict()}
-    model.load_state_dict(trained_norms, strict=False)
+    _load_tuned(job, model, "")
     for name, bits in job.embedding_and_head_bits.items():
         calibrated = model.get_submodule(name) is job.model.head and job.settings.method != "rtn"
         hessian = _head_hessian(job) if calibrated else None
@@ -51,6 +50,13 @@ def quantize_embedding_and_head(job: Job) -> dict[str, dict[str, Tensor]]:
                 job.metrics.note(warning)
             packed[name] = pack(quantized)
     return packed
+
+
+def _load_tuned(job: Job, module: nn.Module, prefix: str) -> None:
+    """Give a module of the model what end-to-end training made of its parameters, such as the norms' gains."""
+    for name, parameter in module.named_parameters():
+        if parameter.device.type != "meta" and (tuned := (job.tuned or {}).get(prefix + name)) is not None:
+            parameter.data.copy_(tuned)
 
 
 def packed_config(job: Job) -> PretrainedConfig:
@@ -71,7 +77,9 @@ def _head_hessian(job: Job) -> Tensor:
 
     def finished(index: int, block: nn.Module) -> nn.Module:
         tensors, _ = job.finished_block(index)
-        return load_packed_block(block, tensors, job.settings.group_size)
+        packed = load_packed_block(block, tensors, job.settings.group_size)
+        _load_tuned(job, packed, f"{job.block_names[index]}.")
+        return packed
 
     tokens = job.shard(job.calibration.tokens)
     hidden = job.model.last_hidden(job.model.block_inputs(tokens), job.progress.track, finished)

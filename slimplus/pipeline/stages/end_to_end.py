@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimplus.blockwise.swap import load_packed_block, packed_tensors
+from slimplus.blockwise.swap import load_packed_block
 from slimplus.models.architectures import text_norms
-from slimplus.nn import FakeQuantizedLinear, PackedLinear
-from slimplus.nn.fake_quantized import ScaledLinear
+from slimplus.models.block_loading import open_model
+from slimplus.nn import FakeQuantizedLinear, PackedGridLinear, PackedLinear, PackedScaledLinear
 from slimplus.pipeline.configs import end_to_end_config
 from slimplus.pipeline.job import Job
 from slimplus.run_dir.directory import Record
@@ -34,6 +35,7 @@ def train_end_to_end(job: Job) -> None:
         job.forget_checkpoint()
         with job.metrics.stage("end_to_end"):
             found = _train(job, parent_hash)
+            gc.collect()  # checkpointing made cycles, which would keep the student in memory
     else:
         logger.info("end_to_end: found in %s, skipped", job.run.root)
     job.tuned, job.metrics["end_to_end"] = found
@@ -56,7 +58,7 @@ def _train(job: Job, parent_hash: str) -> tuple[dict[str, Tensor], Record]:
         if settings.teacher == "cached":
             states = (_head_inputs(job, tokens),)
         else:
-            teacher = Teacher(job.source.model(), settings.teacher, job.runner.device, job.runner.precision)
+            teacher = Teacher(*open_model(job.source), settings.teacher, job.runner.device, job.runner.precision)
     module = EndToEnd(_student(job), teacher, end_to_end_config(settings), job.runner.precision)
     checkpoints = job.run.end_to_end_checkpoints(parent_hash)
     data = (tokens, *states)
@@ -65,8 +67,7 @@ def _train(job: Job, parent_hash: str) -> tuple[dict[str, Tensor], Record]:
     if not fit.helped:
         events.append("training ended above the loss it began with; the blocks stay as they were")
         logger.warning("end to end: %s", events[-1])
-        module = EndToEnd(_student(job), None, end_to_end_config(settings), job.runner.precision)
-    tuned = _tuned_tensors(module.to("cpu").model, job.model.dtype)
+    tuned = _tuned_tensors(module.model, job.model.dtype) if fit.helped else {}
     record = {"loss": fit.loss, "before": fit.calibrated_loss, "skipped_steps": fit.skipped, "events": events}
     if job.fabric.is_global_zero:
         job.run.save_tuned(tuned, parent_hash, record)
@@ -77,43 +78,47 @@ def _train(job: Job, parent_hash: str) -> tuple[dict[str, Tensor], Record]:
 
 def _head_inputs(job: Job, tokens: Tensor) -> Tensor:
     """Return the inputs of the full-precision model's head, `[windows, sequence_length, hidden]`, on the CPU."""
-    kept: list[Tensor] = []
     hidden = job.model.last_hidden(job.model.block_inputs(tokens))
-    job.model.capture_head_inputs(tokens, hidden, lambda states: kept.append(states.to("cpu", job.runner.hidden_dtype)))
-    return torch.cat(kept)
+    kept = job.runner.cache.empty((*tokens.shape, job.model.head.in_features), job.runner.hidden_dtype)
+    windows = iter(kept.split(1))
+    job.model.capture_head_inputs(tokens, hidden, lambda states: next(windows).copy_(states))
+    return kept
 
 
 def _student(job: Job) -> PreTrainedModel:
-    """Return the model with the finished blocks in it, their linear layers fake-quantized.
+    """Return the model with the finished blocks in it, their linear layers packed, with grids that learn.
+
+    Each block goes to the device as it is built. Under ZeRO stage 3 the processes share out the packed integers.
 
     The job's full-precision model is released, because the blocks are put into it.
     """
     job.release_model()
-    model = job.model.model
-    kind = FakeQuantizedLinear if job.recipe.end_to_end.zero_points else ScaledLinear
-    for index, name in enumerate(job.block_names):
+    model, device, ranks = job.model.model, job.runner.device, job.ranks
+    kind = PackedGridLinear if job.recipe.end_to_end.zero_points else PackedScaledLinear
+    shares = ranks.count > 1 and job.recipe.trainer.strategy == "deepspeed_stage_3"
+    for index, original in job.model.stream():
         tensors, _ = job.run.load_block(index)
-        block = load_packed_block(model.get_submodule(name), tensors, job.settings.group_size)
-        for layer_name, layer in list(block.named_modules()):
+        block = load_packed_block(original, tensors, job.settings.group_size)
+        for name, layer in list(block.named_modules()):
             if isinstance(layer, PackedLinear):
-                block.set_submodule(layer_name, kind(layer.quantized_weight(), layer.bias))
-        model.set_submodule(name, block.float())
+                block.set_submodule(name, kind(layer, ranks, index % ranks.count if shares else None))
+        model.set_submodule(job.block_names[index], block.to(device, torch.float32))
     return model
 
 
 def _tuned_tensors(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the packed layers and the norms of a trained model by their names in the packed model.
+    """Return what training changed, by names in the packed model: grids of packed layers, and norms, on the CPU.
 
     Norms and biases are stored in `dtype`.
     """
     tensors = {}
     norms = set(text_norms(model))
-    for name, module in list(model.named_modules()):
+    for name, module in model.named_modules():
         if isinstance(module, FakeQuantizedLinear):
-            bias = None if module.bias is None else module.bias.to(dtype)
-            packed = nn.ModuleDict({"layer": PackedLinear.from_quantized(module.quantized_weight(), bias)})
-            for key, tensor in packed_tensors(packed).items():
-                tensors[f"{name}.{key.removeprefix('layer.')}"] = tensor.cpu()
+            for key, tensor in module.packed_grid().items():
+                tensors[f"{name}.{key}"] = tensor.cpu()
+            if module.bias is not None:
+                tensors[f"{name}.bias"] = module.bias.to("cpu", dtype)
         elif module in norms:
             for key, parameter in module.named_parameters(recurse=False):
                 tensors[f"{name}.{key}"] = parameter.detach().to("cpu", dtype)

@@ -208,7 +208,8 @@ def _checkpoint_tensors(job: Job, embedding_and_head: PackedLayers) -> Iterator[
     for name, tensors in embedding_and_head.items():
         for key, tensor in tensors.items():
             yield f"{name}.{key}", tensor
-    for index, (name, block) in enumerate(zip(job.block_names, job.model.blocks, strict=True)):
+    for index, block in job.model.stream():
+        name = job.block_names[index]
         packed, _ = job.finished_block(index)
         linears = find_linears(block)
         for key, tensor in block.state_dict().items():

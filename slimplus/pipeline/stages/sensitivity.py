@@ -66,10 +66,10 @@ def _run_backwards(job: Job) -> dict[str, Tensor]:
         span = slice(window, window + 1)
         gradients[span] = job.model.sampled_gradient(tokens[span], hidden[-1][span], seed).cpu()
     tables, channels = {}, []
-    for index in job.progress.track(list(reversed(range(len(job.block_names))))):
+    for index, block in job.model.stream(job.progress.track, backwards=True):
         salience = gradients.square().sum((0, 1)).double().to(runner.device)  # ranks sum on their devices
         channels.append(ranks.sum(salience).float().cpu())
-        data = BlockData(runner.load(job.model.blocks[index]), hidden[index], inputs.arguments[index], runner, ranks)
+        data = BlockData(runner.load(block), hidden[index], inputs.arguments[index], runner, ranks)
         own, gradients = block_sensitivity(data, windows, _output_gradient(gradients), settings)
         for name, table in own.items():
             tables[f"{job.block_names[index]}.{name}"] = table.cpu()

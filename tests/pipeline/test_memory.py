@@ -1,0 +1,119 @@
+"""What a run needs of memory: told before it begins, and as it is measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from slimplus.models.loading import ModelSource, build_on_meta
+from slimplus.pipeline.memory import Needs, check_needs, memory_needs
+from slimplus.pipeline.plan import dry_run
+from slimplus.recipe.parsing import load_recipe
+from slimplus.recipe.schema import Recipe
+from slimplus.utils.errors import InputError
+from tests.support.gguf_files import write_gguf
+from tests.support.memory import peaks_of_run
+from tests.support.models import ModelMaker
+from tests.support.recipes import Arguments
+from tests.support.runs import packed_weights, run
+
+CPU = torch.device("cpu")
+SEVENTY = (
+    "model.config={model_type: llama, hidden_size: 8192, intermediate_size: 28672, num_hidden_layers: 80, "
+    "num_attention_heads: 64, num_key_value_heads: 8, vocab_size: 128256, tie_word_embeddings: false}"
+)
+END_TO_END = ("end_to_end.epochs=1", "end_to_end.activation_checkpointing=true")
+
+
+def recipe_of(*keys: str) -> Recipe:
+    return load_recipe(["recipe=llama7b_2bit", "dry_run=true", *keys])
+
+
+def needs_of(*keys: str) -> tuple[Needs, Recipe]:
+    recipe = recipe_of(*keys)
+    assert recipe.model.config is not None
+    return memory_needs(build_on_meta(ModelSource.config_of(recipe.model.config)), recipe, "bf16-mixed"), recipe
+
+
+def test_70b_is_trained_end_to_end_on_one_gpu_of_80_gb_and_on_eight() -> None:
+    alone, _ = needs_of(SEVENTY, *END_TO_END, "end_to_end.accumulate_grad_batches=4")
+    assert 30e9 < alone.end_to_end_device < 80e9
+    eight = ("trainer.devices=8", "end_to_end.batch_size=8", "training.batch_size=8")
+    together, _ = needs_of(SEVENTY, *END_TO_END, *eight, "data.cache_gigabytes=32")
+    shared, recipe = needs_of(SEVENTY, *END_TO_END, *eight, "trainer.strategy=deepspeed_stage_3")
+    assert together.end_to_end_host < 200e9
+    assert shared.end_to_end_device < together.end_to_end_device < 80e9
+    assert "end-to-end training" in dry_run(recipe)
+
+
+def test_states_that_do_not_fit_are_told_with_the_key_that_helps(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("slimplus.pipeline.memory.available_bytes", lambda: 4 * 10**9)
+    needs, recipe = needs_of()
+    with pytest.raises(InputError, match=r"data.cache_gigabytes: .* 128 windows .* take 8.59 GB, and 4.00 GB are avai"):
+        check_needs(needs, recipe, CPU)
+    with pytest.raises(InputError, match=r"give data.cache_gigabytes=2, so that the rest lies in files in data.cache"):
+        check_needs(needs, recipe, CPU)
+    check_needs(*needs_of("data.cache_gigabytes=2", f"data.cache_dir={tmp_path}"), CPU)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10**9}))
+    with pytest.raises(InputError, match=rf"data.cache_dir: .* 6.59 GB in files, and {tmp_path} has 1.00 GB; give a f"):
+        check_needs(*needs_of("data.cache_gigabytes=2", f"data.cache_dir={tmp_path / 'new'}"), CPU)
+
+
+def test_a_device_that_is_too_small_for_the_whole_model_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slimplus.pipeline.memory.available_bytes", lambda: 48 * 10**9)
+    with pytest.raises(
+        InputError, match=r"end_to_end: .* give end_to_end.activation_checkpointing=true and end_to_end.ac"
+    ):
+        check_needs(*needs_of(SEVENTY, "end_to_end.epochs=1", "data.cache_gigabytes=1"), CPU)
+    parts = ("end_to_end.accumulate_grad_batches=4", "data.cache_gigabytes=1")
+    with pytest.raises(InputError, match="give a larger device, or end_to_end.epochs=0"):
+        check_needs(*needs_of(SEVENTY, *END_TO_END, *parts), CPU)
+    check_needs(*needs_of(*END_TO_END, *parts), CPU)
+
+
+def test_a_run_from_files_has_the_bytes_of_one_in_main_memory(
+    arguments: Arguments, finished: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    run(arguments(tmp_path / "run", "data.cache_gigabytes=0", f"data.cache_dir={cache}"))
+    assert not list(cache.iterdir())
+    expected, found = packed_weights(finished), packed_weights(tmp_path / "run")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+STAGES = ("full_precision", "sensitivity", "blocks", "end_to_end", "export", "packed")
+SIZES = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8}
+BLOCK = 4 * 512 * 512 + 3 * 512 * 1024  # weights of a block's linear layers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["safetensors", "gguf", "float32"])
+def test_anonymous_memory_does_not_know_the_depth_of_the_model(
+    arguments: Arguments, make_model: ModelMaker, tmp_path: Path, source: str
+) -> None:
+    """Peaks for 4 and for 16 blocks; end to end, and where the checkpoint is measured, packed integers are held."""
+    peaks = {}
+    for blocks in (4, 16):
+        model, keys = make_model("llama", blocks, **SIZES), list[str]()
+        if source == "gguf":
+            (folder := tmp_path / f"gguf-{blocks}").mkdir()
+            write_gguf(model, folder / "model.gguf")
+            model, keys = folder, ["model.gguf_file=model.gguf"]
+        elif source == "float32":
+            keys = ["model.dtype=float32"]
+        methods = ("quantization.method=gptq", "quantization.allocation=model", "quantization.group_size=128")
+        outside = ("quantization.embedding_bits=4", "quantization.head_bits=4")
+        tuned = ("end_to_end.epochs=1", "end_to_end.batch_size=1", "end_to_end.activation_checkpointing=true")
+        few = ("data.samples=2", "data.evaluation.windows=1")
+        run_dir = tmp_path / f"run-{blocks}"
+        peaks[blocks] = peaks_of_run(arguments(run_dir, *methods, *outside, *tuned, *few, *keys, model=model))
+    assert peaks[4].keys() >= set(STAGES)
+    for stage in set(STAGES) - {"end_to_end", "packed"}:
+        assert peaks[16][stage] < 1.05 * peaks[4][stage], (stage, peaks)
+    grown = (peaks[16]["end_to_end"] - peaks[4]["end_to_end"]) / (12 * BLOCK)
+    assert grown < 1, peaks
