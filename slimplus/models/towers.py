@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -45,12 +45,6 @@ def carried_over(model: PreTrainedModel) -> dict[str, nn.Module]:
 def is_inside(name: str, modules: Iterable[str]) -> bool:
     """Return whether a module, by its dotted name, is one of `modules` or inside one of them."""
     return any(f"{name}.".startswith(f"{outer}.") for outer in modules)
-
-
-def text_body(model: PreTrainedModel) -> nn.Module:
-    """Return the part of a model that turns token ids into the hidden states that the head reads."""
-    body = model.base_model
-    return body if body is not model else cast(nn.Module, model.get_decoder())
 
 
 def _model_type(module: nn.Module) -> str | None:

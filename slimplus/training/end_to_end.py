@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from slimplus.models.architectures import find_blocks, text_norms
 from slimplus.models.precision import autocast
-from slimplus.models.towers import text_body
+from slimplus.models.predictions import Prediction, logits_of, predict
 from slimplus.nn import FakeQuantizedLinear
 from slimplus.training.losses import normalized_error
 from slimplus.training.module import QuantizerTraining, TrainingConfig
@@ -96,29 +96,13 @@ class EndToEnd(QuantizerTraining):
         norms = [ParameterKind(parameters, self.config.norms, unit=unit) for unit, parameters in by_unit.items()]
         return [ParameterKind(grid, self.config.grid), *norms]
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the last hidden states and the log-probabilities of the next tokens.
-
-        Args:
-            tokens: `[windows, sequence_length]`.
-
-        Returns:
-            Hidden states `[windows, sequence_length, hidden]`, and log-probabilities `[windows, sequence_length,
-            vocabulary]`, float32.
-        """
+    def forward(self, tokens: Tensor) -> Prediction:
+        """Return the model's prediction for tokens `[windows, sequence_length]`."""
         with autocast(self.device, self.precision_name):
-            states = text_body(self.model)(input_ids=tokens, use_cache=False).last_hidden_state
-            return states, self._log_probabilities(states)
-
-    def _log_probabilities(self, states: Tensor) -> Tensor:
-        """Return the log-probabilities `[..., vocabulary]`, float32, of hidden states `[..., hidden]`."""
-        head = self.model.get_output_embeddings()
-        assert head is not None
-        with autocast(self.device, self.precision_name):
-            return head(states).float().log_softmax(-1)
+            return predict(self.model, tokens)
 
     def _taught(self, tokens: Tensor, states: list[Tensor]) -> Tensor:
-        """Return the full-precision model's last hidden states, from the batch or the teacher, float32."""
+        """Return the hidden states that the full-precision model's head reads, from the batch or the teacher."""
         (teacher,) = self._teacher
         if states:
             return states[0].float()
@@ -128,7 +112,8 @@ class EndToEnd(QuantizerTraining):
     def loss(self, batch: tuple[Tensor, ...]) -> Tensor:
         """Return the weighted sum of the losses, each a mean over the tokens of a batch."""
         tokens, *given = batch
-        states, predicted = self(tokens)
+        prediction = self(tokens)
+        predicted = prediction.logits.float().log_softmax(-1)
         config, total = self.config, predicted.new_zeros(())
         if config.next_token:
             expected = tokens[:, 1:].flatten()
@@ -138,12 +123,13 @@ class EndToEnd(QuantizerTraining):
         with torch.no_grad():
             taught = self._taught(tokens, given)
         if config.distillation:
-            with torch.no_grad():
-                wanted = self._log_probabilities(taught)
+            with torch.no_grad(), autocast(self.device, self.precision_name):
+                logits = logits_of(self.model, taught, prediction)
+            wanted = logits.float().log_softmax(-1)
             divergence = nn.functional.kl_div(predicted, wanted, reduction="sum", log_target=True)
             total = total + config.distillation * divergence / tokens.numel()
         if config.hidden_states:
-            total = total + config.hidden_states * normalized_error(states, taught)
+            total = total + config.hidden_states * normalized_error(prediction.states, taught)
         return total
 
 

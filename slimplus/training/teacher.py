@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from slimplus.models.architectures import find_blocks, find_linears
 from slimplus.models.block_loading import LoadBlock
 from slimplus.models.precision import autocast
-from slimplus.models.towers import text_body
+from slimplus.models.predictions import predict
 
 Storage = Literal["int8", "nf4"]
 
@@ -50,10 +50,9 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Return the last hidden states `[windows, sequence_length, hidden]` of tokens `[windows, sequence_length]`."""
+        """Return the states that the head reads, `[windows, sequence_length, hidden]`, of tokens `[windows, …]`."""
         with autocast(self.device, self.precision):
-            states: Tensor = text_body(self.model)(input_ids=tokens, use_cache=False).last_hidden_state
-        return states
+            return predict(self.model, tokens).states
 
 
 def _stored(layer: nn.Linear, storage: Storage, device: torch.device) -> nn.Module:

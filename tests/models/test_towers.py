@@ -11,7 +11,7 @@ from slimplus.models.architectures import blocks_path, position_table, text_norm
 from slimplus.models.auto_class import auto_class
 from slimplus.models.loading import build_on_meta
 from slimplus.models.shrink import shrink
-from slimplus.models.towers import carried_over, text_body, towers
+from slimplus.models.towers import carried_over, towers
 from tests.support.vision import CONFIGS
 
 
@@ -29,7 +29,6 @@ def test_towers_and_projectors_are_carried_over(model_type: str, tower: str, oth
     assert set(carried_over(model)) == {tower, other} - {None}
     assert "language_model" in blocks_path(model)
     assert position_table(model) is None  # the tower's table of positions is none of the text's
-    assert text_body(model) is not model
 
 
 def test_nothing_of_a_language_model_is_carried_over() -> None:
