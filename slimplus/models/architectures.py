@@ -162,7 +162,8 @@ def left_out(block: nn.Module) -> dict[str, str]:
 def packed_share(model: PreTrainedModel) -> float:
     """Return the share of the weights in the blocks that get packed."""
     blocks = find_blocks(model)
-    packed = sum(layer.weight.numel() for layer in find_linears(blocks).values())
+    weights = {id(layer.weight): layer.weight.numel() for layer in find_linears(blocks).values()}  # some blocks share
+    packed = sum(weights.values())
     return packed / max(sum(parameter.numel() for parameter in blocks.parameters()), 1)
 
 
