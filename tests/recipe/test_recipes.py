@@ -12,7 +12,10 @@ from slimplus.recipe.parsing import load_recipe, recipe_file, recipe_names
 PAPER = {"llama7b_2bit": 2, "llama7b_3bit": 3, "llama2_7b_2bit": 2, "llama3_8b_2bit": 2, "opt_1.3b_2bit": 2}
 
 SMALL = ("smollm2_135m_2bit", "smollm2_135m_2bit_best", "gemma3_270m_2bit")  # which run from packages alone
-LARGE = ("llama3_1_8b_2bit", "llama3_1_70b_2bit", "mistral_7b_2bit", "qwen3_8b_2bit", "gemma3_12b_2bit")
+LARGE = (
+    *("llama3_1_8b_2bit", "llama3_1_70b_2bit", "mistral_7b_2bit", "qwen3_8b_2bit", "qwen3_30b_a3b_2bit"),
+    "gemma3_12b_2bit",
+)
 
 
 def test_the_recipes_are_those_of_the_paper_the_demos_and_models_that_people_use() -> None:
@@ -59,6 +62,7 @@ def test_paper_recipes_hold_the_papers_settings(name: str, bits: int) -> None:
         ("llama3_1_70b_2bit", 70_553_706_496),
         ("mistral_7b_2bit", 7_248_023_552),
         ("qwen3_8b_2bit", 8_190_735_360),
+        ("qwen3_30b_a3b_2bit", 30_532_122_624),
         ("gemma3_12b_2bit", 12_187_325_040),
     ],
 )
