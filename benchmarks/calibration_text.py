@@ -242,7 +242,7 @@ def perplexities(path: str, budget: Mapping[str, Any], texts: Texts) -> dict[str
         console = "import sys; from slimplus.cli.main import main; sys.exit(main())"
         command = [sys.executable, "-c", console, "evaluate", path, *options, f"--json={file}"]
         subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
-        rows = json.loads(file.read_text())
+        rows = json.loads(file.read_text())["texts"]
     return {kind: row["perplexity"]["checkpoint"] for kind, row in zip(texts.evaluation, rows, strict=True)}
 
 

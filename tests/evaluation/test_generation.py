@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BatchEncoding
+from transformers import BatchEncoding, LlamaConfig
 
 from slimplus.evaluation.generation import LoadedModel, Sampling, continue_text, stream
 
@@ -39,7 +39,12 @@ def strict_model(written: bytes) -> Any:
         return torch.cat([input_ids, new], dim=1)
 
     model = torch.nn.Embedding(256, 1)
-    places = {"get_input_embeddings": lambda: model, "modules": model.modules, "config": None}
+    places: dict[str, Any] = {
+        "get_input_embeddings": lambda: model,
+        "get_output_embeddings": lambda: None,
+        "modules": model.modules,
+    }
+    places |= {"named_modules": model.named_modules, "get_submodule": model.get_submodule, "config": LlamaConfig()}
     return SimpleNamespace(device=torch.device("cpu"), generate=generate, **places)
 
 

