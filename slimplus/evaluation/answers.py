@@ -24,7 +24,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from slimplus.evaluation.generation import Sampling, decode
+from slimplus.evaluation.generation import Sampling, decode, prompt_inputs
 
 RUN = 4  # tokens of a run that counts as repeated
 MOST_REPEATED = 0.5  # of an answer's runs
@@ -90,15 +90,8 @@ def answer(
     """
     found = []
     for prompt in prompts:
-        inputs: Any
-        if tokenizer.chat_template:
-            message = [{"role": "user", "content": prompt}]
-            inputs = tokenizer.apply_chat_template(
-                message, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-        else:
-            inputs = tokenizer(prompt, return_tensors="pt", return_attention_mask=True)
-        given = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        inputs = prompt_inputs(tokenizer, prompt, chat=bool(tokenizer.chat_template))
+        given = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         generate: Any = model.generate
         written = generate(**given, **Sampling(new_tokens).arguments(), pad_token_id=tokenizer.eos_token_id)
         tokens = written[0, given["input_ids"].shape[1] :].cpu()

@@ -104,7 +104,31 @@ def stream(loaded: LoadedModel, prompt: str, sampling: Sampling, chat: bool = Fa
     """
     model: Any = loaded.model
     tokenizer = loaded.tokenizer
-    inputs: Any  # only ids and mask: generate refuses what else a tokenizer gives, such as token_type_ids
+    inputs = prompt_inputs(tokenizer, prompt, chat)
+    length = inputs["input_ids"].shape[1]
+    check_ids(inputs["input_ids"], embedding_rows(model), tokenizer, "the prompt")
+    _check_length(length, sampling.max_new_tokens, position_table(model))
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    torch.manual_seed(sampling.seed)
+    model.generate(
+        **{name: tensor.to(model.device) for name, tensor in inputs.items()},
+        **sampling.arguments(),
+        pad_token_id=padding,
+        streamer=TextStreamer(cast("Any", _LenientDecoder(tokenizer)), skip_prompt=True),
+    )
+
+
+def prompt_inputs(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool = False) -> dict[str, Tensor]:
+    """Return `input_ids` and `attention_mask` of a prompt, `[1, tokens]` each.
+
+    Models refuse what else a tokenizer gives, such as `token_type_ids`.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        prompt: text to continue, or the message to answer.
+        chat: whether to put the prompt into the tokenizer's chat template.
+    """
+    inputs: Any
     if chat:
         message = [{"role": "user", "content": prompt}]
         inputs = tokenizer.apply_chat_template(
@@ -112,17 +136,7 @@ def stream(loaded: LoadedModel, prompt: str, sampling: Sampling, chat: bool = Fa
         )
     else:
         inputs = tokenizer(prompt, return_tensors="pt", return_attention_mask=True)
-    length = inputs["input_ids"].shape[1]
-    check_ids(inputs["input_ids"], embedding_rows(model), tokenizer, "the prompt")
-    _check_length(length, sampling.max_new_tokens, position_table(model))
-    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    torch.manual_seed(sampling.seed)
-    model.generate(
-        **{name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")},
-        **sampling.arguments(),
-        pad_token_id=padding,
-        streamer=TextStreamer(cast("Any", _LenientDecoder(tokenizer)), skip_prompt=True),
-    )
+    return {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
 
 @dataclass(frozen=True)
@@ -147,8 +161,7 @@ def _check_length(prompt: int, new: int, longest: int | None) -> None:
 
 def continue_text(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int = 24) -> str:
     """Return a prompt and its greedy continuation of at most `tokens` tokens, on one line."""
-    inputs = tokenizer(prompt, return_tensors="pt", return_attention_mask=True)
-    given = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    given = {name: tensor.to(model.device) for name, tensor in prompt_inputs(tokenizer, prompt).items()}
     written = model.generate(**given, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     return " ".join(decode(tokenizer, written[0]).split())
 

@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+
+class _Reached(Exception):
+    """Raised to leave a model's forward where its head would begin."""
+
+
+@contextmanager
+def stopped_at_head(model: PreTrainedModel, hook: Callable[[Tensor], None]) -> Iterator[None]:
+    """Within this context a forward of the model calls `hook` with what the head would read, and ends the context."""
+
+    def stop(_: nn.Module, inputs: tuple[Tensor]) -> None:
+        hook(inputs[0])
+        raise _Reached
+
+    handle = _head(model).register_forward_pre_hook(stop)
+    try:
+        with suppress(_Reached):
+            yield
+    finally:
+        handle.remove()
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from slimplus.models.architectures import blocks_path, find_blocks, runs_batches
 from slimplus.models.block_arguments import ArgumentRecorder, BlockArguments, bind, run_block
 from slimplus.models.block_loading import LoadBlock
 from slimplus.models.precision import autocast
+from slimplus.models.predictions import stopped_at_head
 from slimplus.models.prefetch import prefetched
 from slimplus.models.state_cache import IN_MEMORY, StateCache
 from slimplus.models.towers import towers
@@ -341,15 +342,6 @@ class StreamedModel:
             hidden: the last block's outputs, `[windows, sequence_length, hidden]`.
             hook: function to call.
         """
-
-        def stop(_: nn.Module, inputs: tuple[Tensor]) -> None:
-            hook(inputs[0])
-            raise _Captured
-
-        handle = self.head.register_forward_pre_hook(stop)
-        try:
-            for window, output in zip(tokens.split(1), hidden.split(1), strict=True):
-                with suppress(_Captured):
-                    self.logits(window, output)
-        finally:
-            handle.remove()
+        for window, output in zip(tokens.split(1), hidden.split(1), strict=True):
+            with stopped_at_head(self.model, hook):
+                self.logits(window, output)

@@ -146,12 +146,11 @@ def expected_work(recipe: Recipe) -> dict[str, float]:
     evaluation = sum(text.windows * text.sequence_length for text in recipe.evaluation_texts.values())
     own = sum(source.weight for source in data.calibration.sources if source.path == SELF)
     share = own / sum(source.weight for source in data.calibration.sources)
-    salient = quantization.trains and recipe.training.loss.salient_channels
     training = 3 * recipe.training.epochs if quantization.trains else 0
     return {
         "calibration_text": 3.0 * share * calibration,
         "full_precision": 1.5 * evaluation,
-        "sensitivity": 5.0 * calibration if salient or quantization.allocates_by == "model" else 0.0,
+        "sensitivity": 5.0 * calibration if recipe.measures_sensitivity else 0.0,
         "blocks": (10.0 + training) * calibration,
         "end_to_end": 5.0 * recipe.end_to_end.epochs * calibration,
         "export": 0.0,

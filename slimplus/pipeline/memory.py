@@ -92,9 +92,8 @@ def _windows_kept(recipe: Recipe, blocks: int) -> int:
     """Return of how many windows hidden states are kept at once, those of different blocks counted apart."""
     quantization, data = recipe.quantization, recipe.data
     kept = (STATES if quantization.trains else UNTRAINED_STATES) * data.samples
-    backwards = quantization.allocates_by == "model" or (quantization.trains and recipe.training.loss.salient_channels)
     searched = min(max(SEARCH_TOKENS // data.sequence_length, 1), data.samples)
-    return max(kept, (blocks + 1) * searched) if backwards else kept
+    return max(kept, (blocks + 1) * searched) if recipe.measures_sensitivity else kept
 
 
 def _grid_values(model: PreTrainedModel, group_size: int) -> int:

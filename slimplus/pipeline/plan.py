@@ -11,7 +11,7 @@ from slimplus.format.affine import group_count
 from slimplus.format.planes import packed_size
 from slimplus.models.architectures import embedding_and_head_bits, find_blocks, is_tied, packed_share, quantized_linears
 from slimplus.models.loading import build_on_meta
-from slimplus.pipeline.memory import Needs, memory_needs, memory_rows
+from slimplus.pipeline.memory import FLOAT32, Needs, memory_needs, memory_rows
 from slimplus.pipeline.model_checks import check_shapes, planned_widths
 from slimplus.pipeline.prepare import model_source
 from slimplus.pipeline.self_check import self_check
@@ -19,7 +19,6 @@ from slimplus.recipe.schema import Recipe
 from slimplus.utils.units import format_bytes
 
 BYTES_16_BIT = 2
-FLOAT32 = 4
 CHECKPOINT_COPIES = 3  # of a block in training: what is trained, and an optimizer's two moments
 
 

@@ -280,6 +280,12 @@ class Recipe(Section):
     dry_run: bool = Field(False, description="print the plan and sizes without loading weights, then stop")
 
     @property
+    def measures_sensitivity(self) -> bool:
+        """Whether the whole model is run backwards, for the widths of all blocks or the salience of their outputs."""
+        salient_channels = self.quantization.trains and self.training.loss.salient_channels
+        return salient_channels or self.quantization.allocates_by == "model"
+
+    @property
     def evaluation_texts(self) -> dict[str, EvaluationTextSection]:
         """Key of the recipe → text that perplexity is measured on; the first is that of data.evaluation."""
         first = self.data.evaluation

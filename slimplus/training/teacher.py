@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from slimplus.models.architectures import find_blocks, find_linears
 from slimplus.models.block_loading import LoadBlock
 from slimplus.models.precision import autocast
-from slimplus.models.predictions import predict
+from slimplus.models.predictions import stopped_at_head
 
 Storage = Literal["int8", "nf4"]
 
@@ -52,7 +52,10 @@ class Teacher:
     def __call__(self, tokens: Tensor) -> Tensor:
         """Return the states that the head reads, `[windows, sequence_length, hidden]`, of tokens `[windows, …]`."""
         with autocast(self.device, self.precision):
-            return predict(self.model, tokens).states
+            states: list[Tensor] = []
+            with stopped_at_head(self.model, states.append):
+                self.model(input_ids=tokens, use_cache=False)
+        return states[0]
 
 
 def _stored(layer: nn.Linear, storage: Storage, device: torch.device) -> nn.Module:

@@ -27,9 +27,7 @@ def measure_sensitivity(job: Job) -> None:
     Raises:
         InputError: if the model's predictions or a Hessian hold NaN or infinity, or a Hessian cannot be inverted.
     """
-    salient_channels = job.quantizer.trains and job.quantizer.reconstruction.loss.salient_channels
-    allocates = job.recipe.quantization.allocates_by == "model"
-    if not (salient_channels or allocates):
+    if not job.recipe.measures_sensitivity:
         return
     tables = job.run.load_tensors(SENSITIVITY, "")
     if tables is None:
@@ -41,7 +39,7 @@ def measure_sensitivity(job: Job) -> None:
     else:
         logger.info("sensitivity: found in %s, skipped", SENSITIVITY)
     job.channels = tables["channels"]
-    if allocates:
+    if job.recipe.quantization.allocates_by == "model":
         job.allocation = _allocate(job, tables)
 
 
