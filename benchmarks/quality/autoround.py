@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 
 from slimplus.data.windows import calibration_windows
 from slimplus.models.architectures import quantized_linears
-from slimplus.pipeline.prepare import calibration_texts, model_source
+from slimplus.pipeline.prepare import model_source
+from slimplus.pipeline.texts import calibration_texts
 from slimplus.recipe.parsing import load_recipe
 from slimplus.recipe.schema import Recipe
 from slimplus.utils.files import write_atomic

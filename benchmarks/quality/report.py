@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
 ASSETS = ROOT / "docs" / "assets"
 
-TEXT, TITLE, SUBTITLE = "wikitext2", "WikiText-2 perplexity at 2 bits", "SmolLM2-135M, log scale, lower is better"
+TEXT, TITLE, SUBTITLE = "wikitext2", "WikiText-2 perplexity at 2 to 4 bits", "SmolLM2-135M, log scale, lower is better"
 LARGEST = 160  # perplexity at which a longer line ends in an arrow
 SMALL_TEXT: dict[str, Any] = {"va": "center", "style": "italic", "size": 10}
 STORED_BITS = 1.19  # where their column ends, in parts of the axes' width

@@ -168,6 +168,15 @@ class ModelSource:
         # A GGUF file stores blocks of integers, not a dtype; bfloat16 is what dequantized weights are served in.
         return "bfloat16" if self.dtype == "auto" and self.gguf_file else self.dtype
 
+    def whole_bytes(self, skeleton: PreTrainedModel) -> int:
+        """Return the bytes of the weights that `model` loads.
+
+        Args:
+            skeleton: the model, which may lie on the meta device.
+        """
+        dtype = skeleton.dtype if self.loaded_dtype == "auto" else getattr(torch, self.loaded_dtype)
+        return int(skeleton.num_parameters() * dtype.itemsize)
+
     def load(self, **arguments: Any) -> tuple[PreTrainedModel, Mapping[str, Any]]:
         """Return the model, and what transformers tells of the loading."""
         arguments |= self._arguments()

@@ -34,6 +34,7 @@ MOMENTS = {"adamw": 2 * FLOAT32, "adamw_8bit": 2, "sign_sgd": 0}
 LAYER = 5 * FLOAT32  # bytes for each weight of the layer in use: integers, levels, their gradient, and products
 HIDDEN_COPIES = 14  # float32 tensors of a block's hidden states that autograd keeps, ...
 OUTPUT_COPIES = 2  # ... and of the outputs of its linear layers
+ROOM = 1.2  # bytes that a whole model takes on a device over those of its weights, with short prompts
 TEACHER = {"cached": 0.0, "int8": 1.0, "nf4": 0.55}  # bytes for each weight
 
 
@@ -182,6 +183,35 @@ def check_needs(needs: Needs, recipe: Recipe, device: torch.device) -> None:
         raise InputError(
             f"end_to_end: the training of the whole model takes about {format_bytes(needs.end_to_end_device)} on a "
             f"device, and this one has {format_bytes(memory)}; give {remedies}, or end_to_end.epochs=0"
+        )
+
+
+def has_room(weights: int, device: torch.device) -> bool:
+    """Return whether a whole model can be used on this machine: on the device, or in main memory.
+
+    Args:
+        weights: bytes of the model's weights.
+        device: the job's device.
+    """
+    available = available_bytes()
+    return fits_on_device(weights, device) or available is None or ROOM * weights < available
+
+
+def fits_on_device(weights: int, device: torch.device) -> bool:
+    """Return whether a whole model has room on a GPU."""
+    return device.type == "cuda" and ROOM * weights < torch.cuda.mem_get_info(device)[0]
+
+
+def check_tasks(weights: int, recipe: Recipe, device: torch.device) -> None:
+    """Check that the full-precision model can do the tasks of a recipe on this machine.
+
+    Raises:
+        InputError: if it is too large.
+    """
+    if recipe.evaluation.tasks and not has_room(weights, device):
+        raise InputError(
+            f"evaluation.tasks: the full-precision model takes {format_bytes(weights)}, more than this machine has "
+            "free; leave them out, and run `slimplus evaluate` on a larger machine"
         )
 
 

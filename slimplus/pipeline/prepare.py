@@ -3,38 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.fabric import Fabric
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from slimplus.data.text import SELF, Text, characters_to_read, read_text
 from slimplus.data.windows import (
-    Packing,
-    Windows,
-    WrittenText,
-    calibration_windows,
-    chat_renderer,
     check_ids,
     texts_identity,
 )
 from slimplus.distributed.preemption import Preemption
 from slimplus.distributed.strategies import launch
-from slimplus.evaluation.tasks import LoadedTasks, load_tasks, settings
-from slimplus.evaluation.texts import EvaluationText, read_evaluation_text
+from slimplus.evaluation.tasks import load_tasks
 from slimplus.models.architectures import (
     blocks_path,
     embedding_and_head_bits,
     embedding_rows,
     find_blocks,
     is_tied,
-    quantized_linears,
 )
 from slimplus.models.loading import ModelSource, build_on_meta
 from slimplus.models.location import resolve_model_folder
@@ -42,28 +30,22 @@ from slimplus.models.precision import resolve_precision
 from slimplus.models.state_cache import StateCache
 from slimplus.models.streaming import BlockRunner
 from slimplus.models.towers import carried_over
-from slimplus.pipeline.configs import block_quantizer, expected_work, task_config, text_config
+from slimplus.pipeline.configs import block_quantizer, expected_work, task_config
 from slimplus.pipeline.job import Job
-from slimplus.pipeline.memory import cache_folder, check_needs, memory_needs
+from slimplus.pipeline.known_figures import note_average, start_metrics
+from slimplus.pipeline.memory import cache_folder, check_needs, check_tasks, memory_needs
 from slimplus.pipeline.model_checks import check_shapes, given_allocation
 from slimplus.pipeline.self_check import self_check
-from slimplus.pipeline.self_text import SelfText, check_memory, self_text
-from slimplus.recipe.evaluation import EvaluationSection
+from slimplus.pipeline.self_text import check_memory, self_text
+from slimplus.pipeline.texts import calibration_texts, characters_limit, evaluation_texts, windows_to_calibrate
 from slimplus.recipe.preflight import check_shares
-from slimplus.recipe.schema import Recipe, to_yaml
-from slimplus.run_dir.allocation_file import average_bits
-from slimplus.run_dir.directory import RunDirectory, numbered
+from slimplus.recipe.schema import Recipe
+from slimplus.run_dir.directory import RunDirectory
 from slimplus.run_dir.fingerprint import differences, fingerprint, library_versions
-from slimplus.run_dir.metrics import Metrics
-from slimplus.utils.errors import keys_renamed
-from slimplus.utils.machine import describe_machine
 from slimplus.utils.progress import FILE, Progress
 from slimplus.utils.units import GIGABYTE
 
 logger = logging.getLogger(__name__)
-
-MEASURED = ("perplexity", "divergence")  # figures of each text in metrics.json; those of the first stand apart as well
-ASKED = ("sentence", "tasks", "generation")  # figures of what a model wrote
 
 
 def model_source(recipe: Recipe) -> ModelSource:
@@ -119,9 +101,10 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption, progress: Pr
     skeleton = _checked_skeleton(recipe, source, config, try_out=fabric.is_global_zero and not goes_on)
     allocation = given_allocation(skeleton, recipe)
     check_needs(memory_needs(skeleton, recipe, runner.precision), recipe, fabric.device)
+    check_tasks(source.whole_bytes(skeleton), recipe, fabric.device)
     bits = _embedding_and_head_bits(recipe, source, skeleton)
     tokenizer = source.tokenizer()
-    own = self_text(recipe, tokenizer, source, runner.precision, run.tokens, _limit(recipe))
+    own = self_text(recipe, tokenizer, source, runner.precision, run.tokens, characters_limit(recipe))
     if own is not None and not own.is_complete:
         check_memory(own, skeleton, fabric.device, recipe.trainer.devices)
     texts = calibration_texts(recipe, tokenizer, own)
@@ -132,22 +115,22 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption, progress: Pr
     fabric.barrier()
     run.open()
     with fabric.rank_zero_first():
-        evaluation_texts = _evaluation_texts(recipe, tokenizer, run.tokens)
+        held_out = evaluation_texts(recipe, tokenizer, run.tokens)
     rows = embedding_rows(skeleton)
-    for key, text in zip(recipe.evaluation_texts, evaluation_texts, strict=True):
+    for key, text in zip(recipe.evaluation_texts, held_out, strict=True):
         check_ids(text.tokens, rows, tokenizer, f"{key}.path")
     progress = progress or Progress(shows=False)
     progress.open(run.root / FILE, expected_work(recipe))
-    metrics = _start_metrics(recipe, run, fabric, evaluation_texts, tasks, runner.precision, identity, events, progress)
+    metrics = start_metrics(recipe, run, fabric, held_out, tasks, runner.precision, identity, events, progress)
     if allocation is not None:
-        _note_average(metrics, recipe, allocation, skeleton)
+        note_average(metrics, recipe, allocation, skeleton)
     quantizer = block_quantizer(recipe, fabric, runner, run.logs, preemption, progress.step)
     if own is not None and not own.is_complete:
         with metrics.stage("calibration_text"):
             own.write(source, run, fabric.device, quantizer.ranks, progress)
         fabric.barrier()
     with fabric.rank_zero_first():
-        calibration = _calibration_windows(recipe, texts, tokenizer, run.tokens)
+        calibration = windows_to_calibrate(recipe, texts, tokenizer, run.tokens)
     check_ids(calibration.tokens, rows, tokenizer, "data.calibration.path")
     if fabric.is_global_zero:
         run.manifest.add(run.tokens)
@@ -161,7 +144,7 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption, progress: Pr
         source=source,
         tokenizer=tokenizer,
         calibration=calibration,
-        evaluation_texts=evaluation_texts,
+        evaluation_texts=held_out,
         tasks=tasks,
         settings=quantizer.quantization,
         quantizer=quantizer,
@@ -249,131 +232,3 @@ def _check_and_repair(run: RunDirectory, recipe: Recipe, identity: dict[str, Any
         events.append(f"libraries changed during the run: {', '.join(upgrades)}")
         logger.warning("%s; the checkpoint may differ from that of an undisturbed run", events[-1])
     return events
-
-
-def calibration_texts(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, own: SelfText | None = None
-) -> list[Text | WrittenText]:
-    """Return the calibration texts, of which no more is read than the windows can need.
-
-    Args:
-        recipe: the resolved recipe.
-        tokenizer: the model's tokenizer.
-        own: the text that the model writes, if the recipe asks for it.
-    """
-    render_chat, limit = chat_renderer(tokenizer), _limit(recipe)
-    return [
-        own.text
-        if own is not None and source.path == SELF
-        else read_text(source.path, "calibration", source.column, limit, render_chat, source.weight)
-        for source in recipe.data.calibration.sources
-    ]
-
-
-def _limit(recipe: Recipe) -> int:
-    """Return how many characters of a calibration text to read."""
-    return characters_to_read(recipe.data.samples * recipe.data.sequence_length)
-
-
-def _calibration_windows(
-    recipe: Recipe, texts: Sequence[Text | WrittenText], tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> Windows:
-    """Return the calibration windows, which are kept in `folder`."""
-    data = recipe.data
-    file, packing = folder / "calibration.safetensors", Packing(data.bos, data.separator)
-    return calibration_windows(texts, tokenizer, data.samples, data.sequence_length, recipe.seed, file, packing)
-
-
-def _evaluation_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[EvaluationText]:
-    """Return the texts that perplexity is measured on, whose windows are kept in `folder`."""
-    found = []
-    for index, (key, section) in enumerate(recipe.evaluation_texts.items()):
-        with keys_renamed({"data.evaluation": key, "data.bos": f"{key}.bos"}):
-            cache = folder / numbered("evaluation.safetensors", index)
-            found.append(read_evaluation_text(text_config(section), tokenizer, cache))
-    return found
-
-
-def _start_metrics(
-    recipe: Recipe,
-    run: RunDirectory,
-    fabric: Fabric,
-    texts: Sequence[EvaluationText],
-    tasks: LoadedTasks | None,
-    precision: str,
-    identity: dict[str, Any],
-    events: list[str],
-    progress: Progress,
-) -> Metrics:
-    """Write what identifies the run, and return its metrics with those of earlier starts and with new events."""
-    values = _known_figures(recipe, run, texts, precision, identity)
-    values |= _known_answers(recipe.evaluation, tasks, values)
-    metrics = Metrics(values, run, fabric.device, fabric.is_global_zero, progress)
-    metrics["events"] += events
-    fabric.barrier()  # every process has read the fingerprint of the earlier start
-    if fabric.is_global_zero:
-        run.manifest.add(run.tokens)
-        run.write("fingerprint.json", identity)
-        run.write("recipe.yaml", to_yaml(recipe))
-    metrics.save()
-    return metrics
-
-
-def _known_figures(
-    recipe: Recipe, run: RunDirectory, texts: Sequence[EvaluationText], precision: str, identity: dict[str, Any]
-) -> dict[str, Any]:
-    """Return what metrics.json holds so far; measured figures only if they are of the same model and windows."""
-    before, identity_before = run.read("metrics.json"), run.read("fingerprint.json")
-    decisive = ("model.path", "model.gguf_file", "model.dtype", "model configuration", "trainer.precision")
-    if not all(identity_before.get(key) == identity[key] for key in decisive):
-        before = {key: value for key, value in before.items() if key not in (*MEASURED, *ASKED, "texts")}
-    measured = {row["fingerprint"]: row for row in _measured_texts(before)}
-    rows = [{"perplexity": {}} | measured.get(text.fingerprint, {}) | text.protocol for text in texts]
-    fresh: dict[str, Any] = {
-        "method": recipe.quantization.method,
-        "model": recipe.model.path,
-        "precision": precision,
-        "libraries": library_versions(),
-        "machine": describe_machine(),
-        "evaluation": texts[0].protocol,
-        "texts": rows,
-        **{key: deepcopy(rows[0][key]) for key in MEASURED if key in rows[0]},
-    }
-    asks = {"tasks": bool(recipe.evaluation.tasks), "generation": bool(recipe.evaluation.prompts)}
-    rest = {key: value for key, value in before.items() if key not in MEASURED and asks.get(key, True)}
-    return {"seconds": {}, "events": []} | rest | fresh
-
-
-def _measured_texts(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the figures of each text; runs of earlier versions measured one, and did not list it."""
-    if "texts" in metrics or "evaluation" not in metrics:
-        return list(metrics.get("texts", []))
-    figures = {key: metrics[key] for key in MEASURED if key in metrics}
-    return [metrics["evaluation"] | figures]
-
-
-def _known_answers(section: EvaluationSection, tasks: LoadedTasks | None, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries on tasks and prompts, with what models have answered to the same ones."""
-    asked: dict[str, Any] = {}
-    if tasks is not None:
-        before = known.get("tasks", {})
-        same = before.get("settings") == settings(tasks)
-        asked["tasks"] = {"settings": settings(tasks), "scores": before["scores"] if same else {}}
-    if section.prompts:
-        asked["generation"] = {"prompts": section.prompts, "new_tokens": section.new_tokens}
-        before = known.get("generation", {})
-        if all(before.get(key) == value for key, value in asked["generation"].items()):
-            asked["generation"] = before
-    return asked
-
-
-def _note_average(
-    metrics: Metrics, recipe: Recipe, allocation: Mapping[str, list[int]], model: PreTrainedModel
-) -> None:
-    """Note that an imported allocation has another average than the recipe asks for, if it has."""
-    settings = recipe.quantization
-    average = average_bits(allocation, quantized_linears(model), settings.group_size)
-    if average != settings.bits:
-        metrics.note(
-            f"quantization.allocation gives {average:.3f} bits on average, not quantization.bits={settings.bits}"
-        )

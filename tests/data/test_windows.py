@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 from slimplus.data import windows as windows_module
 from slimplus.data.text import Text, TextError
 from slimplus.data.windows import Packing, calibration_windows, chat_renderer, evaluation_windows
-from slimplus.pipeline.prepare import calibration_texts, model_source
+from slimplus.pipeline.prepare import model_source
+from slimplus.pipeline.texts import calibration_texts
 from slimplus.recipe.parsing import load_recipe, recipe_names
 
 TEXT = " ".join(f"{i:03d}" for i in range(250))[:-1]  # 998 characters, which are its tokens

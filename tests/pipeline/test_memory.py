@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from slimplus.models.loading import ModelSource, build_on_meta
-from slimplus.pipeline.memory import Needs, check_needs, memory_needs
+from slimplus.pipeline.memory import Needs, check_needs, check_tasks, fits_on_device, has_room, memory_needs
 from slimplus.pipeline.plan import dry_run
 from slimplus.recipe.parsing import load_recipe
 from slimplus.recipe.schema import Recipe
@@ -16,7 +16,7 @@ from slimplus.utils.errors import InputError
 from tests.support.memory import peaks_of_run
 from tests.support.models import ModelMaker
 from tests.support.recipes import Arguments
-from tests.support.runs import packed_weights, run
+from tests.support.runs import packed_weights, read_metrics, run
 
 CPU = torch.device("cpu")
 SEVENTY = (
@@ -110,3 +110,33 @@ def test_anonymous_memory_does_not_know_the_depth_of_the_model(
         assert peaks[16][stage] < most * peaks[4][stage], (stage, peaks)
     grown = (peaks[16]["end_to_end"] - peaks[4]["end_to_end"]) / (12 * BLOCK)
     assert grown < 1, peaks
+
+
+def test_a_whole_model_is_used_where_it_has_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gpu, recipe = torch.device("cuda"), recipe_of("evaluation.tasks=[paper]")
+    for free_on_gpu, free, room in ((200, 50, True), (110, 50, False), (110, 200, True)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free_on_gpu: (free, 0))
+        monkeypatch.setattr("slimplus.pipeline.memory.available_bytes", lambda free=free: free)
+        assert fits_on_device(100, gpu) == (free_on_gpu == 200)
+        assert not fits_on_device(100, CPU)
+        assert has_room(100, gpu) == room
+        assert has_room(100, CPU) == (free == 200)
+    check_tasks(100, recipe, CPU)
+    check_tasks(200, recipe_of(), CPU)
+    with pytest.raises(
+        InputError, match=r"evaluation.tasks: the full-precision model takes 0.2 kB, more than this"
+    ):
+        check_tasks(200, recipe, CPU)
+
+
+def test_a_model_larger_than_the_machine_is_quantized_without_its_answers(
+    arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slimplus.pipeline.stages.ask.has_room", lambda weights, device: False)
+    run(arguments(tmp_path / "run", 'evaluation.prompts=["The city"]'))
+    metrics = read_metrics(tmp_path / "run")
+    assert metrics["generation"]["full"] is None
+    assert metrics["generation"]["quantized"]["answers"]
+    assert any(
+        event.startswith("evaluation.prompts: the full-precision model was not asked") for event in metrics["events"]
+    )

@@ -330,7 +330,11 @@ def quiet() -> Iterator[None]:
     logging.disable(logging.ERROR)
     versions = functools.cache(fingerprint.library_versions)
     try:
-        with mock.patch("os.fsync"), mock.patch("slimplus.pipeline.prepare.library_versions", versions):  # to save time
+        with (  # to save time
+            mock.patch("os.fsync"),
+            mock.patch("slimplus.pipeline.prepare.library_versions", versions),
+            mock.patch("slimplus.pipeline.known_figures.library_versions", versions),
+        ):
             yield
     finally:
         logging.disable(logging.NOTSET)

@@ -9,28 +9,35 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from slimplus.evaluation.answers import answer, degeneration, figures
 from slimplus.evaluation.tasks import LoadedTasks, score
 from slimplus.hub.checkpoint import load
+from slimplus.models.loading import build_on_meta
 from slimplus.pipeline.job import Job
+from slimplus.pipeline.memory import fits_on_device, has_room
 from slimplus.pipeline.stages.evaluate import GENERATION_ERRORS
 from slimplus.utils.errors import InputError, named_first_line
 from slimplus.utils.units import format_bytes
 
 logger = logging.getLogger(__name__)
 
-ROOM = 1.2  # bytes that a model takes on a device over those of its weights, with short prompts
-
 
 def ask_full_precision(job: Job) -> None:
-    """Ask the full-precision model.
+    """Ask the full-precision model; one that is larger than the machine's memory is left out, and that is noted.
 
     Raises:
         InputError: if there are tasks, and the model does not fit on the device.
     """
+    weights = job.source.whole_bytes(build_on_meta(job.source.config()))
+    generation = job.metrics.get("generation", {})
+    if generation and "full" not in generation and not has_room(weights, job.runner.device):
+        generation["full"] = None
+        job.metrics.note(
+            f"evaluation.prompts: the full-precision model was not asked; it takes {format_bytes(weights)}, more than "
+            "this machine has free"
+        )
     _ask(job, "full", job.source.model)
 
 
@@ -53,20 +60,13 @@ def _ask(job: Job, name: str, make: Callable[[], PreTrainedModel]) -> None:
     with job.metrics.stage("full_precision" if name == "full" else "packed"):
         if job.fabric.is_global_zero:
             model = make().eval()
-            device = job.runner.device if _fits(model, job.runner.device) else torch.device("cpu")
-            model.to(device)
+            fits = fits_on_device(model.get_memory_footprint(), job.runner.device)
+            model.to(job.runner.device if fits else "cpu")
             if tasks:
                 _score(job, name, model, tasks)
             if prompts:
                 _answer(job, name, model)
         job.fabric.barrier()
-
-
-def _fits(model: PreTrainedModel, device: torch.device) -> bool:
-    """Return whether a model has room on a device."""
-    if device.type != "cuda":
-        return True
-    return ROOM * model.get_memory_footprint() < torch.cuda.mem_get_info(device)[0]
 
 
 def _score(job: Job, name: str, model: PreTrainedModel, tasks: LoadedTasks) -> None:

@@ -85,15 +85,6 @@ def test_what_was_asked_is_not_asked_again(asked: tuple[Path, list[str]], monkey
     assert not {"tasks", "generation"} & read_metrics(folder).keys()
 
 
-def test_a_model_without_room_on_the_device_answers_on_the_cpu(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = torch.device("cuda")
-    needed = model.get_memory_footprint()
-    for free, fits in ((2 * needed, True), (needed, False)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 0))
-        assert ask._fits(model, gpu) == fits
-    assert ask._fits(model, torch.device("cpu"))
-
-
 def test_several_processes_and_a_missing_library_are_sentences(
     arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
