@@ -41,14 +41,22 @@ def weight_bits(bits: Tensor, group_size: int, out_features: int, in_features: i
     return out_features * int(per_column(bits, group_size, in_features).sum())
 
 
-def minmax_qparams(tile: Tensor, bits: int, shrink: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
-    """Return the scale and zero point `[out]` that span `shrink * [min(w, 0), max(w, 0)]` of a tile `[out, columns]`.
+def minmax_qparams(tile: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return the scale and zero point `[out]` that span `[min(w, 0), max(w, 0)]` of a tile `[out, columns]`."""
+    return range_qparams(*tile_range(tile), bits)
+
+
+def tile_range(tile: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `min(w, 0)` and `max(w, 0)` of the rows of a tile `[out, columns]`, each `[out]`."""
+    return tile.amin(dim=-1).clamp(max=0), tile.amax(dim=-1).clamp(min=0)
+
+
+def range_qparams(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return the scales and zero points that span ranges from `low` to `high`, of any shape.
 
     Any scale represents a row of zeros. It gets the smallest one, since 8-bit scales are coded relative to the largest
     scale of the weight's row.
     """
-    low = tile.amin(dim=-1).clamp(max=0) * shrink
-    high = tile.amax(dim=-1).clamp(min=0) * shrink
     empty = low == high
     low, high = torch.where(empty, -SMALLEST_SCALE, low), torch.where(empty, SMALLEST_SCALE, high)
     scale = (high - low) / (2**bits - 1)
@@ -113,15 +121,24 @@ def storable_zero_point(zero_point: Tensor, bits: Tensor) -> Tensor:
     return torch.round(zero_point * steps).clamp(0, 2**MAX_BITS - 1) / steps
 
 
-def nearest_integers(weight: Tensor, scale: Tensor, zero_point: Tensor, largest: Tensor | int) -> Tensor:
+def nearest_integers(
+    weight: Tensor, scale: Tensor, zero_point: Tensor, largest: Tensor | int, out: Tensor | None = None
+) -> Tensor:
     """Return the integers `0 … largest` whose levels are nearest to `weight`, as floats; all arguments broadcast.
 
     The whole part of the zero point is added after rounding, so that a weight half-way between two levels goes where
     the reference code (`round(w / scale) + zero`) sends it. A model that was quantized once and is quantized again has
     many such ties.
+
+    Args:
+        weight: the weights.
+        scale: the scales.
+        zero_point: the zero points.
+        largest: largest integer of the grid.
+        out: tensor of the result's shape that takes it.
     """
     whole = zero_point.floor()
-    rounded = torch.round(weight / scale + (zero_point - whole)).add_(whole)
+    rounded = torch.div(weight, scale, out=out).add_(zero_point - whole).round_().add_(whole)
     return rounded.clamp_(0, largest) if isinstance(largest, int) else rounded.clamp_(min=0).minimum(largest)
 
 

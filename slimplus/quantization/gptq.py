@@ -61,7 +61,7 @@ def quantize_weight(
         scale_bits: bits that a scale takes in the packed format. With 8, a scale more than 8 octaves below the largest
             of its row is raised at the end, when all scales of the row are known; the group keeps its integers.
     """
-    remaining = weight.clone()
+    remaining = _workspace(weight)
     upper = inverse.upper
     integers, remainders = torch.empty_like(remaining, dtype=torch.uint8), torch.empty_like(remaining)
     scales, zero_points, losses = [], [], []
@@ -77,7 +77,7 @@ def quantize_weight(
         if compensate:
             errors = _round_columns(tile, upper[span, span], scale, zero_point, 2**width - 1)
             errors.masked_fill_(inverse.dead[span], 0)  # they cost no loss that was measured
-            remaining[:, span.stop :] -= errors @ upper[span, span.stop :]
+            remaining[:, span.stop :].addmm_(errors, upper[span, span.stop :], alpha=-1)
             losses.append(errors.square().sum(1) / 2)
         nearest = nearest_integers(tile, scale[:, None], zero_point[:, None], 2**width - 1)
         integers[:, span] = nearest.to(torch.uint8)
@@ -86,8 +86,14 @@ def quantize_weight(
             level = (nearest - zero_point[:, None]) * scale[:, None]
             losses.append(((tile - level) / diagonal).masked_fill(inverse.dead[span], 0).square().sum(1) / 2)
     scale = storable_scale(torch.stack(scales, 1), scale_bits)
+    integers, remainders = integers.contiguous(), remainders.contiguous()
     quantized = QuantizedWeight(integers, scale, torch.stack(zero_points, 1), bits, group_size, scale_bits)
     return RoundedWeight(quantized, remainders, torch.stack(losses, 1))
+
+
+def _workspace(weight: Tensor) -> Tensor:
+    """Return a copy of a weight `[out, in]` that lies column by column on a CPU, where columns are rounded in turn."""
+    return weight.clone() if weight.is_cuda else weight.T.clone(memory_format=torch.contiguous_format).T
 
 
 def _round_columns(tile: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, largest: int) -> Tensor:
@@ -108,10 +114,13 @@ def _round_columns(tile: Tensor, upper: Tensor, scale: Tensor, zero_point: Tenso
 
         with torch.cuda.device_of(tile):  # Triton launches on the current device
             return round_columns(tile, upper, scale, zero_point, largest)
-    errors = torch.empty_like(tile)
-    for column in range(tile.shape[1]):
-        real = tile[:, column]
-        level = (nearest_integers(real, scale, zero_point, largest) - zero_point) * scale
-        errors[:, column] = (real - level) / upper[column, column]
-        tile[:, column + 1 :].addr_(errors[:, column], upper[column, column + 1 :], alpha=-1)
+    errors, products, diagonal = torch.empty_like(tile), torch.empty_like(tile), upper.diagonal().tolist()
+    whole = zero_point.floor()
+    fraction, nearest = zero_point - whole, torch.empty_like(scale)
+    for column, (real, error) in enumerate(zip(tile.unbind(1), errors.unbind(1), strict=True)):
+        # What `nearest_integers` computes, without an allocation for each step.
+        torch.div(real, scale, out=nearest).add_(fraction).round_().add_(whole).clamp_(0, largest)
+        torch.sub(real, nearest.sub_(zero_point).mul_(scale), out=error).div_(diagonal[column])
+        later = slice(column + 1, None)
+        tile[:, later] -= torch.mul(error[:, None], upper[column, later], out=products[:, later])
     return errors

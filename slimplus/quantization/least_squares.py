@@ -43,38 +43,45 @@ def _refit_rows(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> 
     integers, scale, zero_point = quantized.integers, quantized.scale, quantized.zero_point
     group_size = quantized.group_size
     residual = weight - dequantize(integers, scale, zero_point, group_size)
-    normal, moment = _normal_equations(integers.float(), residual, hessian, group_size)
+    projected = residual @ hessian
+    normal, moment = _normal_equations(integers.float(), projected, hessian, group_size)
     ridge = RIDGE * normal.diagonal(dim1=1, dim2=2).mean(dim=1, keepdim=True)
     ridge = ridge.clamp(min=torch.finfo(ridge.dtype).tiny)  # for a layer whose inputs are all zero
     step = torch.linalg.solve(normal + torch.diag_embed(ridge.expand_as(moment)), moment)
     new_scale, offset = (torch.cat([scale, -scale * zero_point], dim=1) + step).chunk(2, dim=1)
     new_scale = storable_scale(torch.where(new_scale > 0, new_scale, scale), quantized.scale_bits)
     new_zero = storable_zero_point(-offset / new_scale, quantized.bits.to(weight.device))
-    before = output_error(residual, hessian)
+    before = projected.mul_(residual).sum(dim=1)  # as `output_error` has it
     after = output_error(weight - dequantize(integers, new_scale, new_zero, group_size), hessian)
     better = (after < before)[:, None]
     return torch.where(better, new_scale, scale), torch.where(better, new_zero, zero_point)
 
 
-def _normal_equations(integers: Tensor, residual: Tensor, hessian: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+def _normal_equations(integers: Tensor, projected: Tensor, hessian: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """Return the normal equations of each row, `[rows, 2 groups, 2 groups]`, and their right side `[rows, 2 groups]`.
 
     The unknowns are the changes of a row's scales, then those of its offsets.
+
+    Args:
+        integers: the integers, `[rows, in]`, float32.
+        projected: the rows' present error times the Hessian, `[rows, in]`.
+        hessian: Hessian of the layer's inputs, `[in, in]`.
+        group_size: columns a group.
     """
 
     def sum_groups(values: Tensor) -> Tensor:
-        missing = -values.shape[-1] % group_size
-        return torch.nn.functional.pad(values, (0, missing)).unflatten(-1, (-1, group_size)).sum(-1)
+        if missing := -values.shape[-1] % group_size:
+            values = torch.nn.functional.pad(values, (0, missing))
+        return values.unflatten(-1, (-1, group_size)).sum(-1)
 
-    projected_residual = residual @ hessian
-    moment = torch.cat([sum_groups(projected_residual * integers), sum_groups(projected_residual)], dim=1)
+    moment = torch.cat([sum_groups(projected * integers), sum_groups(projected)], dim=1)
     scale_rows, mixed_rows, offset_rows = [], [], []
     for columns, rows_of_hessian in zip(
         integers.split(group_size, dim=1), hessian.split(group_size, dim=0), strict=True
     ):
-        projected = columns @ rows_of_hessian
-        scale_rows.append(sum_groups(projected * integers))
-        mixed_rows.append(sum_groups(projected))
+        product = columns @ rows_of_hessian
+        scale_rows.append(sum_groups(product * integers))
+        mixed_rows.append(sum_groups(product))
         offset_rows.append(sum_groups(rows_of_hessian.sum(dim=0)))
     mixed = torch.stack(mixed_rows, dim=1)
     offsets = torch.stack(offset_rows).expand(len(integers), -1, -1)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slimplus.format.affine import binary_qparams, minmax_qparams, nearest_integers
+from slimplus.format.affine import binary_qparams, nearest_integers, range_qparams, tile_range
 
 GPU_VALUES = 2**24  # tried together on a GPU: enough to keep it busy, few enough for its memory
 
@@ -53,18 +53,41 @@ def calibrate_group(
     weights = torch.where(salient, config.salient_weight, 1.0) if config.salient_weight != 1 else None
     offsets = config.reach * torch.arange(1, config.steps + 1, device=tile.device) / config.steps
     shrinks = torch.cat([offsets.new_ones(1), 1 + offsets, 1 - offsets])
-    best_error = torch.full_like(tile[:, 0], torch.inf)
+    low, high = tile_range(tile)
+    best_error = torch.full_like(low, torch.inf)
     best_scale, best_zero = torch.empty_like(best_error), torch.empty_like(best_error)
-    for part in shrinks.split(_ranges_at_once(tile)):
-        scale, zero_point = minmax_qparams(tile, bits, part[:, None])  # [ranges, out]
-        level = nearest_integers(tile, scale[..., None], zero_point[..., None], 2**bits - 1)
-        error = level.sub_(zero_point[..., None]).mul_(scale[..., None]).sub_(tile).abs_().pow_(config.exponent)
+    together = _ranges_at_once(tile)
+    # Fresh memory for each range would cost a CPU more than the arithmetic.
+    buffer = None if tile.is_cuda else torch.empty_like(tile.expand(together, *tile.shape))
+    for part in shrinks.split(together):
+        scale, zero_point = range_qparams(low * part[:, None], high * part[:, None], bits)  # [ranges, out]
+        out = None if buffer is None else buffer[: len(part)]
+        error = _rounding_error(tile, scale[..., None], zero_point[..., None], 2**bits - 1, config.exponent, out)
         total, place = (error if weights is None else error * weights).sum(dim=-1).min(dim=0, keepdim=True)
         better = total[0] < best_error
         best_error = torch.where(better, total[0], best_error)
         best_scale = torch.where(better, scale.gather(0, place)[0], best_scale)
         best_zero = torch.where(better, zero_point.gather(0, place)[0], best_zero)
     return best_scale, best_zero
+
+
+def _rounding_error(
+    tile: Tensor, scale: Tensor, zero_point: Tensor, largest: int, exponent: float, out: Tensor | None
+) -> Tensor:
+    """Return the magnitudes of the errors of rounding a tile to each of some grids, to a power.
+
+    The power is taken by a logarithm, which a CPU computes for many values at once, as it does not `pow`.
+
+    Args:
+        tile: the weights, `[out, columns]`.
+        scale: scales of the grids, `[grids, out, 1]`.
+        zero_point: zero points of the grids, `[grids, out, 1]`.
+        largest: largest integer of the grids.
+        exponent: the power.
+        out: tensor `[grids, out, columns]` that takes the result.
+    """
+    level = nearest_integers(tile, scale, zero_point, largest, out).sub_(zero_point).mul_(scale)
+    return level.sub_(tile).abs_().log_().mul_(exponent).exp_()
 
 
 def _ranges_at_once(tile: Tensor) -> int:

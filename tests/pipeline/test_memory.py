@@ -123,9 +123,7 @@ def test_a_whole_model_is_used_where_it_has_room(monkeypatch: pytest.MonkeyPatch
         assert has_room(100, CPU) == (free == 200)
     check_tasks(100, recipe, CPU)
     check_tasks(200, recipe_of(), CPU)
-    with pytest.raises(
-        InputError, match=r"evaluation.tasks: the full-precision model takes 0.2 kB, more than this"
-    ):
+    with pytest.raises(InputError, match=r"evaluation.tasks: the full-precision model takes 0.2 kB, more than this"):
         check_tasks(200, recipe, CPU)
 
 
