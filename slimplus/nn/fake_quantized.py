@@ -7,14 +7,22 @@ them, so that the trained layer and the packed one agree bit for bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from slimplus.format.affine import QuantizedWeight, storable_scale, storable_zero_point
 from slimplus.format.planes import pack_grid
+from slimplus.nn.levels import (
+    compiled,
+    frozen_levels,
+    offset_levels,
+    offset_position,
+    rounded_to_grid,
+    weight_levels,
+    weight_position,
+)
 
 LARGEST_OFFSET = 0.5  # in steps of the grid: enough for a weight to take the other one of its two nearest levels
 
@@ -22,65 +30,6 @@ LARGEST_OFFSET = 0.5  # in steps of the grid: enough for a weight to take the ot
 def _straight_through(real: Tensor, stored: Tensor) -> Tensor:
     """Return `stored`, exact to the bit, with the gradient of `real` (straight-through estimator, arXiv 1308.3432)."""
     return stored.detach() + (real - real.detach())
-
-
-def _rounded_to_grid(position: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the nearest of the integers `0 … largest`, and the mask of positions between the ends of the grid."""
-    rounded = position.round()
-    integers = rounded.clamp(min=0)
-    torch.minimum(integers, largest, out=integers)
-    return integers, rounded == integers
-
-
-class _NearestLevel(torch.autograd.Function):
-    """The nearest levels, in one function: half the passes over memory that a chain of operators takes."""
-
-    @staticmethod
-    def forward(ctx: Any, position: Tensor, largest: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        steps, inside = _rounded_to_grid(position, largest)
-        steps -= zero_point
-        ctx.save_for_backward(steps, inside, scale)
-        return steps * scale
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
-        steps, inside, scale = ctx.saved_tensors
-        (gradient,) = gradients
-        of_scale = (gradient * steps).sum(-1, keepdim=True)
-        of_steps = gradient * scale
-        of_zero_point = -of_steps.sum(-1, keepdim=True)
-        return of_steps.mul_(inside), None, of_scale, of_zero_point
-
-
-class _FrozenLevel(torch.autograd.Function):
-    """The levels `(integers - zero_point) * scale`, which keeps nothing of the weight's size for its gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, integers: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        ctx.save_for_backward(integers, scale, zero_point)
-        return (integers - zero_point).mul_(scale)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor | None]:
-        integers, scale, zero_point = ctx.saved_tensors
-        (gradient,) = gradients
-        # The difference is summed, not the two sums subtracted: each of them is much larger than their difference.
-        of_scale = (integers - zero_point).mul_(gradient).sum(-1, keepdim=True)
-        of_zero_point = -(gradient * scale).sum(-1, keepdim=True) if ctx.needs_input_grad[2] else None
-        return None, of_scale, of_zero_point
-
-
-def nearest_level(position: Tensor, largest: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """Return the levels nearest to positions on the grid, `[out, groups, group_size]`, differentiable.
-
-    Args:
-        position: positions in steps from level 0, `[out, groups, group_size]`. Those between the ends of the grid get
-            the gradient of the levels times the scale; those beyond get none.
-        largest: largest integer of each group, `[groups, 1]`.
-        scale: `[out, groups, 1]`.
-        zero_point: `[out, groups, 1]`.
-    """
-    return cast(Tensor, _NearestLevel.apply(position, largest, scale, zero_point))
 
 
 class FakeQuantizedLinear(nn.Module):
@@ -101,6 +50,7 @@ class FakeQuantizedLinear(nn.Module):
 
     Attributes:
         bound: largest magnitude that the optimizer should allow the parameters in `per_weight`.
+        compiled: whether compiled code computes the levels (`slimplus.nn.levels`).
     """
 
     integers: Tensor
@@ -110,6 +60,7 @@ class FakeQuantizedLinear(nn.Module):
     scale: Tensor
     zero_point: Tensor
     bound = math.inf
+    compiled = False
 
     def __init__(
         self, weight: QuantizedWeight, bias: Tensor | None, width_rates: Mapping[int, float] | None = None
@@ -162,11 +113,19 @@ class FakeQuantizedLinear(nn.Module):
             scale: `[out, groups, 1]`.
             zero_point: `[out, groups, 1]`.
         """
-        return cast(Tensor, _FrozenLevel.apply(self.integers, scale, zero_point))
+        return self._compute(frozen_levels, self.integers, scale, zero_point)
 
     def rounded(self, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Return the integers of the levels `[out, groups, group_size]`; the arguments are those of `levels`."""
         return self.integers
+
+    def _compute(self, levels: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+        """Return what a function of `slimplus.nn.levels` gives for tensors; compiled, in the dtype of products."""
+        if not self.compiled:
+            return levels(*tensors)
+        kind = self.scale.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.scale.dtype
+        return compiled(levels)(dtype, *tensors)
 
     def fake_quantized_weight(self) -> Tensor:
         """Return the weight on its grid, `[out, in]`, float32, differentiable in the parameters."""
@@ -233,9 +192,9 @@ class _RoundingLinear(FakeQuantizedLinear):
         return [self.change]
 
     @property
-    def scaled_change(self) -> Tensor:
-        """The change of each weight, times the rate of its group's width."""
-        return self.change * self.rates[:, None] if self.rated else self.change
+    def factors(self) -> Tensor | None:
+        """Factor on the change of each group's weights, `[groups, 1]`, or None if all are 1."""
+        return self.rates[:, None] if self.rated else None
 
     def place(self, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Return each weight's position on the grid before it is rounded, in steps from level 0.
@@ -244,11 +203,8 @@ class _RoundingLinear(FakeQuantizedLinear):
         """
         raise NotImplementedError
 
-    def levels(self, scale: Tensor, zero_point: Tensor) -> Tensor:
-        return nearest_level(self.place(scale, zero_point), self.largest, scale, zero_point)
-
     def rounded(self, scale: Tensor, zero_point: Tensor) -> Tensor:
-        return _rounded_to_grid(self.place(scale, zero_point), self.largest)[0]
+        return rounded_to_grid(self.place(scale, zero_point), self.largest)[0]
 
 
 class LearnedRoundingLinear(_RoundingLinear):
@@ -270,7 +226,10 @@ class LearnedRoundingLinear(_RoundingLinear):
 
     def place(self, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Return each weight's calibrated position plus its offset, in steps from level 0."""
-        return self.position + self.scaled_change
+        return offset_position(self.position, self.change, self.factors)
+
+    def levels(self, scale: Tensor, zero_point: Tensor) -> Tensor:  # noqa: D102
+        return self._compute(offset_levels, self.position, self.change, self.factors, self.largest, scale, zero_point)
 
 
 class TrainedWeightLinear(_RoundingLinear):
@@ -296,4 +255,7 @@ class TrainedWeightLinear(_RoundingLinear):
 
     def place(self, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Return each trained weight's position on the grid, in steps from level 0."""
-        return (self.start + self.scaled_change) / scale + zero_point
+        return weight_position(self.start, self.change, self.factors, scale, zero_point)
+
+    def levels(self, scale: Tensor, zero_point: Tensor) -> Tensor:  # noqa: D102
+        return self._compute(weight_levels, self.start, self.change, self.factors, self.largest, scale, zero_point)

@@ -158,6 +158,11 @@ class TrainingSection(Section):
     accumulate_grad_batches: int = Field(
         1, ge=1, description="parts that a device splits its share of a step into, to save memory"
     )
+    compile: bool | Literal["auto"] = Field(
+        "auto",
+        description="whether quantizers run as compiled code (torch.compile); auto: on a CPU, where it saves more time "
+        "than it takes",
+    )
     patience: int | None = Field(
         None, ge=1, description="epochs without a lower loss after which a block's training ends early"
     )

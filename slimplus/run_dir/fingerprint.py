@@ -28,7 +28,7 @@ FREE_KEYS = (
     *("quantization.embedding_bits", "quantization.head_bits"),  # quantized after the blocks
     "end_to_end",  # comes after the blocks; its file holds the hash of what it was made from
     "data.generation.prompts",  # the text's hash tells what they say
-    "training.accumulate_grad_batches",  # changes the memory of a step, not its result
+    *("training.accumulate_grad_batches", "training.compile"),  # change how a step is computed, not what
 )
 # Keys that earlier versions did not have: left out at their defaults, so that a run begun with one of those goes on.
 LATER_KEYS = (

@@ -86,7 +86,7 @@ class SignSGD(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    parameter.add_(parameter.grad.sign(), alpha=-group["lr"])
+                    parameter.add_(parameter.grad.sign_(), alpha=-group["lr"])  # nobody needs it any longer
                     parameter.clamp_(-group["bound"], group["bound"])
         return loss
 
