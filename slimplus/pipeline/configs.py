@@ -93,7 +93,7 @@ def _reconstruction(training: TrainingSection, per_weight: str | None) -> Recons
         weight_decay=training.weight_decay,
         patience=training.patience,
         loss=_loss(training.loss),
-        compile=None if training.compile == "auto" else training.compile,
+        compile={"auto": None, "always": True, "never": False}[training.compile],
     )
 
 

@@ -158,7 +158,7 @@ class TrainingSection(Section):
     accumulate_grad_batches: int = Field(
         1, ge=1, description="parts that a device splits its share of a step into, to save memory"
     )
-    compile: bool | Literal["auto"] = Field(
+    compile: Literal["auto", "always", "never"] = Field(
         "auto",
         description="whether quantizers run as compiled code (torch.compile); auto: on a CPU, where it saves more time "
         "than it takes",
