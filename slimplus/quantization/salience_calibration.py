@@ -54,21 +54,17 @@ def calibrate_group(
     offsets = config.reach * torch.arange(1, config.steps + 1, device=tile.device) / config.steps
     shrinks = torch.cat([offsets.new_ones(1), 1 + offsets, 1 - offsets])
     low, high = tile_range(tile)
-    best_error = torch.full_like(low, torch.inf)
-    best_scale, best_zero = torch.empty_like(best_error), torch.empty_like(best_error)
+    scale, zero_point = range_qparams(low * shrinks[:, None], high * shrinks[:, None], bits)  # [ranges, out]
     together = _ranges_at_once(tile)
     # Fresh memory for each range would cost a CPU more than the arithmetic.
     buffer = None if tile.is_cuda else torch.empty_like(tile.expand(together, *tile.shape))
-    for part in shrinks.split(together):
-        scale, zero_point = range_qparams(low * part[:, None], high * part[:, None], bits)  # [ranges, out]
-        out = None if buffer is None else buffer[: len(part)]
-        error = _rounding_error(tile, scale[..., None], zero_point[..., None], 2**bits - 1, config.exponent, out)
-        total, place = (error if weights is None else error * weights).sum(dim=-1).min(dim=0, keepdim=True)
-        better = total[0] < best_error
-        best_error = torch.where(better, total[0], best_error)
-        best_scale = torch.where(better, scale.gather(0, place)[0], best_scale)
-        best_zero = torch.where(better, zero_point.gather(0, place)[0], best_zero)
-    return best_scale, best_zero
+    totals = []
+    for grids in zip(scale[..., None].split(together), zero_point[..., None].split(together), strict=True):
+        out = None if buffer is None else buffer[: len(grids[0])]
+        error = _rounding_error(tile, *grids, 2**bits - 1, config.exponent, out)
+        totals.append((error if weights is None else error * weights).sum(dim=-1))
+    best = torch.cat(totals).argmin(dim=0, keepdim=True)
+    return scale.gather(0, best)[0], zero_point.gather(0, best)[0]
 
 
 def _rounding_error(
