@@ -32,6 +32,7 @@ FILE = "progress.json"
 RUNNING, FINISHED = "running", "finished"
 HEARTBEAT = 5.0  # seconds between two writes of the file
 PART_SECONDS, STEP_SECONDS = 10.0, 60.0  # at least, from a line of the log to that of another part, or another step
+ENOUGH = 0.005  # share of the job's work whose pace tells of the rest: a small part may be loading more than computing
 LEAST = 0.02  # share of a stage after which its own pace says more than that of the stages before it
 
 Item = TypeVar("Item")
@@ -126,7 +127,7 @@ class Pace:
         elapsed, advanced = self.now() - self.since, share - self.share
         own, known = self.work[stage] * advanced, advanced >= LEAST
         done, seconds = self.done + (own if known else 0.0), self.seconds + (elapsed if known else 0.0)
-        if not done:
+        if done <= ENOUGH * sum(self.work.values()):
             return None
         pace = seconds / done
         rest = (1 - share) * (elapsed / advanced if known else pace * self.work[stage])

@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from slimplus.utils import progress as module
-from slimplus.utils.progress import FILE, FINISHED, RUNNING, Pace, Progress, State
+from slimplus.utils.progress import ENOUGH, FILE, FINISHED, RUNNING, Pace, Progress, State
 from tests.support.processes import ROOT
 
 WORK = {"text": 10.0, "blocks": 100.0, "end": 50.0}
@@ -38,6 +38,7 @@ class Clock:
 
 @given(st.floats(0.1, 100), st.floats(0.05, 1), st.lists(st.floats(0.1, 1000), min_size=3, max_size=3))
 def test_with_a_constant_pace_the_time_left_is_exact(pace: float, share: float, work: list[float]) -> None:
+    assume(work[0] > ENOUGH * sum(work))
     clock = Clock()
     estimate = Pace(dict(zip(WORK, work, strict=True)), clock)
     estimate.begin()
@@ -61,6 +62,18 @@ def test_a_stage_that_takes_longer_than_expected_counts_by_its_own_pace() -> Non
     # Half of the blocks are left, and then 50 units at the mean pace of 210 seconds for 60 units.
     assert estimate.left("blocks", 0.5) == pytest.approx(200 + 50 * 210 / 60)
     assert estimate.left("unknown", 0.5) is None
+
+
+def test_a_stage_with_next_to_no_work_says_nothing_about_the_rest() -> None:
+    clock = Clock()
+    estimate = Pace({"text": 1.0, "blocks": 1000.0}, clock)
+    estimate.begin()
+    clock.tick(20)  # of which most is loading
+    estimate.end("text")
+    estimate.begin()
+    assert estimate.left("blocks", 0.0) is None
+    clock.tick(40)
+    assert estimate.left("blocks", 0.04) == pytest.approx(24 * 40)
 
 
 def test_what_was_found_says_nothing_about_what_is_to_come() -> None:
