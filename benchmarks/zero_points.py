@@ -1,4 +1,4 @@
-"""What integer zero points cost, as compressed-tensors and GPTQ need them: perplexity and KL at 2, 3 and 4 bits.
+"""What integer zero points cost, as compressed-tensors and GPTQ need them: perplexity and KL of trained models.
 
     python -m benchmarks.zero_points [WORK_FOLDER] [MODEL …]
 
@@ -33,7 +33,6 @@ from slimplus.utils.files import write_atomic
 from slimplus.utils.machine import commit, describe_machine
 
 RESULTS = Path(__file__).resolve().parent / "results" / "zero_points.json"
-BITS = (2, 3, 4)
 LENGTH = 96  # tokens of a window of the small model
 SIZES: dict[str, Any] = {
     "hidden_size": 128,
@@ -52,11 +51,11 @@ SMALL = (
     *("data.evaluation.windows=48", f"data.evaluation.sequence_length={LENGTH}"),
 )
 SMOLLM2 = (
-    *("data.samples=8", "data.sequence_length=256", "training.epochs=4"),
+    *("data.samples=8", "data.sequence_length=256", "training.epochs=2"),
     *("data.evaluation.windows=8", "data.evaluation.sequence_length=256"),
 )
-MODELS = {"small llama": (SMALL, (0, 1, 2)), "SmolLM2-135M-Instruct": (SMOLLM2, (0,))}
-"""Name → keys of the recipe, and seeds."""
+MODELS = {"small llama": (SMALL, (2, 3, 4), (0, 1, 2)), "SmolLM2-135M-Instruct": (SMOLLM2, (2,), (0,))}
+"""Name → keys of the recipe, average bits, and seeds."""
 
 
 def main(work: Path, models: list[str]) -> None:
@@ -72,9 +71,9 @@ def main(work: Path, models: list[str]) -> None:
 
 def rows_of(work: Path, name: str) -> Iterator[dict[str, Any]]:
     """Yield the figures of a model, a width and a seed at a time."""
-    keys, seeds = MODELS[name]
+    keys, widths, seeds = MODELS[name]
     texts = small_model(work) if name == "small llama" else []
-    for bits in BITS:
+    for bits in widths:
         for seed in seeds:
             row: dict[str, Any] = {"model": name, "bits": bits, "seed": seed, "keys": [*COMMON, *keys]}
             for kind in ("fractional", "integer"):

@@ -190,9 +190,14 @@ def _gptq(weight: QuantizedWeight) -> dict[str, Tensor]:
 
 
 def _compressed_tensors_config(layers: Sequence[PackedLayer], others: Sequence[str]) -> dict[str, Any]:
-    """Return the `quantization_config` of compressed-tensors, a group of the configuration for each width."""
+    """Return the `quantization_config` of compressed-tensors, a group of the configuration for each width.
+
+    `dequantize` has transformers dequantize the layers as it loads them: it cannot load zero points otherwise
+    (compressed-tensors 0.20, whose compressor leaves them unpacked on the meta device). It takes the first group's width
+    for all layers (transformers 5.23); with the widest first it fails for the others, and does not read them wrongly.
+    """
     groups = {}
-    by_width = _by_width(layers)
+    by_width = dict(sorted(_by_width(layers).items(), reverse=True))
     for number, (width, names) in enumerate(by_width.items()):
         weights = {"num_bits": width, "type": "int", "symmetric": False, "strategy": "group", "dynamic": False}
         groups[f"group_{number}"] = {
@@ -208,6 +213,7 @@ def _compressed_tensors_config(layers: Sequence[PackedLayer], others: Sequence[s
         "config_groups": groups,
         "ignore": sorted({*others, "lm_head"}),
         "kv_cache_scheme": None,
+        "dequantize": True,
     }
 
 
