@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, MixtralConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from slimplus.models.architectures import quantized_linears, stack_of_layers
 from slimplus.models.loading import ModelSource
@@ -71,7 +71,8 @@ def main(work: Path) -> None:
     (work / "train.txt").write_text(text[:cut])
     (work / "held_out.txt").write_text(text[cut:])
     if not (work / "model" / "config.json").is_file():
-        train(work, text[:cut])
+        config = MixtralConfig(output_router_logits=True, router_aux_loss_coef=0.02, **SIZES)
+        train(work / "model", text[:cut], config)
     rows = {"widths by sensitivity": quantize(work, "sensitivity", "model")}
     (work / "experts_uniform.json").write_text(json.dumps(experts_uniform(work)))
     rows["experts uniform, others by sensitivity"] = quantize(work, "experts", str(work / "experts_uniform.json"))
@@ -80,8 +81,8 @@ def main(work: Path) -> None:
     write_atomic(RESULTS, json.dumps(result, indent=2) + "\n")
 
 
-def train(work: Path, text: str) -> None:
-    """Train the model on the bytes of a text, and save it with a tokenizer that makes a token of each byte."""
+def train(folder: Path, text: str, config: PretrainedConfig) -> None:
+    """Train a model on the bytes of a text, and save it with a tokenizer that makes a token of each byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(["</s>", *alphabet])}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -89,8 +90,7 @@ def train(work: Path, text: str) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="</s>")
     tokens = torch.tensor(tokenizer(text)["input_ids"])
     torch.manual_seed(0)
-    config = MixtralConfig(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, pad_token_id=0, **SIZES)
-    config.output_router_logits, config.router_aux_loss_coef = True, 0.02
+    config.vocab_size, config.bos_token_id, config.eos_token_id, config.pad_token_id = len(tokenizer), 0, 0, 0
     model = AutoModelForCausalLM.from_config(config)
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, STEPS)
@@ -106,9 +106,10 @@ def train(work: Path, text: str) -> None:
         schedule.step()
         if step % 50 == 0:
             sys.stderr.write(f"step {step}, loss {loss.item():.3f}, {time.perf_counter() - start:.0f} s\n")
-    model.config.output_router_logits = False
-    model.save_pretrained(work / "model")
-    tokenizer.save_pretrained(work / "model")
+    if hasattr(model.config, "output_router_logits"):
+        model.config.output_router_logits = False
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def quantize(work: Path, name: str, allocation: str) -> dict[str, Any]:

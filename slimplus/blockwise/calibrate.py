@@ -180,7 +180,10 @@ def _search(
         else:
             own = group_salience(layer.weight, inverse, size)
         salience[name] = data.ranks.send(data.owner[name], own)
-    searches = {name: AllocationSearch(data.layers[name].weight, salience[name], config.bits, size) for name in names}
+    searches = {
+        name: AllocationSearch(data.layers[name].weight, salience[name], config.bits, size, config.integer_zero_points)
+        for name in names
+    }
     windows = search_windows(data.ranks, data.hidden)
     data.capture_inputs({name: search.add for name, search in searches.items()}, windows)
     return salience, {name: data.ranks.sum(search.divergence).tolist() for name, search in searches.items()}
@@ -214,7 +217,9 @@ def _broadcast_result(
     if own is None:
         grid = weight.new_empty(len(weight), len(bits))
         integers = torch.empty_like(weight, dtype=torch.uint8)
-        empty = QuantizedWeight(integers, grid, grid.clone(), bits, config.group_size, config.scale_bits)
+        empty = QuantizedWeight(
+            integers, grid, grid.clone(), bits, config.group_size, config.scale_bits, config.integer_zero_points
+        )
         own = RoundedWeight(empty, torch.empty_like(weight), grid)
     quantized = own.weight
     integers, scale, zero_point, remainder = (

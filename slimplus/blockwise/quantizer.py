@@ -22,7 +22,13 @@ from slimplus.models.architectures import expert_stacks, find_linears
 from slimplus.models.block_arguments import BlockArguments
 from slimplus.models.precision import with_remedy
 from slimplus.models.streaming import BlockRunner
-from slimplus.nn import FakeQuantizedLinear, LearnedRoundingLinear, TrainedWeightLinear
+from slimplus.nn import (
+    FakeQuantizedLinear,
+    LearnedRoundingLinear,
+    ScaledLinear,
+    ScaledRoundingLinear,
+    TrainedWeightLinear,
+)
 from slimplus.nn.levels import can_compile
 from slimplus.quantization.linear import QuantizationConfig
 from slimplus.training.checkpoints import TrainingCheckpoints
@@ -55,10 +61,15 @@ class QuantizerConfig:
             bias: the layer's bias, `[out]`.
             remainder: what rounding left of each weight, `[out, in]`, see `RoundedWeight`.
         """
-        if self.per_weight is None:
-            return FakeQuantizedLinear(weight, bias, self.width_rates)
-        layer = LearnedRoundingLinear if self.per_weight == "rounding" else TrainedWeightLinear
-        return layer(weight, bias, self.width_rates, remainder)
+        integer = weight.integer_zero_points
+        match self.per_weight:
+            case None:
+                return (ScaledLinear if integer else FakeQuantizedLinear)(weight, bias, self.width_rates)
+            case "rounding":
+                layer = ScaledRoundingLinear if integer else LearnedRoundingLinear
+                return layer(weight, bias, self.width_rates, remainder)
+            case "weights":
+                return TrainedWeightLinear(weight, bias, self.width_rates, remainder)
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,9 @@ def _tables(data: BlockData, sums: StackSums[GradientStatistics], config: Quanti
         table = torch.zeros(len(config.widths), group_count(layer.in_features, size), device=data.runner.device)
         if number % data.ranks.count == data.ranks.rank:
             shrunk = statistics if shared is None else statistics.shrunk(shared)
-            table = group_sensitivity(layer.weight, shrunk, config.widths, size, config.percdamp)
+            table = group_sensitivity(
+                layer.weight, shrunk, config.widths, size, config.percdamp, config.integer_zero_points
+            )
         tables[name] = data.ranks.sum(table)
     return tables
 
@@ -101,7 +103,8 @@ def allocate_block(data: BlockData, config: QuantizationConfig) -> dict[str, Ten
     """Return the widths of a block's groups that make the error of its output smallest.
 
     The error of each token counts in relation to the token's energy. The average width of the block is exactly
-    `config.bits`. The experts of a stack have equal numbers of groups of each width.
+    `config.bits`, or with `config.per_layer` at most that. The experts of a stack have equal numbers of groups of each
+    width.
 
     Raises:
         ValueError: if a sensitivity is not finite, or no widths meet the average.
@@ -119,4 +122,6 @@ def allocate_block(data: BlockData, config: QuantizationConfig) -> dict[str, Ten
         tables, _ = block_sensitivity(data, windows, probe, config)
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in data.layers.items()}
     costs, budget = costs_and_budget(shapes, config.bits, config.group_size, config.widths)
-    return allocate_stacks(tables, costs, config.widths, budget, exact=True, stack=data.stack).bits
+    return allocate_stacks(
+        tables, costs, config.widths, budget, exact=True, stack=data.stack, per_layer=config.per_layer
+    ).bits

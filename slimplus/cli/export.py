@@ -11,7 +11,7 @@ from slimplus.utils.errors import InputError, first_line, is_full
 from slimplus.utils.files import TEMPORARY_SUFFIX, remove, sync_folder
 from slimplus.utils.requirements import check_installed
 
-FORMATS = ("dense", "gguf")
+FORMATS = ("dense", "gguf", "compressed-tensors", "gptq")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,14 +21,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--to",
         choices=FORMATS,
         required=True,
-        help="dense: safetensors that transformers loads without slimplus; gguf: one file for llama.cpp and Ollama",
+        help="dense: safetensors that transformers loads without slimplus; gguf: one file for llama.cpp and Ollama; "
+        "compressed-tensors and gptq: packed safetensors, of runs with quantization.zero_points=integer and one width "
+        "a layer",
     )
-    parser.add_argument("out", help="folder (dense) or file (gguf) to write; it must not exist")
+    parser.add_argument("out", help="folder, or file (gguf), to write; it must not exist")
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
-        default="bfloat16",
-        help="of a dense export; default: %(default)s",
+        help="of what is not packed; default: bfloat16 for dense, else float16",
     )
 
 
@@ -74,6 +75,10 @@ def _export(
     import torch
 
     from slimplus.hub.dense import export_dense
+    from slimplus.hub.integer_formats import COMPRESSED_TENSORS, GPTQ, export_integers
 
     target.mkdir()
-    return export_dense(contents, target, getattr(torch, arguments.dtype)).rows()
+    if arguments.to == "dense":
+        return export_dense(contents, target, getattr(torch, arguments.dtype or "bfloat16")).rows()
+    layout = GPTQ if arguments.to == "gptq" else COMPRESSED_TENSORS
+    return export_integers(contents, target, getattr(torch, arguments.dtype or "float16"), layout).rows()

@@ -6,6 +6,8 @@ group may be shorter); `bits` is `[groups]`; `scale` and `zero_point` are `[out,
 The integer `q` of a weight, `0 <= q < 2**bits`, stands for the level `(q - zero_point) * scale`. The zero point is a
 real number on a grid of `2**(bits - 8)`, which the packed format stores in 8-bit fixed point. One formula thus serves
 every width: a 1-bit group with the levels `centre ± s` has `scale = 2 s` and `zero_point = 0.5 - centre / (2 s)`.
+Where `integer` zero points are asked for, they are among `0 … 2**bits - 1`: 0 is a level of every group, and a group
+whose weights all have one sign has a grid from 0 to the farthest of them.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch import Tensor
 MAX_BITS = 8
 SMALLEST_SCALE = 2.0**-20  # representable in float16 with a few bits of precision left
 SCALE_BITS = (8, 16)
+LLOYD_ROUNDS = 4  # the scale of normal weights then changes by less than 1 % a round
 # An 8-bit scale is a float16 without the lower 5 of its 10 mantissa bits: 32 steps an octave. Its 8 bits reach over 8
 # octaves; the exponent at which they begin is stored once for each row.
 _DROPPED, _OCTAVE, _OCTAVES = 5, 32, 8
@@ -69,15 +72,37 @@ def binary_qparams(tile: Tensor) -> tuple[Tensor, Tensor]:
     return 2 * half_step, 0.5 - tile.mean(dim=-1) / (2 * half_step)
 
 
-def tile_qparams(tile: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Return the round-to-nearest scale and zero point `[out]` of a tile: min-max, or `mean ± mean|w|` at 1 bit."""
-    return binary_qparams(tile) if bits == 1 else minmax_qparams(tile, bits)
+def one_sided_qparams(tile: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the scale and zero point `[out]` of a 1-bit tile `[out, columns]` whose zero point is an integer.
+
+    Its levels are 0 and `scale`, or `-scale` and 0. The side is the one that leaves the smaller squared error, and the
+    scale a fixed point of Lloyd's algorithm (doi.org/10.1109/TIT.1982.1056489), the mean of the weights nearest to it.
+    """
+    sides = torch.stack([tile, -tile]).clamp(min=0)
+    nearest = sides > 0
+    for _ in range(LLOYD_ROUNDS):
+        count = nearest.sum(-1)
+        scale = (sides * nearest).sum(-1) / count.clamp(min=1)
+        nearest = sides > scale[..., None] / 2
+    saved, side = (count * scale.square()).max(dim=0, keepdim=True)
+    return scale.gather(0, side)[0].clamp(min=SMALLEST_SCALE), side[0].to(tile.dtype)
 
 
-def choose_qparams(weight: Tensor, bits: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Return the round-to-nearest scale and zero point `[out, groups]` of a weight `[out, in]`."""
+def tile_qparams(tile: Tensor, bits: int, integer: bool = False) -> tuple[Tensor, Tensor]:
+    """Return the round-to-nearest scale and zero point `[out]` of a tile: min-max, or `mean ± mean|w|` at 1 bit.
+
+    With `integer`, the zero point is an integer at 1 bit as well, see `one_sided_qparams`.
+    """
+    if bits > 1:
+        return minmax_qparams(tile, bits)
+    return one_sided_qparams(tile) if integer else binary_qparams(tile)
+
+
+def choose_qparams(weight: Tensor, bits: Tensor, group_size: int, integer: bool = False) -> tuple[Tensor, Tensor]:
+    """Return the round-to-nearest scale and zero point `[out, groups]` of a weight `[out, in]`; see `tile_qparams`."""
     pairs = [
-        tile_qparams(tile, width) for tile, width in zip(weight.split(group_size, dim=1), bits.tolist(), strict=True)
+        tile_qparams(tile, width, integer)
+        for tile, width in zip(weight.split(group_size, dim=1), bits.tolist(), strict=True)
     ]
     return torch.stack([s for s, _ in pairs], dim=1), torch.stack([z for _, z in pairs], dim=1)
 
@@ -112,11 +137,14 @@ def _positive_half(scale: Tensor) -> Tensor:
     return scale.clamp(SMALLEST_SCALE, torch.finfo(torch.float16).max).to(torch.float16)
 
 
-def storable_zero_point(zero_point: Tensor, bits: Tensor) -> Tensor:
+def storable_zero_point(zero_point: Tensor, bits: Tensor, integer: bool = False) -> Tensor:
     """Return the nearest zero points that the packed format can hold: 8-bit fixed point with `8 - bits` fraction bits.
 
+    With `integer`, they are the nearest of the integers `0 … 2**bits - 1`, which every format holds: 0 is then a level.
     `bits` must broadcast against `zero_point`.
     """
+    if integer:
+        return torch.round(zero_point).clamp(min=0).minimum(torch.exp2(bits.to(zero_point.dtype)) - 1)
     steps = torch.exp2((MAX_BITS - bits).to(zero_point.dtype))
     return torch.round(zero_point * steps).clamp(0, 2**MAX_BITS - 1) / steps
 
@@ -174,6 +202,7 @@ class QuantizedWeight:
         bits: the width of each group, `[groups]`, int32.
         group_size: columns a group.
         scale_bits: bits that a scale takes in the packed format, 8 or 16.
+        integer_zero_points: whether zero points are to stay integers, `0 … 2**bits - 1`, in what fits or trains them.
     """
 
     integers: Tensor
@@ -182,6 +211,7 @@ class QuantizedWeight:
     bits: Tensor
     group_size: int
     scale_bits: int = 16
+    integer_zero_points: bool = False
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight `[out, in]`, exact in float32, rounded once to any other dtype.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +12,11 @@ from transformers import CONFIG_MAPPING
 
 from slimplus.hub.checkpoint import write_shards
 from slimplus.hub.checks import check_architecture
-from slimplus.hub.contents import INDEX_FILE, CheckpointContents, PackedLayer
-from slimplus.hub.exported import Exactness, PackedTensors
+from slimplus.hub.contents import CheckpointContents, PackedLayer
+from slimplus.hub.exported import Exactness, PackedTensors, cast_whole, write_beside
 from slimplus.models.architectures import expert_stacks
 from slimplus.models.loading import UNBUILDABLE, build_on_meta
 from slimplus.utils.errors import InputError, named_first_line
-
-MODEL_FILES = ("config.json", INDEX_FILE, "README.md")  # written anew, or true of the packed checkpoint alone
 
 
 def export_dense(contents: CheckpointContents, folder: Path, dtype: torch.dtype) -> Exactness:
@@ -37,12 +33,7 @@ def export_dense(contents: CheckpointContents, folder: Path, dtype: torch.dtype)
     """
     exactness = Exactness()
     write_shards(folder, _tensors(contents, dtype, exactness))
-    for file in contents.folder.iterdir():
-        if file.is_file() and file.suffix != ".safetensors" and file.name not in MODEL_FILES:
-            shutil.copy(file, folder)
-    config = {key: value for key, value in contents.config.items() if key not in ("quantization_config", "torch_dtype")}
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_beside(contents, folder, dtype, None)
     return exactness
 
 
@@ -54,13 +45,13 @@ def _tensors(contents: CheckpointContents, dtype: torch.dtype, exactness: Exactn
 
     def other(name: str) -> Tensor:
         tensor = stored.read(name)
-        cast = _cast(name, tensor, dtype) if tensor.is_floating_point() else tensor
+        cast = cast_whole(name, tensor, dtype) if tensor.is_floating_point() else tensor
         exactness.add("not packed", name_of_dtype, "yes" if torch.equal(cast.to(tensor.dtype), tensor) else "rounded")
         return cast
 
     def weight(layer: PackedLayer) -> Tensor:
         dequantized = stored.read_layer(layer).dequantize()
-        cast = _cast(layer.name, dequantized, dtype)
+        cast = cast_whole(layer.name, dequantized, dtype)
         exactness.add("packed", name_of_dtype, "yes" if torch.equal(cast.float(), dequantized) else "rounded once")
         return cast
 
@@ -123,11 +114,3 @@ def _expert_stacks(contents: CheckpointContents) -> dict[str, _Stack]:
         }
     except KeyError as error:
         raise InputError(f"{contents.folder}: config.json has more experts than are packed: {error}") from error
-
-
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `tensor` in `dtype`, or raise InputError if it does not fit."""
-    cast = tensor.to(dtype)
-    if not cast.isfinite().all():
-        raise InputError(f"{name} holds values that {dtype} cannot; give --dtype bfloat16 or float32")
-    return cast

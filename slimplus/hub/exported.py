@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from slimplus.format.affine import QuantizedWeight
 from slimplus.format.checks import check_packed
 from slimplus.format.planes import unpack
-from slimplus.hub.contents import CheckpointContents, PackedLayer, weight_file_names
+from slimplus.hub.contents import INDEX_FILE, CheckpointContents, PackedLayer, weight_file_names
 from slimplus.utils.errors import InputError
+
+MODEL_FILES = ("config.json", INDEX_FILE, "README.md")  # written anew, or true of the packed checkpoint alone
 
 
 class PackedTensors:
@@ -51,6 +58,39 @@ class PackedTensors:
         except ValueError as error:
             raise InputError(f"{layer.name}: {error}; export or download the checkpoint again") from error
         return unpack(tensors, layer.rows, layer.columns, layer.group_size)
+
+
+def cast_whole(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor in `dtype`.
+
+    Raises:
+        InputError: naming the tensor, if it holds values that `dtype` cannot.
+    """
+    cast = tensor.to(dtype)
+    if not cast.isfinite().all():
+        raise InputError(f"{name} holds values that {dtype} cannot; give --dtype bfloat16 or float32")
+    return cast
+
+
+def write_beside(
+    contents: CheckpointContents, folder: Path, dtype: torch.dtype, quantization: Mapping[str, Any] | None
+) -> None:
+    """Write what stands beside the weights: the tokenizer and other files, and config.json.
+
+    Args:
+        contents: contents of the packed checkpoint.
+        folder: folder of the weights.
+        dtype: dtype of the weights.
+        quantization: the `quantization_config` of config.json, if there is one.
+    """
+    for file in contents.folder.iterdir():
+        if file.is_file() and file.suffix != ".safetensors" and file.name not in MODEL_FILES:
+            shutil.copy(file, folder)
+    config = {key: value for key, value in contents.config.items() if key not in ("quantization_config", "torch_dtype")}
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass

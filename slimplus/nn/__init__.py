@@ -1,6 +1,12 @@
 """Layers whose weight is quantized: fake-quantized for training, packed for inference."""
 
-from slimplus.nn.fake_quantized import FakeQuantizedLinear, LearnedRoundingLinear, TrainedWeightLinear
+from slimplus.nn.fake_quantized import (
+    FakeQuantizedLinear,
+    LearnedRoundingLinear,
+    ScaledLinear,
+    ScaledRoundingLinear,
+    TrainedWeightLinear,
+)
 from slimplus.nn.fusion import prepare_inference
 from slimplus.nn.packed_embedding import PackedEmbedding, TiedHead
 from slimplus.nn.packed_grid import PackedGridLinear, PackedScaledLinear
@@ -13,6 +19,8 @@ __all__ = [
     "PackedGridLinear",
     "PackedLinear",
     "PackedScaledLinear",
+    "ScaledLinear",
+    "ScaledRoundingLinear",
     "TiedHead",
     "TrainedWeightLinear",
     "prepare_inference",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,7 @@ class FakeQuantizedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.integers.shape
         self.group_size, self.scale_bits = weight.group_size, weight.scale_bits
+        self.integer_zero_points = weight.integer_zero_points
         # Frozen tensors stay out of the state dict: a training checkpoint holds the quantizers alone.
         self._hold(weight)
         self.register_buffer("bits", weight.bits.to(weight.integers.device), persistent=False)
@@ -104,7 +106,8 @@ class FakeQuantizedLinear(nn.Module):
         scale = self.scale * (1 + (high - low) / steps)
         scale = _straight_through(scale, storable_scale(scale, self.scale_bits))
         zero_point = (self.zero_point - low) * self.scale / scale
-        return scale, _straight_through(zero_point, storable_zero_point(zero_point, self.bits))
+        stored = storable_zero_point(zero_point, self.bits, self.integer_zero_points)
+        return scale, _straight_through(zero_point, stored)
 
     def levels(self, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Return the levels of the weights `[out, groups, group_size]` on the grid of a scale and zero point.
@@ -146,7 +149,8 @@ class FakeQuantizedLinear(nn.Module):
         """Return the weight to pack, whose levels are exactly those of `fake_quantized_weight`."""
         scale, zero_point = self.qparams()
         integers = self.rounded(scale[..., None], zero_point[..., None]).flatten(1)[:, : self.in_features]
-        return QuantizedWeight(integers.to(torch.uint8), scale, zero_point, self.bits, self.group_size, self.scale_bits)
+        form = (self.bits, self.group_size, self.scale_bits, self.integer_zero_points)
+        return QuantizedWeight(integers.to(torch.uint8), scale, zero_point, *form)
 
 
 class ScaledLinear(FakeQuantizedLinear):
@@ -154,6 +158,10 @@ class ScaledLinear(FakeQuantizedLinear):
 
     It takes the arguments of `FakeQuantizedLinear`.
     """
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.low_shift.requires_grad_(False)
 
     @property
     def grid(self) -> list[nn.Parameter]:
@@ -232,11 +240,20 @@ class LearnedRoundingLinear(_RoundingLinear):
         return self._compute(offset_levels, self.position, self.change, self.factors, self.largest, scale, zero_point)
 
 
+class ScaledRoundingLinear(ScaledLinear, LearnedRoundingLinear):
+    """`LearnedRoundingLinear` whose zero points stay as calibrated, with the same arguments.
+
+    It is for integer zero points: with a weight's position on the grid frozen, a zero point that moves to the next
+    integer moves every weight of its group by a whole step.
+    """
+
+
 class TrainedWeightLinear(_RoundingLinear):
     """Linear layer that learns its grid and its weights (block-wise training of EfficientQAT, arXiv 2407.11062).
 
-    Gradients pass the rounding by the straight-through estimator. It takes the arguments of `LearnedRoundingLinear`;
-    a weight beyond the ends of the grid starts half a step beyond them.
+    Gradients pass the rounding of weights, and of zero points, by the straight-through estimator: when an integer zero
+    point moves, weights are rounded anew, and only those at the ends of the grid change their levels. It takes the
+    arguments of `LearnedRoundingLinear`; a weight beyond the ends of the grid starts half a step beyond them.
     """
 
     start: Tensor

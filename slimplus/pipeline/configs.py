@@ -50,6 +50,8 @@ def block_quantizer(
             allocation if allocation in ("slimllm", "block") else "uniform",  # the others give a block its widths
             tuple(quantization.widths),
             quantization.scale_bits,
+            quantization.zero_points == "integer",
+            quantization.per_layer,
         ),
         quantizer=QuantizerConfig(per_weight, recipe.training.width_rates),
         reconstruction=_reconstruction(recipe.training, per_weight),

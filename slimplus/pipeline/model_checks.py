@@ -132,7 +132,7 @@ def check_widths(model: PreTrainedModel, settings: QuantizationSection) -> None:
         costs, budget = costs_and_budget(shapes, settings.bits, settings.group_size, widths, size, settings.scale_bits)
         pooled = pool_costs(costs, stack)
         try:
-            check_budget(pooled.values(), widths, budget, exact=size is None)
+            check_budget(pooled.values(), widths, budget, exact=size is None and not settings.per_layer)
         except ValueError as error:
             if size is not None:
                 raise InputError(

@@ -42,6 +42,7 @@ def quantize_weight(
     choose: QParamsChooser,
     compensate: bool,
     scale_bits: int = 16,
+    integer_zero_points: bool = False,
 ) -> RoundedWeight:
     """Quantize a weight group by group; with `compensate`, spread each column's rounding error over the later columns.
 
@@ -60,6 +61,7 @@ def quantize_weight(
         compensate: whether errors are compensated; otherwise every group is rounded to nearest on its own.
         scale_bits: bits that a scale takes in the packed format. With 8, a scale more than 8 octaves below the largest
             of its row is raised at the end, when all scales of the row are known; the group keeps its integers.
+        integer_zero_points: whether the zero points that `choose` gives are rounded to integers.
     """
     remaining = _workspace(weight)
     upper = inverse.upper
@@ -71,7 +73,7 @@ def quantize_weight(
         diagonal = upper.diagonal()[span]
         scale, zero_point = choose(tile, tile.square() / diagonal.square(), width)
         scale = storable_scale(scale[:, None], scale_bits)[:, 0]
-        zero_point = storable_zero_point(zero_point, torch.tensor(width, device=weight.device))
+        zero_point = storable_zero_point(zero_point, torch.tensor(width, device=weight.device), integer_zero_points)
         scales.append(scale)
         zero_points.append(zero_point)
         if compensate:
@@ -87,7 +89,9 @@ def quantize_weight(
             losses.append(((tile - level) / diagonal).masked_fill(inverse.dead[span], 0).square().sum(1) / 2)
     scale = storable_scale(torch.stack(scales, 1), scale_bits)
     integers, remainders = integers.contiguous(), remainders.contiguous()
-    quantized = QuantizedWeight(integers, scale, torch.stack(zero_points, 1), bits, group_size, scale_bits)
+    quantized = QuantizedWeight(
+        integers, scale, torch.stack(zero_points, 1), bits, group_size, scale_bits, integer_zero_points
+    )
     return RoundedWeight(quantized, remainders, torch.stack(losses, 1))
 
 

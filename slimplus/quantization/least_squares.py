@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ def refit_qparams(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -
 
     The levels of a row are linear in its scales `s` and offsets `-s z`: the best values solve `2 groups` normal
     equations. A row keeps its old values where the solution, rounded to what the packed format can hold, is no better.
+
+    Zero points that must be integers are rounded, which moves all levels of a group. The scales are therefore fitted
+    again, to the rounded zero points and to the old ones, and the better pair is taken.
 
     Args:
         weight: the weight to approximate, `[out, in]`.
@@ -50,11 +54,48 @@ def _refit_rows(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> 
     step = torch.linalg.solve(normal + torch.diag_embed(ridge.expand_as(moment)), moment)
     new_scale, offset = (torch.cat([scale, -scale * zero_point], dim=1) + step).chunk(2, dim=1)
     new_scale = storable_scale(torch.where(new_scale > 0, new_scale, scale), quantized.scale_bits)
-    new_zero = storable_zero_point(-offset / new_scale, quantized.bits.to(weight.device))
-    before = projected.mul_(residual).sum(dim=1)  # as `output_error` has it
-    after = output_error(weight - dequantize(integers, new_scale, new_zero, group_size), hessian)
-    better = (after < before)[:, None]
-    return torch.where(better, new_scale, scale), torch.where(better, new_zero, zero_point)
+    bits = quantized.bits.to(weight.device)
+    new_zero = storable_zero_point(-offset / new_scale, bits, quantized.integer_zero_points)
+    candidates = [(new_scale, new_zero)]
+    if quantized.integer_zero_points:
+        fit = partial(_refit_scales, quantized, normal, moment, ridge)
+        candidates += [(fit(zeros), zeros) for zeros in (new_zero, zero_point)]
+    best = projected.mul_(residual).sum(dim=1)  # as `output_error` has it
+    for scales, zeros in candidates:
+        error = output_error(weight - dequantize(integers, scales, zeros, group_size), hessian)
+        better = (error < best)[:, None]
+        best = torch.minimum(error, best)
+        scale, zero_point = torch.where(better, scales, scale), torch.where(better, zeros, zero_point)
+    return scale, zero_point
+
+
+def _refit_scales(
+    quantized: QuantizedWeight, normal: Tensor, moment: Tensor, ridge: Tensor, zero_point: Tensor
+) -> Tensor:
+    """Return the scales `[rows, groups]` that minimise the output error for given zero points.
+
+    A change of a scale by 1 changes its group's offset by `-zero_point`, which leaves `groups` equations of the
+    `2 groups` that `_normal_equations` returns.
+
+    Args:
+        quantized: the weight that the equations are for.
+        normal: the equations, `[rows, 2 groups, 2 groups]`.
+        moment: their right side, `[rows, 2 groups]`.
+        ridge: what is added to their diagonal, `[rows, 1]`.
+        zero_point: the zero points, `[rows, groups]`.
+    """
+    scale, groups = quantized.scale, zero_point.shape[1]
+    # What is left to explain once the zero points have changed: the residual, less the change of the offsets.
+    moved = torch.cat([torch.zeros_like(scale), scale * (quantized.zero_point - zero_point)], dim=1)
+    rest = moment - (normal @ moved[..., None])[..., 0]
+    step_of = torch.cat(
+        [torch.eye(groups, device=scale.device).expand(len(scale), -1, -1), torch.diag_embed(-zero_point)], 1
+    )
+    reduced = step_of.mT @ normal @ step_of
+    step = torch.linalg.solve(
+        reduced + torch.diag_embed(ridge.expand_as(scale)), (step_of.mT @ rest[..., None])[..., 0]
+    )
+    return storable_scale(torch.where(scale + step > 0, scale + step, scale), quantized.scale_bits)
 
 
 def _normal_equations(integers: Tensor, projected: Tensor, hessian: Tensor, group_size: int) -> tuple[Tensor, Tensor]:

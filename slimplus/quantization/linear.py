@@ -36,6 +36,9 @@ class QuantizationConfig:
         allocation: search for the widths of a block's groups, where they are not given.
         widths: widths that the allocation `block` chooses from.
         scale_bits: bits that a scale takes in the packed format, 8 or 16.
+        integer_zero_points: whether zero points are integers, `0 … 2**bits - 1`, and not on the finer grid of the
+            packed format.
+        per_layer: whether the allocation `block` gives all groups of a layer one width.
     """
 
     method: Method
@@ -45,6 +48,8 @@ class QuantizationConfig:
     allocation: Search = "uniform"
     widths: tuple[int, ...] = (1, 2, 3, 4)
     scale_bits: int = 16
+    integer_zero_points: bool = False
+    per_layer: bool = False
 
     @property
     def calibrates(self) -> bool:
@@ -69,12 +74,19 @@ def round_weight(
         config: method and constants.
     """
     rounding = partial(
-        quantize_weight, bits=bits, group_size=config.group_size, inverse=inverse, scale_bits=config.scale_bits
+        quantize_weight,
+        bits=bits,
+        group_size=config.group_size,
+        inverse=inverse,
+        scale_bits=config.scale_bits,
+        integer_zero_points=config.integer_zero_points,
     )
     if not config.calibrates:
-        return rounding(weight, choose=_minmax, compensate=config.method == "gptq")
+        choose = partial(_minmax, integer_zero_points=config.integer_zero_points)
+        return rounding(weight, choose=choose, compensate=config.method == "gptq")
     hessian = hessian + torch.diag(inverse.dead * config.percdamp * hessian.diagonal().mean())
-    rounded = rounding(weight, choose=calibrate_group, compensate=True)
+    choose = partial(calibrate_group, integer_zero_points=config.integer_zero_points)
+    rounded = rounding(weight, choose=choose, compensate=True)
     for round_ in range(REFITS):
         scale, zero_point = refit_qparams(weight, rounded.weight, hessian)
         if round_ < REFITS - 1:
@@ -104,9 +116,9 @@ def quantize_embedding_or_head(weight: Tensor, hessian: Tensor | None, config: Q
     return replace(parts[0], integers=integers, scale=scale, zero_point=zero_point)
 
 
-def _minmax(tile: Tensor, salience: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def _minmax(tile: Tensor, salience: Tensor, bits: int, integer_zero_points: bool = False) -> tuple[Tensor, Tensor]:
     """Choose the round-to-nearest grid of a group."""
-    return tile_qparams(tile, bits)
+    return tile_qparams(tile, bits, integer_zero_points)
 
 
 class _FixedQParams:

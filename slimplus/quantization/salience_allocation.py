@@ -68,20 +68,30 @@ class AllocationSearch:
         salience: salience of each group, `[groups]`.
         target_bits: average width, 2 to 7.
         group_size: columns a group.
+        integer_zero_points: whether zero points must be integers.
 
     Attributes:
         divergence: divergence for each number of pairs, `[largest_pair_count + 1]`, float64; the sums of several ranks
             can be added.
     """
 
-    def __init__(self, weight: Tensor, salience: Tensor, target_bits: int, group_size: int) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        salience: Tensor,
+        target_bits: int,
+        group_size: int,
+        integer_zero_points: bool = False,
+    ) -> None:
         self.weight, self.target_bits, self.group_size = weight, target_bits, group_size
         self.order = _ranked(salience, weight.shape[1], group_size).tolist()
         self.divergence = torch.zeros(
             largest_pair_count(weight.shape[1], group_size) + 1, dtype=torch.float64, device=weight.device
         )
         self.grids = {
-            width: _round_to_nearest(weight, torch.full(salience.shape, width, dtype=torch.int32), group_size)
+            width: _round_to_nearest(
+                weight, torch.full(salience.shape, width, dtype=torch.int32), group_size, integer_zero_points
+            )
             for width in (target_bits - 1, target_bits, target_bits + 1)
         }
 
@@ -128,7 +138,7 @@ def allocate_bits(
     return paired_bits(salience, int(search.divergence.argmin()), target_bits, weight.shape[1], group_size)
 
 
-def _round_to_nearest(weight: Tensor, bits: Tensor, group_size: int) -> Tensor:
+def _round_to_nearest(weight: Tensor, bits: Tensor, group_size: int, integer_zero_points: bool) -> Tensor:
     """Return the weight `[out, in]` rounded to the nearest levels of groups with `bits` `[groups]`."""
-    scale, zero_point = choose_qparams(weight, bits, group_size)
+    scale, zero_point = choose_qparams(weight, bits, group_size, integer_zero_points)
     return dequantize(quantize(weight, scale, zero_point, bits, group_size), scale, zero_point, group_size)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slimplus.format.affine import binary_qparams, nearest_integers, range_qparams, tile_range
+from slimplus.format.affine import nearest_integers, range_qparams, tile_qparams, tile_range
 
 GPU_VALUES = 2**24  # tried together on a GPU: enough to keep it busy, few enough for its memory
 
@@ -35,20 +35,26 @@ class CalibrationConfig:
 
 
 def calibrate_group(
-    tile: Tensor, salience: Tensor, bits: int, config: CalibrationConfig = CalibrationConfig()
+    tile: Tensor,
+    salience: Tensor,
+    bits: int,
+    config: CalibrationConfig = CalibrationConfig(),
+    integer_zero_points: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return the scale and zero point `[out]` of one group, those of the range with the smallest error in each row.
 
-    A 1-bit group gets the levels `mean(w) ± mean|w|` without a search.
+    A 1-bit group gets the levels `mean(w) ± mean|w|` without a search, or 0 and another one if its zero point is to be
+    an integer; those of wider groups are integers anyway.
 
     Args:
         tile: the group's weights, `[out, columns]`.
         salience: salience `δ` of the same weights, `[out, columns]`.
         bits: width of the group.
         config: constants of the search.
+        integer_zero_points: whether the zero point must be an integer.
     """
     if bits == 1:
-        return binary_qparams(tile)
+        return tile_qparams(tile, bits, integer_zero_points)
     salient = salience > salience.mean() + config.salient_deviations * salience.std()
     weights = torch.where(salient, config.salient_weight, 1.0) if config.salient_weight != 1 else None
     offsets = config.reach * torch.arange(1, config.steps + 1, device=tile.device) / config.steps

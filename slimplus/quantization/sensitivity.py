@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -73,7 +74,12 @@ class GradientStatistics:
 
 
 def group_sensitivity(
-    weight: Tensor, statistics: GradientStatistics, widths: Sequence[int], group_size: int, percdamp: float
+    weight: Tensor,
+    statistics: GradientStatistics,
+    widths: Sequence[int],
+    group_size: int,
+    percdamp: float,
+    integer_zero_points: bool = False,
 ) -> Tensor:
     """Return the loss that each group adds at each width, `[widths, groups]`, summed over the tokens.
 
@@ -86,20 +92,19 @@ def group_sensitivity(
         widths: widths in the order of the result's rows.
         group_size: columns a group.
         percdamp: damping of the Hessian, as a share of its mean diagonal.
+        integer_zero_points: whether zero points must be integers.
 
     Raises:
         ValueError: if the Hessian of the statistics cannot be inverted.
     """
     inverse = invert_hessian(statistics.inputs.total.float(), percdamp)
     rows = (statistics.rows / statistics.rows.sum().clamp(min=torch.finfo(torch.float64).tiny)).float()
+    choose = partial(calibrate_group, config=SEARCH, integer_zero_points=integer_zero_points)
     table = []
     for width in widths:
         bits = uniform_bits(weight.shape[1], group_size, width)
-        rounded = quantize_weight(weight, bits, group_size, inverse, _choose, compensate=True)
+        rounded = quantize_weight(
+            weight, bits, group_size, inverse, choose, True, integer_zero_points=integer_zero_points
+        )
         table.append(rows @ rounded.loss)
     return torch.stack(table)
-
-
-def _choose(tile: Tensor, salience: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Choose the grid of a group by the short search."""
-    return calibrate_group(tile, salience, bits, SEARCH)

@@ -2,12 +2,14 @@
 
 The groups of each layer are ranked by what widening them saves. The groups of one rank, one of each layer of the stack,
 get one width together; so the positions of the widths differ between experts, and their numbers do not. A knapsack over
-the ranks of stacks and the groups of all other layers finds the widths, see `slimplus.quantization.knapsack`.
+the ranks of stacks and the groups of all other layers finds the widths, see `slimplus.quantization.knapsack`. Formats
+whose layers have one width each need a width for each stack, and for each other layer, instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ def allocate_stacks(
     budget: int,
     exact: bool,
     stack: Mapping[str, str],
+    per_layer: bool = False,
 ) -> Allocation:
     """Find widths with a small sum of losses whose costs meet a budget, with equal numbers of each in a stack.
 
@@ -32,14 +35,18 @@ def allocate_stacks(
         budget: budget in the unit of the costs.
         exact: spend the whole budget, even where that saves no loss; otherwise spend at most the budget.
         stack: name of the stack that a layer belongs to; layers of one stack have equal costs, others are in none.
+        per_layer: give all groups of a layer one width, and all layers of a stack. Where no such widths spend the whole
+            budget, they spend less, also with `exact`.
 
     Returns:
-        The widths; the gap is that to the best widths of the ranks.
+        The widths; the gap is that to the best widths of the ranks, or of whole layers.
 
     Raises:
         ValueError: if a loss is not finite, or no widths fit the budget.
     """
     members = stack_members(losses, stack)
+    if per_layer:
+        return _allocate_layers(losses, costs, widths, budget, exact, members)
     orders = {name: _ranking(table.cpu(), costs[name].cpu()) for name, table in losses.items() if name in stack}
     pooled = {
         name: torch.stack([losses[layer].cpu()[:, orders[layer]] for layer in layers]).sum(0)
@@ -53,6 +60,33 @@ def allocate_stacks(
         for layer in layers:
             own = found.bits[name]
             bits[layer] = own if layer not in stack else torch.empty_like(own).scatter(0, orders[layer], own)
+    return Allocation({name: bits[name] for name in losses}, found.gap)
+
+
+def _allocate_layers(
+    losses: Mapping[str, Tensor],
+    costs: Mapping[str, Tensor],
+    widths: Sequence[int],
+    budget: int,
+    exact: bool,
+    members: Mapping[str, list[str]],
+) -> Allocation:
+    """Find one width for each stack, and for each layer in none; `members` are those of `stack_members`."""
+
+    def summed(tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name: torch.stack([tables[layer].cpu().sum(1, keepdim=True) for layer in layers]).sum(0)
+            for name, layers in members.items()
+        }
+
+    whole = partial(allocate, summed(losses), summed(costs), widths, budget)
+    try:
+        found = whole(exact=exact)
+    except ValueError:
+        if not exact:
+            raise
+        found = whole(exact=False)
+    bits = {layer: found.bits[name].repeat(losses[layer].shape[1]) for name, own in members.items() for layer in own}
     return Allocation({name: bits[name] for name in losses}, found.gap)
 
 

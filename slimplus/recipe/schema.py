@@ -30,6 +30,11 @@ class QuantizationSection(Section):
     group_size: Literal[16, 32, 64, 128, 256, 512, 1024] = Field(
         128, description="columns that share a bit width, and in each row a scale and a zero point"
     )
+    zero_points: Literal["fractional", "integer"] = Field(
+        "fractional",
+        description="integer keeps zero points among 0 to 2^bits - 1, as compressed-tensors and GPTQ need them for "
+        "`slimplus export`; perplexity is higher",
+    )
     scale_bits: Literal[8, 16] = Field(16, description="bits of a scale; with 8, each row also stores an exponent")
     embedding_bits: int | None = Field(
         None, ge=1, le=8, description="bits of the token embedding, and of a head tied to it; null leaves 16 bits"
@@ -48,6 +53,11 @@ class QuantizationSection(Section):
         description="how groups get their widths: slimllm (bits-1 to bits+1, layer by layer), uniform, block or model "
         "(any of quantization.widths by measured sensitivity, under one average for a block or the model), or a FILE: "
         "allocation.json of another run, or the authors' .pt; null is uniform for rtn and gptq, else slimllm",
+    )
+    per_layer: bool = Field(
+        False,
+        description="with allocation=block or model, one width for all groups of a layer, as compressed-tensors and "
+        "GPTQ need it for `slimplus export`; the average is then met as nearly as whole layers allow",
     )
     widths: list[int] = Field([1, 2, 3, 4], description="widths that the allocations block and model choose from")
     size_bytes: int | None = Field(
@@ -87,6 +97,11 @@ class QuantizationSection(Section):
             raise ValueError(
                 f"quantization.bits: no average of {self.bits} can be made of quantization.widths={self.widths}; "
                 f"give {self.widths[0]} to {self.widths[-1]}, or other widths"
+            )
+        if self.per_layer and self.allocates_by in ("slimllm", "file"):
+            raise ValueError(
+                "quantization.per_layer: needs quantization.allocation=model, block or uniform; "
+                f"{'a file' if self.allocates_by == 'file' else 'slimllm'} gives each group a width"
             )
         if self.size_bytes is not None and self.allocates_by != "model":
             raise ValueError("quantization.size_bytes: needs quantization.allocation=model")
@@ -191,7 +206,9 @@ class EndToEndSection(Section):
     norm_learning_rate: Number = Field(
         1e-3, ge=0, description="peak learning rate of a norm's gains, as a part of their mean; 0 freezes them"
     )
-    zero_points: bool = Field(True, description="train zero points besides scales")
+    zero_points: bool = Field(
+        True, description="train zero points besides scales; with quantization.zero_points=integer they stay"
+    )
     next_token: Number = Field(0.0, ge=0, description="weight of the cross-entropy with the text's next token")
     distillation: Number = Field(1.0, ge=0, description="weight of the KL to the full-precision model's predictions")
     hidden_states: Number = Field(0.0, ge=0, description="weight of the error of the last hidden states")

@@ -9,15 +9,18 @@ from hypothesis import strategies as st
 
 from slimplus.format.affine import (
     SCALE_BITS,
+    SMALLEST_SCALE,
     QuantizedWeight,
     binary_qparams,
     choose_qparams,
     dequantize,
     lost_to_storage,
     nearest_integers,
+    one_sided_qparams,
     quantize,
     storable_scale,
     storable_zero_point,
+    tile_qparams,
     uniform_bits,
 )
 from tests.support.weights import quantized_weights
@@ -114,3 +117,29 @@ def test_scales_that_cannot_be_stored_are_found(bits: int, scale_bits: int) -> N
     uneven[2, 40] *= 2.0**16  # in the second group, 8 octaves and more above the others of its row
     found = lost_to_storage(uneven, nearest(uneven, bits, 32, scale_bits))
     assert found.nonzero().tolist() == ([[2, 0], [2, 2]] if scale_bits == 8 else [])
+
+
+@given(st.lists(st.floats(-300, 600), min_size=1, max_size=30), st.integers(1, 8))
+@settings(max_examples=50)
+def test_an_integer_zero_point_is_the_nearest_one_of_the_integers_of_the_grid(values: list[float], bits: int) -> None:
+    wanted = torch.tensor(values, dtype=torch.float32)
+    found = storable_zero_point(wanted, torch.tensor(bits), integer=True)
+    grid = torch.arange(2**bits, dtype=torch.float32)
+    assert torch.isin(found, grid).all()
+    assert torch.equal((found - wanted).abs(), (grid - wanted[:, None]).abs().amin(1))
+    assert torch.equal(storable_zero_point(found, torch.tensor(bits)), found)  # which is on the finer grid as well
+
+
+def test_a_1_bit_group_with_an_integer_zero_point_has_the_level_0_and_one_on_the_heavier_side() -> None:
+    tile = torch.tensor([[1.0, 0.1, 1.2, -0.4], [-3.0, -0.1, 0.9, -3.2], [0.0, 0.0, 0.0, 0.0], [5.0, 5.0, 5.0, 5.0]])
+    scale, zero_point = one_sided_qparams(tile)
+    torch.testing.assert_close(scale, torch.tensor([1.1, 3.1, SMALLEST_SCALE, 5.0]))
+    assert zero_point.tolist() == [0, 1, 0, 0]
+
+
+def test_the_range_of_weights_of_one_sign_reaches_to_0() -> None:
+    tile = 3 + torch.rand(4, 32, generator=torch.Generator().manual_seed(0))
+    for sign, end in ((1, 0), (-1, 7)):
+        scale, zero_point = tile_qparams(sign * tile, 3, integer=True)
+        assert (zero_point == end).all()
+        torch.testing.assert_close(scale * 7, tile.amax(1))

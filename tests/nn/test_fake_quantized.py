@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -17,7 +19,7 @@ from slimplus.format.affine import (
     storable_zero_point,
 )
 from slimplus.nn import FakeQuantizedLinear, LearnedRoundingLinear, PackedLinear, TrainedWeightLinear
-from slimplus.nn.fake_quantized import ScaledLinear
+from slimplus.nn.fake_quantized import ScaledLinear, ScaledRoundingLinear
 from slimplus.nn.levels import can_compile, nearest_level
 from slimplus.quantization.gptq import RoundedWeight, quantize_weight
 from slimplus.quantization.salience import invert_hessian
@@ -68,24 +70,28 @@ def test_untrained_quantizers_are_the_calibrated_ones() -> None:
         assert torch.equal(getattr(trained, name), getattr(weight, name)), name
 
 
-KINDS = (FakeQuantizedLinear, ScaledLinear, LearnedRoundingLinear, TrainedWeightLinear)
+KINDS = (FakeQuantizedLinear, ScaledLinear, LearnedRoundingLinear, ScaledRoundingLinear, TrainedWeightLinear)
 any_weight = given(
     rows=st.integers(1, 20),
     columns=st.integers(1, 100),
     bits=st.lists(st.integers(1, 8), min_size=4, max_size=4),
     seed=st.integers(0, 99),
     scale_bits=st.sampled_from(SCALE_BITS),
+    integer=st.booleans(),
 )
 
 
-def _rounded(rows: int, columns: int, bits: list[int], seed: int = 0, scale_bits: int = 16) -> RoundedWeight:
+def _rounded(
+    rows: int, columns: int, bits: list[int], seed: int = 0, scale_bits: int = 16, integer: bool = False
+) -> RoundedWeight:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator)
     weight[0, 0] = 9.0  # beyond the ends of its grid
     inputs = torch.randn(4 * columns, columns, generator=generator)
     inverse = invert_hessian(inputs.T @ inputs)
     widths = torch.tensor(bits[: -(-columns // GROUP_SIZE)], dtype=torch.int32)
-    return quantize_weight(weight, widths, GROUP_SIZE, inverse, calibrate_group, True, scale_bits)
+    choose = partial(calibrate_group, integer_zero_points=integer)
+    return quantize_weight(weight, widths, GROUP_SIZE, inverse, choose, True, scale_bits, integer)
 
 
 def _layer(kind: type[FakeQuantizedLinear], rounded: RoundedWeight, bias: Tensor | None = None) -> FakeQuantizedLinear:
@@ -98,9 +104,9 @@ def _layer(kind: type[FakeQuantizedLinear], rounded: RoundedWeight, bias: Tensor
 @any_weight
 @settings(max_examples=15)
 def test_training_starts_from_what_was_calibrated(
-    kind: type[FakeQuantizedLinear], rows: int, columns: int, bits: list[int], seed: int, scale_bits: int
+    kind: type[FakeQuantizedLinear], rows: int, columns: int, bits: list[int], seed: int, scale_bits: int, integer: bool
 ) -> None:
-    rounded = _rounded(rows, columns, bits, seed, scale_bits)
+    rounded = _rounded(rows, columns, bits, seed, scale_bits, integer)
     start = _layer(kind, rounded).quantized_weight()
     assert torch.equal(start.integers, rounded.weight.integers)
     assert torch.equal(start.scale, rounded.weight.scale)
@@ -111,14 +117,46 @@ def test_training_starts_from_what_was_calibrated(
 @any_weight
 @settings(max_examples=15)
 def test_whatever_was_learned_is_packed_bit_for_bit(
-    kind: type[FakeQuantizedLinear], rows: int, columns: int, bits: list[int], seed: int, scale_bits: int
+    kind: type[FakeQuantizedLinear], rows: int, columns: int, bits: list[int], seed: int, scale_bits: int, integer: bool
 ) -> None:
-    layer = _layer(kind, _rounded(rows, columns, bits, seed, scale_bits), torch.ones(rows))
+    layer = _layer(kind, _rounded(rows, columns, bits, seed, scale_bits, integer), torch.ones(rows))
     generator = torch.Generator().manual_seed(seed)
     for parameter in (*layer.grid, *layer.per_weight):
-        parameter.data = torch.rand(parameter.shape, generator=generator) - 0.5
-    packed = PackedLinear.from_quantized(layer.quantized_weight(), layer.bias)
+        parameter.data = 2 * torch.rand(parameter.shape, generator=generator) - 1
+    trained = layer.quantized_weight()
+    packed = PackedLinear.from_quantized(trained, layer.bias)
     assert torch.equal(packed.to_linear().weight, layer.fake_quantized_weight())
+    assert torch.equal(packed.quantized_weight().zero_point, trained.zero_point)
+    if integer:
+        assert torch.equal(trained.zero_point, trained.zero_point.round())
+        assert (trained.zero_point >= 0).all()
+        assert (trained.zero_point <= 2**trained.bits - 1).all()
+
+
+@pytest.mark.parametrize("kind", [ScaledLinear, ScaledRoundingLinear])
+def test_zero_points_that_are_not_learned_get_no_gradient_and_no_change(kind: type[FakeQuantizedLinear]) -> None:
+    layer = _layer(kind, _rounded(8, 64, [2, 3], integer=True))
+    layer.fake_quantized_weight().sum().backward()
+    assert [parameter.grad is not None for parameter in layer.grid] == [True]
+    assert not layer.low_shift.requires_grad
+    layer.high_shift.data.fill_(0.7)
+    assert torch.equal(layer.quantized_weight().zero_point, layer.zero_point)
+    assert (layer.quantized_weight().scale > layer.scale).all()
+
+
+def test_an_integer_zero_point_is_trained_through_its_rounding() -> None:
+    """Weights beyond an end of the grid pull it, by half a step at least before it moves by a whole one."""
+    layer = _layer(TrainedWeightLinear, _rounded(8, 64, [2, 3], integer=True))
+    layer.fake_quantized_weight().sum().backward()
+    assert layer.low_shift.grad is not None
+    assert layer.low_shift.grad.any()
+    inner = layer.zero_point[:, 1] >= 1
+    assert inner.any()
+    for shift, change in ((0.3, 0), (0.7, -1)):
+        layer.low_shift.data.fill_(shift)
+        layer.high_shift.data.fill_(shift)  # the scale stays
+        moved = layer.quantized_weight().zero_point[:, 1] - layer.zero_point[:, 1]
+        assert (moved[inner] == change).all()
 
 
 def test_an_offset_moves_a_weight_by_one_level_at_most() -> None:

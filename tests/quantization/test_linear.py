@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from slimplus.format.affine import (
+    SCALE_BITS,
+    QuantizedWeight,
     per_column,
     storable_scale,
     storable_zero_point,
     uniform_bits,
 )
+from slimplus.format.planes import pack, unpack
 from slimplus.quantization.gptq import quantize_weight
 from slimplus.quantization.least_squares import output_error, refit_qparams
 from slimplus.quantization.linear import QuantizationConfig, _minmax, quantize_embedding_or_head, round_weight
@@ -125,3 +131,43 @@ def test_the_head_minds_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     split = quantize_embedding_or_head(weight, hessian, _config(4))
     torch.testing.assert_close(split.dequantize(), calibrated.dequantize(), rtol=0, atol=1e-5)
     assert split.integers.shape == weight.shape
+
+
+@given(
+    st.sampled_from(["rtn", "gptq", "slimllm"]),
+    st.lists(st.integers(1, 8), min_size=3, max_size=3),
+    st.sampled_from([0.0, 0.7, -3.0]),
+    st.sampled_from(SCALE_BITS),
+)
+@settings(max_examples=12)
+def test_integer_zero_points_lie_on_the_grid_and_are_packed_to_the_bit(
+    method: Any, widths: list[int], mean: float, scale_bits: int
+) -> None:
+    """Also where all weights have one sign, so that 0 lies outside their range."""
+    weight, hessian = layer_and_hessian(rows=9)
+    bits = torch.tensor(widths, dtype=torch.int32)
+    config = QuantizationConfig(method, 3, 64, scale_bits=scale_bits, integer_zero_points=True)
+    quantized = round_weight(weight + mean, bits, hessian, invert_hessian(hessian), config).weight
+    assert torch.equal(quantized.zero_point, quantized.zero_point.round())
+    assert (quantized.zero_point >= 0).all()
+    assert (quantized.zero_point <= 2**bits - 1).all()
+    read = unpack(pack(quantized), 9, 160, 64)
+    assert torch.equal(read.zero_point, quantized.zero_point)
+    assert torch.equal(read.dequantize(), quantized.dequantize())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_zero_points_that_are_integers_all_along_cost_less_than_rounding_them_at_the_end(bits: int) -> None:
+    weight, hessian = layer_and_hessian()
+    widths, inverse = uniform_bits(160, 64, bits), invert_hessian(hessian)
+
+    def error(found: QuantizedWeight) -> float:
+        return float(output_error(found.dequantize() - weight, hessian).sum())
+
+    fractional, integer = (
+        round_weight(weight, widths, hessian, inverse, QuantizationConfig("slimllm", bits, 64, integer_zero_points=on))
+        for on in (False, True)
+    )
+    zero_point = storable_zero_point(fractional.weight.zero_point, widths, integer=True)
+    late = replace(fractional.weight, zero_point=zero_point)
+    assert error(integer.weight) < 0.95 * error(late)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import product
 
 import torch
 from hypothesis import given
@@ -51,3 +52,32 @@ def test_costs_of_a_stack_are_those_of_all_its_experts() -> None:
     pooled = pool_costs(PRICES, STACK)
     assert set(pooled) == {"q", "experts.up"}
     assert sum(int(cost.sum()) for cost in pooled.values()) == sum(int(cost.sum()) for cost in PRICES.values())
+
+
+@given(seed=st.integers(0, 10_000), extra=st.integers(0, 48 * 64))
+def test_a_layer_or_a_stack_has_one_width_where_that_is_asked_for(seed: int, extra: int) -> None:
+    even = sum(int(cost[1].sum()) for cost in PRICES.values())  # 2 bits everywhere
+    tables = losses(seed)
+    bits = allocate_stacks(tables, PRICES, WIDTHS, even, exact=True, stack=STACK, per_layer=True).bits
+    assert {name: own.unique().numel() for name, own in bits.items()} == dict.fromkeys(PRICES, 1)
+    assert len({int(bits[name][0]) for name in EXPERTS}) == 1
+    assert spent(bits) == even
+    more = allocate_stacks(tables, PRICES, WIDTHS, even + extra, exact=True, stack=STACK, per_layer=True).bits
+    assert spent(more) <= even + extra
+
+
+def test_whole_layers_get_the_widths_with_the_smallest_loss() -> None:
+    """Against all choices, for a budget that no layers spend exactly."""
+    tables, budget = losses(3), 20_000
+    layers = {"q": ["q"], "experts": EXPERTS}
+    totals = {}
+    for first, second in product(range(3), repeat=2):
+        chosen = {"q": first, "experts": second}
+        cost = sum(int(PRICES[name][chosen[kind]].sum()) for kind, own in layers.items() for name in own)
+        loss = sum(float(tables[name][chosen[kind]].sum()) for kind, own in layers.items() for name in own)
+        if cost <= budget:
+            totals[first, second] = loss
+    best = min(totals, key=lambda choice: totals[choice])
+    found = allocate_stacks(tables, PRICES, WIDTHS, budget, exact=True, stack=STACK, per_layer=True).bits
+    assert (int(found["q"][0]) - 1, int(found[EXPERTS[0]][0]) - 1) == best
+    assert spent(found) < budget

@@ -157,6 +157,11 @@ def test_whatever_is_typed_gives_a_recipe_or_a_recipe_error(key: str, text: str)
         ("quantization.percdamp=0", "quantization.percdamp: expected number > 0 and <= 1, got 0"),
         ("quantization.widths=[2]", "quantization.widths: expected two or more rising widths from 1 to 8, got [2]"),
         ("quantization.widths=[2,3]", "quantization.widths: only quantization.allocation=block and model choose from"),
+        (
+            "quantization.per_layer=true",
+            "quantization.per_layer: needs quantization.allocation=model, block or uniform; slimllm gives each group",
+        ),
+        ("quantization.zero_points=whole", "quantization.zero_points: expected fractional | integer, got 'whole'"),
         ("training.width_rates={1:0.5}", "training.width_rates: expected {integer: number, ...}, got {60.5: None}"),
         ("quantization.widths=[1,a]", "quantization.widths: expected [integer, ...], got [1, 'a']"),
         ("training.width_rates={9: 1}", "training.width_rates: expected factors of at least 0 for widths from 1 to 8"),

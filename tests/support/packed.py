@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,17 @@ from slimplus.hub.transformers_quantizer import SlimplusConfig
 
 
 def save_packed(
-    source: Path, folder: Path, widths: Sequence[int] = (2, 3, 4), group_size: int = 32, outer: Sequence[str] = ()
+    source: Path,
+    folder: Path,
+    widths: Sequence[int] = (2, 3, 4),
+    group_size: int = 32,
+    outer: Sequence[str] = (),
+    by_layer: Mapping[str, Sequence[int]] | None = None,
 ) -> Path:
-    """Packs the linear layers of the blocks, and those outside that `outer` names, which get 8 bits."""
+    """Packs the linear layers of the blocks, and those outside that `outer` names, which get 8 bits.
+
+    `by_layer` has widths for layers by the end of their names, the first that fits, in the place of `widths`.
+    """
     model: Any = AutoModelForCausalLM.from_pretrained(source)
     generator = torch.Generator().manual_seed(0)
     tensors = dict(model.state_dict())
@@ -37,7 +45,8 @@ def save_packed(
             continue
         weight = layer.weight.detach().float()
         groups = group_count(weight.shape[1], group_size)
-        chosen = torch.tensor(widths, dtype=torch.int32)[torch.randint(len(widths), (groups,), generator=generator)]
+        own = next((each for end, each in (by_layer or {}).items() if name.endswith(end)), widths)
+        chosen = torch.tensor(own, dtype=torch.int32)[torch.randint(len(own), (groups,), generator=generator)]
         bits = chosen if in_block else torch.full_like(chosen, 8)
         scale, zero_point = choose_qparams(weight, bits, group_size)
         scale, zero_point = storable_scale(scale), storable_zero_point(zero_point, bits)

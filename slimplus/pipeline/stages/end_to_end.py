@@ -94,7 +94,8 @@ def _student(job: Job) -> PreTrainedModel:
     """
     job.release_model()
     model, device, ranks = job.model.model, job.runner.device, job.ranks
-    kind = PackedGridLinear if job.recipe.end_to_end.zero_points else PackedScaledLinear
+    learns_zero_points = job.recipe.end_to_end.zero_points and not job.settings.integer_zero_points
+    kind = PackedGridLinear if learns_zero_points else PackedScaledLinear
     shares = ranks.count > 1 and job.recipe.trainer.strategy == "deepspeed_stage_3"
     for index, original in job.model.stream():
         tensors, _ = job.run.load_block(index)

@@ -140,9 +140,19 @@ def export(job: Job) -> None:
         embedding_and_head = quantize_embedding_and_head(job)
         if job.fabric.is_global_zero:
             summary = _summarize(job, embedding_and_head)
+            _note_average(job, summary.average_bits)
             size = _write(job, embedding_and_head, summary)
             job.metrics |= summary.figures(size, job.model.full_bytes) | {"exported_from": sources}
         job.fabric.barrier()
+
+
+def _note_average(job: Job, average: float) -> None:
+    """Note where one width for each layer misses the average that the recipe asks for."""
+    settings = job.recipe.quantization
+    if settings.per_layer and settings.size_bytes is None and average != settings.bits:
+        job.metrics.note(
+            f"quantization.per_layer: widths of whole layers average {average:.4f} bits, not {settings.bits}"
+        )
 
 
 def _exported_hash(job: Job) -> str:

@@ -90,7 +90,9 @@ def _allocate(job: Job, tables: Mapping[str, Tensor]) -> dict[str, list[int]]:
     losses = {name: tables[name] for name in shapes}
     try:
         stack = stack_of_layers(job.model.model)
-        found = allocate_stacks(losses, costs, settings.widths, budget, exact=size is None, stack=stack)
+        found = allocate_stacks(
+            losses, costs, settings.widths, budget, exact=size is None, stack=stack, per_layer=settings.per_layer
+        )
     except ValueError as error:
         raise InputError(f"quantization.allocation: {error}") from error
     job.metrics["allocation_gap"] = found.gap

@@ -16,6 +16,7 @@ import slimplus
 from slimplus.nn import PackedLinear
 from slimplus.pipeline.stages import end_to_end, sensitivity
 from slimplus.recipe.parsing import load_recipe
+from slimplus.utils.errors import InputError
 from tests.support.recipes import QAT, TUNED, Arguments
 from tests.support.runs import measured_run, packed_weights
 
@@ -121,3 +122,28 @@ def test_activation_checkpointing_changes_nothing(arguments: Arguments, tmp_path
     assert used.called
     plain, checkpointed = packed_weights(tmp_path / "plain"), packed_weights(tmp_path / "checkpointed")
     assert all(torch.equal(tensor, checkpointed[name]) for name, tensor in plain.items())
+
+
+@pytest.mark.parametrize("parametrization", ["rounding", pytest.param("weights", marks=pytest.mark.slow)])
+def test_integer_zero_points_and_widths_of_layers_outlast_all_stages(
+    arguments: Arguments, tmp_path: Path, parametrization: str
+) -> None:
+    keys = ("quantization.zero_points=integer", "quantization.per_layer=true", "quantization.embedding_bits=4")
+    keys += ("quantization.allocation=model", f"training.parametrization={parametrization}")
+    keys += ("quantization.method=qat", "training.epochs=2", "end_to_end.epochs=1", "end_to_end.batch_size=2")
+    metrics = measured_run(arguments(tmp_path, *keys))
+    assert metrics["average_bits"] == 2.0  # q and k of one block are as large as those of the other
+    assert metrics["end_to_end"]["loss"] < metrics["end_to_end"]["before"]
+    shipped = packed_weights(tmp_path)
+    widths = {}
+    for name, tensor in shipped.items():
+        if name.endswith(".zeros"):
+            bits = shipped[name.replace("zeros", "group_bits")].long()
+            steps = 2 ** (8 - bits[:, None])
+            assert not (tensor.long() % steps).any(), name
+            assert (tensor.long() <= (2 ** bits[:, None] - 1) * steps).all(), name
+            widths[name] = set(bits.tolist())
+    assert {len(own) for own in widths.values()} == {1}
+    assert len(set.union(*widths.values())) > 2  # with the embedding's
+    with pytest.raises(InputError, match="quantization.zero_points integer ->"):
+        measured_run(arguments(tmp_path, *keys, "quantization.zero_points=fractional"))
