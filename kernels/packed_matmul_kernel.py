@@ -10,7 +10,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from slimplus.kernels.unpack import as_tile, load_exponents, load_scale, permute_for_mma, unpack_group
+from slimplus.kernels.unpack import (
+    as_tile,
+    digit_bases,
+    load_exponents,
+    load_scale,
+    permute_for_mma,
+    unpack_digits,
+    unpack_group,
+)
 
 MAX_DECODE_TOKENS = tl.constexpr(16)  # in a block; beyond, zero points are subtracted from weights, not from products
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter would multiply the bits of bfloat16
@@ -65,32 +73,68 @@ def _accumulate_width(
             column = sixteenths + tl.arange(0, 16)[None, None, :]
             values = _load_inputs(inputs, token[:, None, None], column, tokens, in_features, RAGGED)
             values = permute_for_mma(tl.reshape(tl.permute(values, (1, 2, 0)), (GROUP_SIZE, token.shape[0])))
-        pairs = unpack_group(
-            plane1,
-            plane2,
-            plane4,
-            plane4,
-            (group - skipped1) * CONTAINERS,
-            (group - skipped2) * CONTAINERS,
-            (group - skipped4) * 2 * CONTAINERS,
-            0,
-            stride,
-            row,
-            inside,
-            ones,
-            BITS,
-            GROUP_SIZE,
-            dtype,
-        )
-        scale = load_scale(scales, exponents, group, stride, row, inside) * (1 << BITS)
+        first1 = (group - skipped1) * CONTAINERS
+        first2 = (group - skipped2) * CONTAINERS
+        first4 = (group - skipped4) * 2 * CONTAINERS
+        scale = load_scale(scales, exponents, group, stride, row, inside)
         zero = tl.load(zeros + group * stride + row, mask=inside, other=0).to(tl.float32) * (1 / 256)
-        if token.shape[0] > MAX_DECODE_TOKENS:
-            product = _dot(_centred(pairs, zero, ones, dtype), values)
+        if token.shape[0] <= MAX_DECODE_TOKENS and dtype == tl.bfloat16:
+            # Sums with the same left operand in all rows come first: the compiler computes them once.
+            product = tl.zeros((row.shape[0], token.shape[0]), tl.float32)
+            for PLANE in tl.static_range(3):
+                if BITS >> PLANE & 1:
+                    product = _subtract_bases(product, values, ones, 1 << PLANE, BITS & ((1 << PLANE) - 1))
+            if BITS & 4:
+                product = _add_digits(product, plane4, first4, values, stride, row, inside, ones, 4, BITS & 3)
+            if BITS & 2:
+                product = _add_digits(product, plane2, first2, values, stride, row, inside, ones, 2, BITS & 1)
+            if BITS & 1:
+                product = _add_digits(product, plane1, first1, values, stride, row, inside, ones, 1, 0)
+            sums += scale[:, None] * product
+            sums -= (scale * zero * (1 << BITS))[:, None] * _column_sums(values, row.shape[0])
         else:
-            product = _dot(as_tile(pairs, dtype, PERMUTED=True), values)
-            product -= (1 + zero)[:, None] * _column_sums(values, row.shape[0])
-        sums += scale[:, None] * product
+            pairs = unpack_group(
+                plane1,
+                plane2,
+                plane4,
+                plane4,
+                first1,
+                first2,
+                first4,
+                0,
+                stride,
+                row,
+                inside,
+                ones,
+                BITS,
+                GROUP_SIZE,
+                dtype,
+            )
+            if token.shape[0] > MAX_DECODE_TOKENS:
+                product = _dot(_centred(pairs, zero, ones, dtype), values)
+            else:
+                product = _dot(as_tile(pairs, dtype, PERMUTED=True), values)
+                product -= (1 + zero)[:, None] * _column_sums(values, row.shape[0])
+            sums += (scale * (1 << BITS))[:, None] * product
     return sums
+
+
+@triton.jit
+def _subtract_bases(product, values, ones, PLANE: tl.constexpr, LOWEST: tl.constexpr):
+    """Subtract what `_add_digits` adds beside the digits."""
+    shape: tl.constexpr = (product.shape[0], 8, values.shape[0] // 16)
+    bases = tl.broadcast_to(digit_bases(ones, PLANE, LOWEST)[None, :, None] | -0x7FFF8000, shape)  # both negative
+    return _dot(as_tile(bases, tl.bfloat16, PERMUTED=True), values, product)
+
+
+@triton.jit
+def _add_digits(
+    product, plane, first_word, values, stride, row, inside, ones, PLANE: tl.constexpr, LOWEST: tl.constexpr
+):
+    """Add the product of a group's digits in one plane, the bits from LOWEST up, with inputs `[columns, tokens]`."""
+    CONTAINERS: tl.constexpr = values.shape[0] // 16
+    pairs = unpack_digits(plane, first_word, stride, row, inside, ones, PLANE, LOWEST, False, CONTAINERS)
+    return _dot(as_tile(pairs, tl.bfloat16, PERMUTED=True), values, product)
 
 
 @triton.jit
@@ -103,10 +147,12 @@ def _load_inputs(inputs, token, column, tokens, in_features, RAGGED: tl.constexp
 
 
 @triton.jit
-def _dot(left, right):
+def _dot(left, right, addend=None):
+    """Multiply two tiles of 16 bits, and add `addend` if there is one."""
     if _INTERPRETED:
-        return tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="ieee")
-    return tl.dot(left, right)
+        product = tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="ieee")
+        return product if addend is None else product + addend
+    return tl.dot(left, right, addend)
 
 
 _ADD_FLOAT16 = tl.constexpr("fma.rn.f16x2 $0, $1, $2, $3;")
