@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 from slimplus.kernels.unpack import (
     as_tile,
@@ -78,7 +79,7 @@ def _accumulate_width(
         first4 = (group - skipped4) * 2 * CONTAINERS
         scale = load_scale(scales, exponents, group, stride, row, inside)
         zero = tl.load(zeros + group * stride + row, mask=inside, other=0).to(tl.float32) * (1 / 256)
-        if token.shape[0] <= MAX_DECODE_TOKENS and dtype == tl.bfloat16:
+        if token.shape[0] <= MAX_DECODE_TOKENS and dtype == tl.bfloat16 and (_INTERPRETED or cuda_capability_geq(9, 0)):
             # Sums with the same left operand in all rows come first: the compiler computes them once.
             product = tl.zeros((row.shape[0], token.shape[0]), tl.float32)
             for PLANE in tl.static_range(3):
