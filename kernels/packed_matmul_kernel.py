@@ -1,7 +1,6 @@
 """The kernel of `slimplus.kernels.packed_matmul`.
 
-A program handles some rows of one layer, some tokens, and every `split_k`-th group of columns, whatever the widths of
-the groups are. Programs of the same rows write float32 sums, and the last of them to finish adds these up in a fixed
+A program handles some rows of one layer, some tokens, and one of `split_k` shares of the groups of columns. Programs of the same rows write float32 sums, and the last of them to finish adds these up in a fixed
 order.
 """
 
@@ -16,6 +15,7 @@ from slimplus.kernels.unpack import (
     digit_bases,
     load_exponents,
     load_scale,
+    load_zero,
     permute_for_mma,
     unpack_digits,
     unpack_group,
@@ -42,8 +42,8 @@ def _accumulate_width(
     in_features,
     stride,
     ones,
-    start,
-    stop,
+    first,
+    last,
     skipped1,
     skipped2,
     skipped4,
@@ -52,18 +52,19 @@ def _accumulate_width(
     RAGGED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Add this program's share of the groups `start … stop - 1`, all of BITS bits, to `sums` `[rows, tokens]`.
+    """Add the product of the groups `first … last - 1`, all of BITS bits, to `sums` `[rows, tokens]`.
 
     `skipped1`, `skipped2` and `skipped4` are the numbers of the layer's groups before these that have no bits in the
     planes of 1, 2 and 4 bits.
     """
     CONTAINERS: tl.constexpr = GROUP_SIZE // 16
     dtype: tl.constexpr = inputs.dtype.element_ty
-    split_k = tl.num_programs(1)
-    first = start + (tl.program_id(1) + split_k - start % split_k) % split_k
     inside = row < stride
-    for group in tl.range(first, stop, split_k, num_stages=STAGES):
-        first_column = tl.load(group_index + group).to(tl.int32) * GROUP_SIZE
+    following = tl.load(group_index + first, mask=first < last, other=0)
+    for group in tl.range(first, last, num_stages=STAGES):
+        # The index of the next group is on its way before its inputs are asked for.
+        first_column = following.to(tl.int32) * GROUP_SIZE
+        following = tl.load(group_index + group + 1, mask=group + 1 < last, other=0)
         if token.shape[0] > MAX_DECODE_TOKENS:
             column = first_column + tl.arange(0, GROUP_SIZE)[:, None]
             values = _load_inputs(inputs, token[None, :], column, tokens, in_features, RAGGED)
@@ -78,7 +79,7 @@ def _accumulate_width(
         first2 = (group - skipped2) * CONTAINERS
         first4 = (group - skipped4) * 2 * CONTAINERS
         scale = load_scale(scales, exponents, group, stride, row, inside)
-        zero = tl.load(zeros + group * stride + row, mask=inside, other=0).to(tl.float32) * (1 / 256)
+        zero = load_zero(zeros + group * stride, row, inside)
         if token.shape[0] <= MAX_DECODE_TOKENS and dtype == tl.bfloat16 and (_INTERPRETED or cuda_capability_geq(9, 0)):
             # Sums with the same left operand in all rows come first: the compiler computes them once.
             product = tl.zeros((row.shape[0], token.shape[0]), tl.float32)
@@ -92,7 +93,7 @@ def _accumulate_width(
             if BITS & 1:
                 product = _add_digits(product, plane1, first1, values, stride, row, inside, ones, 1, 0)
             sums += scale[:, None] * product
-            sums -= (scale * zero * (1 << BITS))[:, None] * _column_sums(values, row.shape[0])
+            sums -= (scale * zero)[:, None] * _column_sums(values, row.shape[0], (1 << BITS) / 256)
         else:
             pairs = unpack_group(
                 plane1,
@@ -111,11 +112,12 @@ def _accumulate_width(
                 GROUP_SIZE,
                 dtype,
             )
+            zero *= 1 / 256
             if token.shape[0] > MAX_DECODE_TOKENS:
                 product = _dot(_centred(pairs, zero, ones, dtype), values)
             else:
                 product = _dot(as_tile(pairs, dtype, PERMUTED=True), values)
-                product -= (1 + zero)[:, None] * _column_sums(values, row.shape[0])
+                product -= (1 + zero)[:, None] * _column_sums(values, row.shape[0], 1.0)
             sums += (scale * (1 << BITS))[:, None] * product
     return sums
 
@@ -178,15 +180,15 @@ def _centred(pairs, zero, ones, dtype: tl.constexpr):
 
 
 @triton.jit
-def _column_sums(values, ROWS: tl.constexpr):
-    """Sum `values` `[columns, tokens]` over the columns, `[ROWS, tokens]`, the same in every row.
+def _column_sums(values, ROWS: tl.constexpr, FACTOR: tl.constexpr):
+    """Sum `values` `[columns, tokens]` over the columns, `[ROWS, tokens]`, the same in every row, times a power of two.
 
-    A product with ones leaves the sums in the registers that need them. Its rows are equal, and the compiler computes
-    them once.
+    A product with constants leaves the sums in the registers that need them. Its rows are equal, and the compiler
+    computes them once.
     """
     if _INTERPRETED:
-        return tl.sum(values.to(tl.float32), 0)[None, :]
-    half = tl.full((ROWS, values.shape[0] // 2), 1.0, values.dtype)
+        return tl.sum(values.to(tl.float32), 0)[None, :] * FACTOR
+    half = tl.full((ROWS, values.shape[0] // 2), FACTOR, values.dtype)
     return tl.dot(tl.reshape(tl.join(half, half), (ROWS, values.shape[0])), values)
 
 
@@ -248,6 +250,9 @@ def packed_matmul_kernel(
     row = (tl.program_id(0) - first_block) * BLOCK_N + tl.arange(0, BLOCK_N)
     token = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     exponents = load_exponents(scales, stop4, stride, row, row < stride)
+    split_k = tl.num_programs(1)
+    first = _share(tl.program_id(1), split_k, stop2, stop3, stop4)
+    last = _share(tl.program_id(1) + 1, split_k, stop2, stop3, stop4)
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for BITS in tl.static_range(1, 5):
         if WIDTHS >> BITS & 1:
@@ -270,8 +275,8 @@ def packed_matmul_kernel(
                 in_features,
                 stride,
                 ones,
-                start,
-                stop,
+                max(first, start),
+                min(last, stop),
                 skipped1,
                 stop1,
                 stop3,
@@ -281,7 +286,6 @@ def packed_matmul_kernel(
                 STAGES,
             )
 
-    split_k = tl.num_programs(1)
     if split_k == 1:
         _store(sums, outputs, bias, row, token, rows, tokens, first_output, out_features, HAS_BIAS)
     else:
@@ -293,14 +297,45 @@ def packed_matmul_kernel(
         counter = counters + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
         if tl.atomic_add(counter, 1, sem="acq_rel") == split_k - 1:
             tl.store(counter, 0)
-            total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            AT_ONCE: tl.constexpr = max(1, 4096 // (BLOCK_N * BLOCK_M))  # loads in flight, which hide their latency
-            for first in range(0, split_k, AT_ONCE):
-                for split in tl.static_range(AT_ONCE):
-                    part = partials + (first + split) * size + place
-                    # ".cg" bypasses the L1 cache, which may hold sums of another launch at the same address.
-                    total += tl.load(part, written & (first + split < split_k), 0.0, cache_modifier=".cg")
-            _store(total, outputs, bias, row, token, rows, tokens, first_output, out_features, HAS_BIAS)
+            if tokens == 1:
+                column = _add_parts(partials + first_padded, size, row, stride, split_k)[:, None]
+                _store(column, outputs, bias, row, tl.arange(0, 1), rows, 1, first_output, out_features, HAS_BIAS)
+            else:
+                total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+                AT_ONCE: tl.constexpr = max(1, 4096 // (BLOCK_N * BLOCK_M))  # loads in flight hide each other's latency
+                for first in range(0, split_k, AT_ONCE):
+                    for split in tl.static_range(AT_ONCE):
+                        part = partials + (first + split) * size + place
+                        # ".cg" bypasses the L1 cache, which may hold sums of another launch at the same address.
+                        total += tl.load(part, written & (first + split < split_k), 0.0, cache_modifier=".cg")
+                _store(total, outputs, bias, row, token, rows, tokens, first_output, out_features, HAS_BIAS)
+
+
+@triton.jit
+def _add_parts(partials, size, row, stride, split_k):
+    """Add up the sums of all programs for one token, `[rows]`, many of them at once."""
+    total = tl.zeros_like(row).to(tl.float32)
+    for first in range(0, split_k, 16):
+        split = first + tl.arange(0, 16)[:, None]
+        part = partials + split * size + row[None, :]
+        total += tl.sum(tl.load(part, (split < split_k) & (row < stride)[None, :], 0.0, cache_modifier=".cg"), 0)
+    return total
+
+
+_COST, _COST3, _COST4 = tl.constexpr(8), tl.constexpr(13), tl.constexpr(9)  # of a group of up to 2, 3 and 4 bits
+
+
+@triton.jit
+def _share(program, split_k, stop2, stop3, stop4):
+    """Return the first group of a program; programs get shares of about the same cost, of groups that are neighbours.
+
+    Groups are sorted by width, so most programs see one width, and fill their pipeline once.
+    """
+    before3 = stop2 * _COST
+    before4 = before3 + (stop3 - stop2) * _COST3
+    cost = (before4 + (stop4 - stop3) * _COST4) * program // split_k
+    wide = tl.where(cost < before4, stop2 + (cost - before3) // _COST3, stop3 + (cost - before4) // _COST4)
+    return tl.where(cost < before3, cost // _COST, wide)
 
 
 @triton.jit

@@ -182,6 +182,17 @@ def load_scale(scales, exponents, group, stride, row, inside):
 
 
 @triton.jit
+def load_zero(zeros, row, inside):
+    """Load the stored zero points of a group, `[rows]`, float32: 256ths of its range.
+
+    Every row loads the four bytes that hold its own: a copy to shared memory that the program does not wait for moves
+    at least four. `zeros` points to the zero point of row 0, at a multiple of 16 bytes.
+    """
+    words = tl.load(zeros.to(tl.pointer_type(tl.int32), bitcast=True) + row // 4, mask=inside, other=0)
+    return ((words >> (row % 4 * 8)) & 255).to(tl.float32)
+
+
+@triton.jit
 def as_tile(pairs, dtype: tl.constexpr, PERMUTED: tl.constexpr = False):
     """Reinterpret pairs of weights `[rows, 8, containers]` as weights `[rows, columns]` in dtype, at no cost.
 
