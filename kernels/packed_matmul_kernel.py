@@ -1,7 +1,7 @@
 """The kernel of `slimplus.kernels.packed_matmul`.
 
-A program handles some rows of one layer, some tokens, and one of `split_k` shares of the groups of columns. Programs of the same rows write float32 sums, and the last of them to finish adds these up in a fixed
-order.
+A program handles some rows of one layer, some tokens, and one of `split_k` shares of the groups of columns. Programs of
+the same rows write float32 sums, and the last of them to finish adds these up in a fixed order.
 """
 
 from __future__ import annotations

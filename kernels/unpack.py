@@ -150,7 +150,7 @@ def unpack_digits(
 
 @triton.jit
 def digit_bases(ones, PLANE: tl.constexpr, LOWEST: tl.constexpr):
-    """Return the bases that `unpack_digits` adds to digits, `[8]`: pairs of equal bfloat16 powers of two in an int32."""
+    """Return the bases that `unpack_digits` adds to digits, `[8]`: pairs of equal powers of two in an int32."""
     return ones + ((7 + LOWEST - _digit_position(tl.arange(0, 8), PLANE)) << 7) * 0x10001
 
 

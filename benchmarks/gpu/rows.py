@@ -68,7 +68,7 @@ class Rows:
             if self.strict:
                 raise
             found = {"failure": f"{type(failure).__name__}: {failure}"[:2000]}
-        row = case | found | {"wall_seconds": round(time.monotonic() - start, 3)}
+        row = {**case, **found, "wall_seconds": round(time.monotonic() - start, 3)}
         self.rows.append(row)
         self.write(complete=False)
         sys.stdout.write(f"{self.file.stem}: {_brief(row)}\n")

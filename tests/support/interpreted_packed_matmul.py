@@ -163,6 +163,15 @@ def test_chosen_launches_match_float64() -> None:
         assert torch.linalg.norm(result.double() - exact) <= 2e-3 * torch.linalg.norm(exact)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("tokens", "split_k"), [(1, 4), (1, 19), (2, 19), (17, 9)])
+def test_more_programs_than_groups_share_them(tokens: int, split_k: int, dtype: torch.dtype) -> None:
+    """Some programs get none; every group is multiplied once."""
+    make_case((40, 21), 300, 32, tokens=tokens, dtype=dtype, bias=True).check(
+        LaunchConfig(32, 8 if tokens <= 8 else 32, split_k, 4, 2)
+    )
+
+
 @pytest.mark.parametrize("split_k", [1, 3])
 @pytest.mark.parametrize("tokens", [3, 20])
 def test_results_repeat_bit_for_bit_and_overwrite_everything(tokens: int, split_k: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from benchmarks.gpu.cost_model import MICROSECOND, Product, predict
+from benchmarks.gpu.cost_model import CURRENT, FITTED, MICROSECOND, Kernel, Product, predict
 from tests.support.processes import ROOT
 
 MULTIPROCESSORS = 132
@@ -44,7 +44,7 @@ def product(layer: str, widths: tuple[int, ...], split_k: int | None = None) -> 
 
 @pytest.mark.parametrize(("layer", "widths", "parts"), CELLS)
 def test_the_parts_are_those_of_the_fit(layer: str, widths: tuple[int, ...], parts: tuple[float, ...]) -> None:
-    found = predict(product(layer, widths), MULTIPROCESSORS, RESIDENT[widths])
+    found = predict(product(layer, widths), MULTIPROCESSORS, RESIDENT[widths], FITTED)
     seconds = (found.fixed, found.stream, found.switches, found.tail)
     assert [each / MICROSECOND for each in seconds] == pytest.approx(parts, abs=0.11)
 
@@ -55,7 +55,7 @@ def test_the_sums_are_near_the_measurements() -> None:
     errors = []
     for row in json.loads(file.read_text())["rows"]:
         widths, measured = mixes[row["bits"]], row["seconds"]["slimplus"]
-        predicted = predict(product(row["layer"], widths), MULTIPROCESSORS, RESIDENT[widths]).total
+        predicted = predict(product(row["layer"], widths), MULTIPROCESSORS, RESIDENT[widths], FITTED).total
         errors.append(abs(predicted / measured - 1))
     assert len(errors) == 20
     assert sum(errors) / len(errors) < 0.025
@@ -66,7 +66,7 @@ def test_the_sums_are_near_the_measurements() -> None:
     ("layer", "split_k", "microseconds"), [("qkv", 8, 15.2), ("o", 16, 10.6), ("gate_up", 4, 23.0), ("down", 24, 16.8)]
 )
 def test_without_a_tail_wave_mixed_widths_take_less(layer: str, split_k: int, microseconds: float) -> None:
-    found = predict(product(layer, (1, 2, 2, 3), split_k), MULTIPROCESSORS, RESIDENT[1, 2, 2, 3])
+    found = predict(product(layer, (1, 2, 2, 3), split_k), MULTIPROCESSORS, RESIDENT[1, 2, 2, 3], FITTED)
     assert found.tail == 0
     assert found.total / MICROSECOND == pytest.approx(microseconds, abs=0.15)
 
@@ -75,3 +75,13 @@ def test_bytes_count_where_they_take_longer_than_instructions() -> None:
     found = predict(Product(1000, 27_000_000, {2: 32}, 132, 1), MULTIPROCESSORS, 8)
     assert found.stream == pytest.approx(10 * MICROSECOND)
     assert found.fixed == pytest.approx(4.25 * MICROSECOND)
+
+
+@pytest.mark.parametrize(("kernel", "fewest", "most"), [(FITTED, 65, 66), (CURRENT, 51, 55)])
+def test_the_products_of_a_block_without_tail_waves(kernel: Kernel, fewest: float, most: float) -> None:
+    splits = {"qkv": 8, "o": 16, "gate_up": 4, "down": 24}
+    seconds = [
+        predict(product(layer, (1, 2, 2, 3), split), MULTIPROCESSORS, 6, kernel).total
+        for layer, split in splits.items()
+    ]
+    assert fewest < sum(seconds) / MICROSECOND < most
