@@ -42,7 +42,7 @@ _DECODE = {8: LaunchConfig(128, 8, 1, 2, 3), 16: LaunchConfig(128, 16, 1, 2, 3)}
 _LARGE = LaunchConfig(64, 64, 1, 4, 3)
 DEFAULTS = {
     80: _DECODE | {32: LaunchConfig(128, 32, 1, 4, 2), 256: _LARGE},
-    90: _DECODE | {32: LaunchConfig(64, 32, 1, 4, 3), 256: _LARGE},
+    90: _DECODE | {32: LaunchConfig(64, 32, 1, 4, 3), 64: _LARGE, 256: LaunchConfig(128, 128, 1, 8, 3)},
 }
 """Default launch by compute capability (90 is 9.0) and largest number of tokens; `split_groups` gives `split_k`.
 
@@ -89,7 +89,9 @@ def default_launch(capability: int, group_size: int, tokens: int) -> LaunchConfi
     """
     defaults = DEFAULTS.get(capability, DEFAULTS[80])
     launch = defaults[next(most for most in defaults if tokens <= most)]
-    return replace(launch, block_n=64) if group_size > 128 else launch  # 128 rows overflow the registers then
+    if group_size > 128:  # larger tiles overflow the registers or the shared memory then
+        return replace(launch if launch.block_m <= _LARGE.block_m else _LARGE, block_n=64)
+    return launch
 
 
 def split_groups(
