@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from slimplus.kernels.launch import choose_launch, table_file
+from slimplus.kernels.launch import bucket, table_file
 from slimplus.kernels.measure import (
     TOLERANCE,
     RandomWeights,
@@ -33,7 +33,7 @@ from slimplus.kernels.measure import (
     random_weights,
     relative_error,
 )
-from slimplus.kernels.packed_matmul import MAX_TOKENS
+from slimplus.kernels.packed_matmul import MAX_TOKENS, choose_launch
 from slimplus.utils.files import write_atomic
 from slimplus.utils.machine import describe_machine, package_version
 
@@ -93,20 +93,20 @@ def measure(
     rows = []
     for model, layer in tqdm(layers):
         shape = MODELS[model][layer]
-        dense = _dense_weights(shape, device)
+        dense = dense_weights(shape, device)
         for mix, widths in MIXES.items():
-            weights = _packed_weights(shape, widths, device)
-            gemlite = _gemlite_layers(shape, widths, device)
+            weights = packed_weights(shape, widths, device)
+            gemlite = gemlite_layers(shape, widths, device)
             for count in tokens:
                 inputs = torch.randn(count, shape[1], dtype=DTYPE, device=device)
                 _check(weights[0], inputs)
                 seconds = {
-                    "slimplus": timer([_product(each, inputs) for each in weights]),
-                    "cublas": timer([_linear(weight, inputs) for weight in dense]),
-                    "gemlite": timer([_module(each, inputs.half()) for each in gemlite]) if gemlite else None,
+                    "slimplus": timer([product_call(each, inputs) for each in weights]),
+                    "cublas": timer([linear_call(weight, inputs) for weight in dense]),
+                    "gemlite": timer([module_call(each, inputs.half()) for each in gemlite]) if gemlite else None,
                 }
                 rows.append({"model": model, "layer": layer, "shape": shape, "bits": mix, "tokens": count})
-                rows[-1] |= {"bytes": weights[0].size, "launch": _launch(shape, count, device), "seconds": seconds}
+                rows[-1] |= {"bytes": weights[0].size, "launch": _launch(weights[0], count, device), "seconds": seconds}
     return rows
 
 
@@ -139,7 +139,7 @@ def provenance() -> dict[str, Any]:
     return {"machine": machine, "group_size": GROUP_SIZE, "dtype": str(DTYPE)}
 
 
-def _packed_weights(
+def packed_weights(
     shape: tuple[tuple[int, ...], int], widths: Sequence[int], device: torch.device
 ) -> list[RandomWeights]:
     """Return random packed weights of a shape, more than the cache holds."""
@@ -148,14 +148,14 @@ def _packed_weights(
     return [first, *(random_weights(*shape, GROUP_SIZE, widths, device) for _ in range(copies - 1))]
 
 
-def _dense_weights(shape: tuple[tuple[int, ...], int], device: torch.device) -> list[Tensor]:
+def dense_weights(shape: tuple[tuple[int, ...], int], device: torch.device) -> list[Tensor]:
     """Return random dense weights of a shape, more than the cache holds."""
     rows = sum(shape[0])
     copies = copies_beyond_cache(rows * shape[1] * DTYPE.itemsize, device)
     return [torch.randn(rows, shape[1], dtype=DTYPE, device=device) for _ in range(copies)]
 
 
-def _gemlite_layers(shape: tuple[tuple[int, ...], int], widths: Sequence[int], device: torch.device) -> list[Any]:
+def gemlite_layers(shape: tuple[tuple[int, ...], int], widths: Sequence[int], device: torch.device) -> list[Any]:
     """Return layers of gemlite of a shape; none if gemlite is not installed or does not have the widths."""
     if not importlib.util.find_spec("gemlite") or len(widths) > 1 or widths[0] not in GEMLITE_BITS:
         return []
@@ -174,29 +174,33 @@ def _gemlite_layers(shape: tuple[tuple[int, ...], int], widths: Sequence[int], d
 
 def _check(weights: RandomWeights, inputs: Tensor) -> None:
     """Check a product against float64."""
-    error = relative_error(_product(weights, inputs)(), weights.exact(inputs))
+    error = relative_error(product_call(weights, inputs)(), weights.exact(inputs))
     if not error <= TOLERANCE[inputs.dtype]:
         raise RuntimeError(f"wrong product of {len(inputs)} tokens with {weights.shape}: relative error {error:.1e}")
 
 
-def _product(weights: RandomWeights, inputs: Tensor) -> Callable[[], Tensor]:
+def product_call(weights: RandomWeights, inputs: Tensor) -> Callable[[], Tensor]:
     """Return the product that a packed layer takes: the kernel for few tokens, else cuBLAS with dequantized weights."""
     if len(inputs) <= MAX_TOKENS:
         return lambda: weights.multiply(inputs)
     return lambda: torch.cat([inputs @ weight.T for weight in weights.dequantize(inputs.dtype)], dim=1)
 
 
-def _linear(weight: Tensor, inputs: Tensor) -> Callable[[], Tensor]:
+def linear_call(weight: Tensor, inputs: Tensor) -> Callable[[], Tensor]:
+    """Return the product with a dense weight `[out, in]`."""
     return lambda: torch.nn.functional.linear(inputs, weight)
 
 
-def _module(layer: Callable[[Tensor], Tensor], inputs: Tensor) -> Callable[[], Tensor]:
+def module_call(layer: Callable[[Tensor], Tensor], inputs: Tensor) -> Callable[[], Tensor]:
+    """Return the product that a module computes."""
     return lambda: layer(inputs)
 
 
-def _launch(shape: tuple[tuple[int, ...], int], tokens: int, device: torch.device) -> dict[str, int] | None:
+def _launch(weights: RandomWeights, tokens: int, device: torch.device) -> dict[str, int] | None:
     """Return the launch configuration of the kernel, if it is used for so many tokens."""
-    return asdict(choose_launch(device, *shape, GROUP_SIZE, tokens)) if tokens <= MAX_TOKENS else None
+    if tokens > MAX_TOKENS:
+        return None
+    return asdict(choose_launch(device, weights.shape, DTYPE, weights.fused["scales"].dtype, False, bucket(tokens)))
 
 
 if __name__ == "__main__":

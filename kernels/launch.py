@@ -2,20 +2,17 @@
 
 `python -m slimplus.kernels.tune` measures launches on a GPU and writes the fastest of each shape into a table in
 `configs/`, under the GPU's name. Shapes without an entry get a default launch. The defaults have not been measured:
-they were chosen by the compiled code, for no spilled registers and the fewest instructions per weight. No table is
-shipped.
+tiles were chosen by the compiled code, for no spilled registers and the fewest instructions per weight, and the split
+fills the programs that the GPU runs at the same time, by the registers of the compiled kernel. No table is shipped.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
 
 CONFIGS = Path(__file__).parent / "configs"
 BUCKETS = (8, 16, 32, 64, 128, 256)
@@ -41,34 +38,17 @@ class LaunchConfig:
     num_stages: int
 
 
-WARPS_PER_MULTIPROCESSOR = 12  # that its registers hold at up to 8 tokens; more would only write more partial sums
-
 _DECODE = {8: LaunchConfig(128, 8, 1, 2, 3), 16: LaunchConfig(128, 16, 1, 2, 3)}
 _LARGE = LaunchConfig(64, 64, 1, 4, 3)
 DEFAULTS = {
     80: _DECODE | {32: LaunchConfig(128, 32, 1, 4, 2), 256: _LARGE},
-    90: _DECODE | {32: LaunchConfig(64, 32, 1, 4, 3), 256: _LARGE},
+    90: _DECODE | {32: LaunchConfig(64, 32, 1, 4, 3), 64: _LARGE, 256: LaunchConfig(128, 128, 1, 8, 3)},
 }
-"""Default launch by compute capability (90 is 9.0) and largest number of tokens; `split_k` follows from the shape.
+"""Default launch by compute capability (90 is 9.0) and largest number of tokens; `split_groups` gives `split_k`.
 
 Programs of two warps decode with `mma.sync`. With four or more, Triton takes Hopper's `wgmma`, which occupies the
 tensor cores as long for 8 tokens as for 64. Capabilities without an entry get that of 8.0.
 """
-
-
-def choose_launch(
-    device: torch.device, out_features: Sequence[int], in_features: int, group_size: int, tokens: int
-) -> LaunchConfig:
-    """Return the launch for a product on `device`: the tuned one if there is any, otherwise a default.
-
-    Args:
-        device: a GPU, or the CPU under Triton's interpreter.
-        out_features: rows of each layer.
-        in_features: columns of every layer.
-        group_size: columns a group.
-        tokens: rows of the inputs.
-    """
-    return _choose(device, tuple(out_features), in_features, group_size, bucket(tokens))
 
 
 def bucket(tokens: int) -> int:
@@ -91,39 +71,49 @@ def read_table(file: Path) -> dict[str, dict[str, dict[str, int]]]:
     return json.loads(file.read_text(encoding="utf-8"))["launches"] if file.is_file() else {}
 
 
-def default_launch(
-    capability: int, out_features: Sequence[int], in_features: int, group_size: int, tokens: int, multiprocessors: int
-) -> LaunchConfig:
-    """Return a launch that fills the GPU, with at least two groups a program.
+def tuned_launch(
+    gpu: str, out_features: Sequence[int], in_features: int, group_size: int, tokens: int
+) -> LaunchConfig | None:
+    """Return the launch of a GPU's table for a shape and a bucket of tokens, or None if it was not tuned."""
+    launches = read_table(table_file(CONFIGS, gpu)).get(shape_key(out_features, in_features, group_size), {})
+    return LaunchConfig(**launches[str(tokens)]) if str(tokens) in launches else None
+
+
+def default_launch(capability: int, group_size: int, tokens: int) -> LaunchConfig:
+    """Return the default launch of a compute capability; its programs do not share groups, see `split_groups`.
 
     Args:
         capability: compute capability of the GPU, 90 for 9.0.
+        group_size: columns a group.
+        tokens: rows of the inputs.
+    """
+    defaults = DEFAULTS.get(capability, DEFAULTS[80])
+    launch = defaults[next(most for most in defaults if tokens <= most)]
+    if group_size > 128:  # larger tiles overflow the registers or the shared memory then
+        return replace(launch if launch.block_m <= _LARGE.block_m else _LARGE, block_n=64)
+    return launch
+
+
+def split_groups(
+    launch: LaunchConfig, out_features: Sequence[int], in_features: int, group_size: int, tokens: int, slots: int
+) -> LaunchConfig:
+    """Return the launch with so many programs for the same rows that all of them run at the same time.
+
+    One program more than there are slots would wait for others to end, and the product with it. Every program keeps
+    two groups, since it pays for its start and its sums whatever it multiplies.
+
+    Args:
+        launch: the launch, whose `split_k` is replaced.
         out_features: rows of each layer.
         in_features: columns of every layer.
         group_size: columns a group.
         tokens: rows of the inputs.
-        multiprocessors: multiprocessors of the GPU.
+        slots: programs that the GPU runs at the same time.
     """
-    defaults = DEFAULTS.get(capability, DEFAULTS[80])
-    launch = defaults[next(most for most in defaults if tokens <= most)]
-    if group_size > 128:  # 128 rows of a larger group overflow the registers
-        launch = replace(launch, block_n=64)
-    blocks = sum(-(-rows // launch.block_n) for rows in out_features) * -(-tokens // launch.block_m)
-    wanted = -(-WARPS_PER_MULTIPROCESSOR * multiprocessors // (blocks * launch.num_warps))
     groups = -(-in_features // group_size)
-    return replace(launch, split_k=max(1, min(wanted, groups // 2)))
+    return replace(launch, split_k=max(1, min(slots // blocks(launch, out_features, tokens), groups // 2)))
 
 
-@functools.cache
-def _choose(
-    device: torch.device, out_features: tuple[int, ...], in_features: int, group_size: int, tokens: int
-) -> LaunchConfig:
-    if device.type != "cuda":
-        return default_launch(80, out_features, in_features, group_size, tokens, multiprocessors=1)
-    gpu = torch.cuda.get_device_properties(device)
-    launches = read_table(table_file(CONFIGS, gpu.name)).get(shape_key(out_features, in_features, group_size), {})
-    if str(tokens) in launches:
-        return LaunchConfig(**launches[str(tokens)])
-    return default_launch(
-        10 * gpu.major + gpu.minor, out_features, in_features, group_size, tokens, gpu.multi_processor_count
-    )
+def blocks(launch: LaunchConfig, out_features: Sequence[int], tokens: int) -> int:
+    """Return the number of blocks of the output, each of some rows of one layer and some tokens."""
+    return sum(-(-rows // launch.block_n) for rows in out_features) * -(-tokens // launch.block_m)

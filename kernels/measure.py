@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -69,7 +71,12 @@ def relative_error(result: Tensor, exact: Tensor) -> float:
 
 
 def random_weights(
-    out_features: Sequence[int], in_features: int, group_size: int, mix: Sequence[int], device: torch.device
+    out_features: Sequence[int],
+    in_features: int,
+    group_size: int,
+    mix: Sequence[int],
+    device: torch.device,
+    scale_bits: int = 16,
 ) -> RandomWeights:
     """Return layers of random weights.
 
@@ -79,26 +86,42 @@ def random_weights(
         group_size: columns a group.
         mix: widths of the groups, in turn.
         device: device of the tensors.
+        scale_bits: bits that a scale takes, 8 or 16.
     """
     groups = group_count(in_features, group_size)
     widths = [mix[group % len(mix)] for group in range(groups)]
     counts = {width: widths.count(width) for width in sorted(set(widths))}
-    layers = [_random_layer(rows, counts, group_size, device) for rows in out_features]
+    layers = [random_layer(rows, counts, group_size, device, scale_bits) for rows in out_features]
     fused, shape = fuse_layers(layers, [counts] * len(layers), out_features, in_features, group_size)
     return RandomWeights(counts, fused, shape, torch.zeros(shape.counters, dtype=torch.int32, device=device))
 
 
-def _random_layer(rows: int, counts: BitCounts, group_size: int, device: torch.device) -> dict[str, Tensor]:
-    """Return the packed tensors of a layer: all words are random, so that all bits are used."""
+def random_layer(
+    out_features: int, counts: BitCounts, group_size: int, device: torch.device, scale_bits: int = 16
+) -> dict[str, Tensor]:
+    """Return the packed tensors of a layer: all words are random, so that all bits are used.
+
+    Args:
+        out_features: rows of the layer.
+        counts: number of groups of each width.
+        group_size: columns a group.
+        device: device of the tensors.
+        scale_bits: bits that a scale takes, 8 or 16.
+    """
     layer = {}
-    for name, (shape, dtype) in packed_shapes(rows, counts, group_size).items():
-        if name == "scales":
+    for name, (shape, dtype) in packed_shapes(out_features, counts, group_size, scale_bits).items():
+        if name == "scales" and scale_bits == 16:
             layer[name] = (0.01 + 0.01 * torch.rand(shape, device=device)).to(dtype)
         elif name == "group_index":
             layer[name] = torch.randperm(shape[0], device=device).to(dtype)
+        elif name == "group_bits":
+            widths = [width for width in sorted(counts) for _ in range(counts[width])]
+            layer[name] = torch.tensor(widths, dtype=dtype, device=device)
         else:
             limits = torch.iinfo(dtype)
             layer[name] = torch.randint(limits.min, limits.max + 1, shape, dtype=torch.int64, device=device).to(dtype)
+    if scale_bits == 8:
+        layer["scales"][-1] = 8  # the exponents: scales from 2**-7 to 2**1
     return layer
 
 
@@ -115,6 +138,11 @@ def product_calls(weights: Sequence[RandomWeights], inputs: Tensor, launch: Laun
 
 def graph_seconds(calls: Sequence[Callable[[], Tensor]], replays: int = 20) -> float:
     """Return the median seconds a call takes, all calls in turn in a CUDA graph, without Python's launch overhead."""
+    return statistics.median(graph_times(calls, replays))
+
+
+def graph_times(calls: Sequence[Callable[[], Tensor]], replays: int = 20) -> list[float]:
+    """Return the seconds that a call takes in each replay of a CUDA graph that holds all calls in turn."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -122,7 +150,7 @@ def graph_seconds(calls: Sequence[Callable[[], Tensor]], replays: int = 20) -> f
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with without_collection(), torch.cuda.graph(graph):
         for call in calls:
             call()
     graph.replay()
@@ -134,4 +162,16 @@ def graph_seconds(calls: Sequence[Callable[[], Tensor]], replays: int = 20) -> f
         stop.record()
         stop.synchronize()
         seconds.append(start.elapsed_time(stop) / 1000 / len(calls))
-    return statistics.median(seconds)
+    return seconds
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Switch garbage collection off for a capture: it may unload a kernel, which CUDA forbids while it captures."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,31 +1,29 @@
 """Matrix products with packed weights of 1 to 4 bits, one launch for all the layers that read the same input.
 
 The weight is the left operand of the tensor cores (`outputs.T = weight @ inputs.T`): it goes from its words to their
-registers without a buffer of 16-bit floats between. A program handles some rows of one layer, some tokens, and every
-`split_k`-th group of columns, whatever the widths of the groups are. Programs of the same rows write float32 sums, and
-the last of them to finish adds these up in a fixed order, so that the same call gives the same bits. No call waits for
-the device, and addresses stay the same between calls: a launch can be captured in a CUDA graph.
+registers without a buffer of 16-bit floats between (`slimplus.kernels.packed_matmul_kernel`). The same call gives the
+same bits. No call waits for the device, and addresses stay the same between calls: a launch can be captured in a CUDA
+graph.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from slimplus.format.planes import padded_rows
 from slimplus.kernels.fused import FUSED, ONES, FusedShape
-from slimplus.kernels.launch import LaunchConfig, choose_launch
-from slimplus.kernels.unpack import as_tile, load_exponents, load_scale, permute_for_mma, unpack_group
+from slimplus.kernels.launch import LaunchConfig, bucket, default_launch, split_groups, tuned_launch
+from slimplus.kernels.occupancy import Resources, resident_programs
+from slimplus.kernels.packed_matmul_kernel import packed_matmul_kernel
 
 MAX_TOKENS = 256
 """Largest number of tokens that the kernel takes; beyond, dequantizing the whole weight and multiplying is faster."""
-
-MAX_DECODE_TOKENS = tl.constexpr(16)  # in a block; beyond, zero points are subtracted from weights, not from products
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter would multiply the bits of bfloat16
 
 
 def packed_matmul(
@@ -51,14 +49,18 @@ def packed_matmul(
         The products, `[tokens, shape.columns]` in the dtype of the inputs; sums are float32.
 
     Raises:
-        ValueError: for other dtypes, too many tokens, or a launch with more blocks than there are counters.
+        ValueError: for other dtypes or sizes, too many tokens, or a launch with more blocks than there are counters.
     """
-    tokens = inputs.shape[0]
+    tokens, columns = inputs.shape
+    if columns != shape.in_features:
+        raise ValueError(f"the inputs have {columns} columns, but the layers take {shape.in_features}")
     if inputs.dtype not in ONES or tokens > MAX_TOKENS:
         raise ValueError(
             f"packed_matmul takes at most {MAX_TOKENS} tokens of float16 or bfloat16, not {tokens} of {inputs.dtype}"
         )
-    launch = launch or choose_launch(inputs.device, shape.out_features, shape.in_features, shape.group_size, tokens)
+    if launch is None:
+        arguments = (shape, inputs.dtype, fused["scales"].dtype, bias is not None)
+        launch = choose_launch(inputs.device, *arguments, bucket(tokens))
     row_blocks = sum(triton.cdiv(padded_rows(rows), launch.block_n) for rows in shape.out_features)
     token_blocks = triton.cdiv(tokens, launch.block_m)
     if row_blocks * token_blocks > counters.numel():
@@ -88,6 +90,95 @@ def packed_matmul(
     return outputs
 
 
+@functools.cache
+def choose_launch(
+    device: torch.device, shape: FusedShape, dtype: torch.dtype, scale_dtype: torch.dtype, has_bias: bool, tokens: int
+) -> LaunchConfig:
+    """Return the launch for a product: the tuned one if there is any, otherwise a default that fills the GPU.
+
+    Args:
+        device: a GPU, or the CPU under Triton's interpreter.
+        shape: shape of the layers.
+        dtype: dtype of the inputs.
+        scale_dtype: dtype of the stored scales.
+        has_bias: whether a bias is added.
+        tokens: largest number of rows of the inputs, one of `slimplus.kernels.launch.BUCKETS`.
+    """
+    sizes = shape.out_features, shape.in_features, shape.group_size, tokens
+    if device.type != "cuda":
+        return default_launch(80, shape.group_size, tokens)
+    gpu = torch.cuda.get_device_properties(device)
+    if tuned := tuned_launch(gpu.name, *sizes):
+        return tuned
+    launch = default_launch(10 * gpu.major + gpu.minor, shape.group_size, tokens)
+    return split_groups(launch, *sizes, count_slots(device, shape, dtype, scale_dtype, has_bias, launch))
+
+
+def count_slots(
+    device: torch.device,
+    shape: FusedShape,
+    dtype: torch.dtype,
+    scale_dtype: torch.dtype,
+    has_bias: bool,
+    launch: LaunchConfig,
+) -> int:
+    """Return how many programs of a launch a GPU runs at the same time; 1 on a CPU.
+
+    Args:
+        device: a GPU, or the CPU under Triton's interpreter.
+        shape: shape of the layers.
+        dtype: dtype of the inputs.
+        scale_dtype: dtype of the stored scales.
+        has_bias: whether a bias is added.
+        launch: the launch.
+
+    Raises:
+        OutOfResources: if a program takes more than the GPU has.
+    """
+    if device.type != "cuda":
+        return 1
+    gpu = torch.cuda.get_device_properties(device)
+    with torch.cuda.device(device):
+        kernel = compile_kernel(shape, dtype, scale_dtype, has_bias, launch)
+        kernel._init_handles()  # the driver tells the registers
+    resources = Resources(kernel.n_regs, kernel.metadata.shared, launch.num_warps)
+    return gpu.multi_processor_count * resident_programs(10 * gpu.major + gpu.minor, resources)
+
+
+def compile_kernel(
+    shape: FusedShape, dtype: torch.dtype, scale_dtype: torch.dtype, has_bias: bool, launch: LaunchConfig
+) -> Any:
+    """Compile the kernel for the current GPU, without running it, and return what Triton made of it.
+
+    Args:
+        shape: shape of the layers.
+        dtype: dtype of the inputs.
+        scale_dtype: dtype of the stored scales.
+        has_bias: whether a bias is added.
+        launch: launch to compile for; the kernel serves any `split_k`.
+    """
+    planes = (torch.int16, torch.int32, torch.int32)
+    return packed_matmul_kernel.warmup(
+        dtype,
+        *planes,
+        scale_dtype,
+        torch.uint8,
+        torch.int16,
+        torch.int32,
+        dtype,
+        torch.float32,
+        torch.int32,
+        dtype,
+        1,
+        shape.in_features,
+        shape.columns,
+        shape.padded_columns,
+        **kernel_constants(shape, launch, has_bias),
+        num_warps=launch.num_warps,
+        grid=(1,),
+    )
+
+
 def kernel_constants(shape: FusedShape, launch: LaunchConfig, has_bias: bool) -> dict[str, int | bool]:
     """Return the compile-time arguments of `packed_matmul_kernel`."""
     return {
@@ -100,253 +191,3 @@ def kernel_constants(shape: FusedShape, launch: LaunchConfig, has_bias: bool) ->
         "BLOCK_M": launch.block_m,
         "STAGES": launch.num_stages,
     }
-
-
-@triton.jit
-def _accumulate_width(
-    sums,
-    inputs,
-    plane1,
-    plane2,
-    plane4,
-    scales,
-    exponents,
-    zeros,
-    group_index,
-    token,
-    row,
-    tokens,
-    in_features,
-    stride,
-    ones,
-    start,
-    stop,
-    skipped1,
-    skipped2,
-    skipped4,
-    BITS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    RAGGED: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Add this program's share of the groups `start … stop - 1`, all of BITS bits, to `sums` `[rows, tokens]`.
-
-    `skipped1`, `skipped2` and `skipped4` are the numbers of the layer's groups before these that have no bits in the
-    planes of 1, 2 and 4 bits.
-    """
-    CONTAINERS: tl.constexpr = GROUP_SIZE // 16
-    dtype: tl.constexpr = inputs.dtype.element_ty
-    split_k = tl.num_programs(1)
-    first = start + (tl.program_id(1) + split_k - start % split_k) % split_k
-    inside = row < stride
-    for group in tl.range(first, stop, split_k, num_stages=STAGES):
-        first_column = tl.load(group_index + group).to(tl.int32) * GROUP_SIZE
-        if token.shape[0] > MAX_DECODE_TOKENS:
-            column = first_column + tl.arange(0, GROUP_SIZE)[:, None]
-            values = _load_inputs(inputs, token[None, :], column, tokens, in_features, RAGGED)
-        else:
-            # Tokens are the first dimension, so that 32 bytes of every token lie side by side in shared memory: with a
-            # row for each token, these pieces would all lie in the same banks.
-            sixteenths = first_column + tl.arange(0, CONTAINERS)[None, :, None] * 16
-            column = sixteenths + tl.arange(0, 16)[None, None, :]
-            values = _load_inputs(inputs, token[:, None, None], column, tokens, in_features, RAGGED)
-            values = permute_for_mma(tl.reshape(tl.permute(values, (1, 2, 0)), (GROUP_SIZE, token.shape[0])))
-        pairs = unpack_group(
-            plane1,
-            plane2,
-            plane4,
-            plane4,
-            (group - skipped1) * CONTAINERS,
-            (group - skipped2) * CONTAINERS,
-            (group - skipped4) * 2 * CONTAINERS,
-            0,
-            stride,
-            row,
-            inside,
-            ones,
-            BITS,
-            GROUP_SIZE,
-            dtype,
-        )
-        scale = load_scale(scales, exponents, group, stride, row, inside) * (1 << BITS)
-        zero = tl.load(zeros + group * stride + row, mask=inside, other=0).to(tl.float32) * (1 / 256)
-        if token.shape[0] > MAX_DECODE_TOKENS:
-            product = _dot(_centred(pairs, zero, ones, dtype), values)
-        else:
-            product = _dot(as_tile(pairs, dtype, PERMUTED=True), values)
-            product -= (1 + zero)[:, None] * _column_sums(values, row.shape[0])
-        sums += scale[:, None] * product
-    return sums
-
-
-@triton.jit
-def _load_inputs(inputs, token, column, tokens, in_features, RAGGED: tl.constexpr):
-    """Load the inputs at `token` and `column`, which broadcast; zeros beyond the last token or column."""
-    exists = token < tokens
-    if RAGGED:
-        exists &= column < in_features
-    return tl.load(inputs + token * in_features + column, mask=exists, other=0.0, eviction_policy="evict_last")
-
-
-@triton.jit
-def _dot(left, right):
-    if _INTERPRETED:
-        return tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="ieee")
-    return tl.dot(left, right)
-
-
-_ADD_FLOAT16 = tl.constexpr("fma.rn.f16x2 $0, $1, $2, $3;")
-_ADD_BFLOAT16 = tl.constexpr(
-    "{ .reg .b32 minus, half; xor.b32 minus, $2, 0x80008000; "
-    "fma.rn.bf16x2 half, $1, $2, minus; fma.rn.bf16x2 $0, half, $2, $3; }"
-)
-
-
-@triton.jit
-def _centred(pairs, zero, ones, dtype: tl.constexpr):
-    """Return `q / 2**bits - zero`, `[rows, columns]`, of pairs of `1 + q / 2**bits`; exact, as `zero` has 8 bits."""
-    if _INTERPRETED:  # the interpreter runs no assembly
-        return as_tile(pairs, dtype).to(tl.float32) - 1 - zero[:, None]
-    # In bfloat16 the 1 is subtracted first: 1 + zero would need 9 bits.
-    addend = -(1 + zero) if dtype == tl.float16 else -zero
-    bits = addend.to(dtype).to(tl.uint16, bitcast=True).to(tl.int32)
-    addends = tl.broadcast_to((bits | (bits << 16))[:, None, None], pairs.shape)
-    assembly: tl.constexpr = _ADD_FLOAT16 if dtype == tl.float16 else _ADD_BFLOAT16
-    pairs = tl.inline_asm_elementwise(assembly, "=r,r,r,r", [pairs, ones, addends], tl.int32, is_pure=True, pack=1)
-    return as_tile(pairs, dtype)
-
-
-@triton.jit
-def _column_sums(values, ROWS: tl.constexpr):
-    """Sum `values` `[columns, tokens]` over the columns, `[ROWS, tokens]`, the same in every row.
-
-    A product with ones leaves the sums in the registers that need them. Its rows are equal, and the compiler computes
-    them once.
-    """
-    if _INTERPRETED:
-        return tl.sum(values.to(tl.float32), 0)[None, :]
-    half = tl.full((ROWS, values.shape[0] // 2), 1.0, values.dtype)
-    return tl.dot(tl.reshape(tl.join(half, half), (ROWS, values.shape[0])), values)
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def packed_matmul_kernel(
-    inputs,
-    plane1,
-    plane2,
-    plane4,
-    scales,
-    zeros,
-    group_index,
-    layer_table,
-    bias,
-    partials,
-    counters,
-    outputs,
-    tokens,
-    in_features,
-    out_features,
-    padded_features,
-    WIDTHS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    LAYERS: tl.constexpr,
-    RAGGED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Multiply a block of rows by a block of tokens; the grid is row blocks of all layers, `split_k`, token blocks.
-
-    `slimplus.kernels.fused` describes the entries of `layer_table`.
-    """
-    entry = layer_table
-    first_block = 0
-    blocks = 0
-    for layer in tl.static_range(1, LAYERS):
-        blocks += tl.cdiv(tl.load(layer_table + (layer - 1) * 16) * 16, BLOCK_N)
-        beyond = tl.program_id(0) >= blocks
-        entry = tl.where(beyond, layer_table + layer * 16, entry)
-        first_block = tl.where(beyond, blocks, first_block)
-    stride = tl.load(entry) * 16
-    rows = tl.load(entry + 1)
-    first_output = tl.load(entry + 2)
-    first_padded = tl.load(entry + 14) * 16
-    plane1 += tl.load(entry + 3).to(tl.int64) * 16
-    plane2 += tl.load(entry + 4).to(tl.int64) * 16
-    plane4 += tl.load(entry + 5).to(tl.int64) * 16
-    scales += tl.load(entry + 6).to(tl.int64) * 16
-    zeros += tl.load(entry + 15).to(tl.int64) * 16
-    group_index += tl.load(entry + 7)
-    stop1 = tl.load(entry + 8)
-    stop2 = tl.load(entry + 9)
-    stop3 = tl.load(entry + 10)
-    stop4 = tl.load(entry + 11)
-    ones = tl.load(entry + (12 if inputs.dtype.element_ty == tl.float16 else 13))
-
-    row = (tl.program_id(0) - first_block) * BLOCK_N + tl.arange(0, BLOCK_N)
-    token = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    exponents = load_exponents(scales, stop4, stride, row, row < stride)
-    sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for BITS in tl.static_range(1, 5):
-        if WIDTHS >> BITS & 1:
-            start = 0 if BITS == 1 else stop1 if BITS == 2 else stop2 if BITS == 3 else stop3
-            stop = stop1 if BITS == 1 else stop2 if BITS == 2 else stop3 if BITS == 3 else stop4
-            skipped1 = stop2 - stop1 if BITS == 3 else 0
-            sums = _accumulate_width(
-                sums,
-                inputs,
-                plane1,
-                plane2,
-                plane4,
-                scales,
-                exponents,
-                zeros,
-                group_index,
-                token,
-                row,
-                tokens,
-                in_features,
-                stride,
-                ones,
-                start,
-                stop,
-                skipped1,
-                stop1,
-                stop3,
-                BITS,
-                GROUP_SIZE,
-                RAGGED,
-                STAGES,
-            )
-
-    split_k = tl.num_programs(1)
-    if split_k == 1:
-        _store(sums, outputs, bias, row, token, rows, tokens, first_output, out_features, HAS_BIAS)
-    else:
-        written = (row < stride)[:, None] & (token < tokens)[None, :]
-        place = token[None, :] * padded_features + (first_padded + row)[:, None]
-        size = tokens * padded_features
-        tl.store(partials + tl.program_id(1) * size + place, sums, mask=written)
-        tl.debug_barrier()  # all threads have written their sums before the counter rises
-        counter = counters + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
-        if tl.atomic_add(counter, 1, sem="acq_rel") == split_k - 1:
-            tl.store(counter, 0)
-            total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            AT_ONCE: tl.constexpr = max(1, 4096 // (BLOCK_N * BLOCK_M))  # loads in flight, which hide their latency
-            for first in range(0, split_k, AT_ONCE):
-                for split in tl.static_range(AT_ONCE):
-                    part = partials + (first + split) * size + place
-                    # ".cg" bypasses the L1 cache, which may hold sums of another launch at the same address.
-                    total += tl.load(part, written & (first + split < split_k), 0.0, cache_modifier=".cg")
-            _store(total, outputs, bias, row, token, rows, tokens, first_output, out_features, HAS_BIAS)
-
-
-@triton.jit
-def _store(sums, outputs, bias, row, token, rows, tokens, first_output, out_features, HAS_BIAS: tl.constexpr):
-    """Write `sums` `[rows, tokens]`, plus the bias, to their place in the output."""
-    output = first_output + row
-    if HAS_BIAS:
-        sums += tl.load(bias + output, mask=row < rows, other=0.0).to(tl.float32)[:, None]
-    exists = (row < rows)[:, None] & (token < tokens)[None, :]
-    tl.store(outputs + token[None, :] * out_features + output[:, None], sums.to(outputs.dtype.element_ty), mask=exists)

@@ -10,11 +10,11 @@ other shapes stay in it.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +22,8 @@ import triton
 from tqdm import tqdm
 from triton.runtime.errors import OutOfResources
 
-from slimplus.kernels.launch import BUCKETS, CONFIGS, LaunchConfig, read_table, shape_key, table_file
+from slimplus.kernels.fused import FusedShape
+from slimplus.kernels.launch import BUCKETS, CONFIGS, LaunchConfig, read_table, shape_key, split_groups, table_file
 from slimplus.kernels.measure import (
     TOLERANCE,
     RandomWeights,
@@ -33,19 +34,48 @@ from slimplus.kernels.measure import (
     random_weights,
     relative_error,
 )
+from slimplus.kernels.packed_matmul import count_slots
 from slimplus.utils.files import write_atomic
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-SUMS_PER_WARP = (256, 2048)  # range worth trying: fewer starve the tensor cores, more overflow the registers
+TILES = {
+    8: ((128, 8, 2, 3), (64, 8, 2, 3), (128, 8, 4, 3), (128, 8, 2, 4)),
+    16: ((128, 16, 2, 3), (64, 16, 2, 3), (128, 16, 4, 3), (128, 16, 2, 2)),
+    32: ((64, 32, 4, 3), (128, 32, 4, 2), (128, 32, 8, 3), (64, 32, 2, 3)),
+    64: ((64, 64, 4, 3), (128, 64, 8, 3), (64, 32, 4, 3), (128, 64, 4, 2)),
+    128: ((64, 64, 4, 3), (128, 128, 8, 3), (128, 64, 8, 3), (128, 128, 8, 2)),
+    256: ((64, 64, 4, 3), (128, 128, 8, 3), (128, 64, 8, 3), (128, 128, 8, 2)),
+}
+"""Bucket of tokens → rows, tokens, warps and stages to try: the default's, and what differs from it in one respect."""
+SHARES = (1.0, 0.75, 0.5)
+"""Parts of the programs that the GPU runs at the same time, for which groups are split."""
 
 
-def candidates(tokens: int, groups: int) -> Iterator[LaunchConfig]:
-    """Yield the launches to try for a bucket of tokens and a weight with `groups` groups of columns."""
-    block_m = {32, 64, 128} if tokens > 64 else {tokens}
-    splits = [split for split in (1, 2, 4, 8, 16, 32) if split <= max(1, groups // 2)]
-    for launch in itertools.starmap(LaunchConfig, itertools.product((64, 128), block_m, splits, (2, 4, 8), (2, 3, 4))):
-        if SUMS_PER_WARP[0] <= launch.block_n * launch.block_m // launch.num_warps <= SUMS_PER_WARP[1]:
-            yield launch
+def tiles(tokens: int) -> list[LaunchConfig]:
+    """Return the tiles to try for a bucket of tokens, as launches whose programs share no groups."""
+    return [LaunchConfig(rows, columns, 1, warps, stages) for rows, columns, warps, stages in TILES[tokens]]
+
+
+def candidates(
+    tokens: int, shape: FusedShape, slots: Callable[[LaunchConfig], int], shares: Sequence[float] = SHARES
+) -> list[LaunchConfig]:
+    """Return the launches to try for a bucket of tokens, at most 12.
+
+    Args:
+        tokens: a bucket of tokens.
+        shape: shape of the layers.
+        slots: function that returns how many programs of a launch the GPU runs at the same time.
+        shares: parts of these programs to fill.
+    """
+    sizes = shape.out_features, shape.in_features, shape.group_size, tokens
+    found = {}  # in order, without repetitions
+    for tile in tiles(tokens):
+        try:
+            most = slots(tile)
+        except OutOfResources:  # a program needs more shared memory than this GPU has
+            continue
+        found |= dict.fromkeys(split_groups(tile, *sizes, int(most * share)) for share in shares)
+    return list(found)
 
 
 def tune_shape(
@@ -68,17 +98,14 @@ def tune_shape(
     exact = weights[0].exact(inputs)
     seconds = {}
     for launch in launches:
-        try:
-            error = relative_error(weights[0].multiply(inputs, launch), exact)
-        except OutOfResources:  # the launch needs more shared memory than this GPU has
-            continue
+        error = relative_error(weights[0].multiply(inputs, launch), exact)
         if not error <= TOLERANCE[dtype]:
             raise RuntimeError(
                 f"{launch} multiplies wrongly: its relative error is {error:.1e}, above {TOLERANCE[dtype]}"
             )
         seconds[launch] = timer(product_calls(weights, inputs, launch))
     if not seconds:
-        raise RuntimeError(f"none of the {len(launches)} launches for {tokens} tokens fits this GPU")
+        raise RuntimeError(f"no launch for {tokens} tokens fits this GPU")
     return min(seconds, key=lambda launch: seconds[launch])
 
 
@@ -105,9 +132,9 @@ def tune(
     first = random_weights(*shape, group_size, mix, device)
     copies = copies_beyond_cache(first.size, device)
     weights = [first, *(random_weights(*shape, group_size, mix, device) for _ in range(copies - 1))]
-    groups = -(-shape[1] // group_size)
+    slots = partial(count_slots, device, first.shape, dtype, first.fused["scales"].dtype, False)
     return {
-        str(tokens): asdict(tune_shape(weights, tokens, dtype, timer, list(candidates(tokens, groups))))
+        str(tokens): asdict(tune_shape(weights, tokens, dtype, timer, candidates(tokens, first.shape, slots)))
         for tokens in tqdm(buckets, desc=shape_key(*shape, group_size))
     }
 

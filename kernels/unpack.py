@@ -97,6 +97,70 @@ def unpack_group(
 
 
 @triton.jit
+def unpack_digits(
+    plane,
+    first_word,
+    stride,
+    row,
+    inside,
+    ones,
+    PLANE: tl.constexpr,
+    LOWEST: tl.constexpr,
+    HIGH: tl.constexpr,
+    CONTAINERS: tl.constexpr,
+):
+    """Unpack a group's digits in one plane where they lie: bfloat16 `base + digit * 2**LOWEST`, pairs in an int32.
+
+    A digit is what a plane holds of an integer, or half of that in the plane of 8 bits. Most digits lie within the 7
+    bits of a mantissa as they are, and a base whose exponent suits their position makes them integers without a shift,
+    which saves a third of the instructions.
+
+    Args:
+        plane: the plane.
+        first_word: first row of the group's words in it.
+        stride: words from one row of the plane to the next.
+        row: rows of the weight, `[rows]`.
+        inside: mask of the rows that exist, `[rows]`.
+        ones: two bfloat16 ones in an int32, an argument of the launch as in `unpack_group`.
+        PLANE: bits of the plane, 1, 2, 4 or 8.
+        LOWEST: place of the digit's lowest bit in the integer.
+        HIGH: for the plane of 8 bits, whether the upper half of its bits is wanted.
+        CONTAINERS: sixteenths of the group's columns.
+
+    Returns:
+        int32 `[rows, 8, CONTAINERS]`.
+    """
+    i = tl.arange(0, 8)
+    words = _load_words(plane, first_word, stride, row, inside, CONTAINERS)
+    if PLANE == 1:
+        words = words.to(tl.uint16, bitcast=True).to(tl.int32)
+        words |= words << 8
+    PER_HALF: tl.constexpr = 8 if PLANE == 1 else 16 // PLANE
+    DIGIT: tl.constexpr = 4 if PLANE == 8 else PLANE
+    words = words[:, None, :]
+    for word_row in tl.static_range(1, 8 // PER_HALF):
+        more = _load_words(plane, first_word + word_row * CONTAINERS, stride, row, inside, CONTAINERS)
+        words = tl.where(i[None, :, None] < word_row * PER_HALF, words, more[:, None, :])
+    UNSHIFTED: tl.constexpr = 7 // DIGIT  # digits within a mantissa
+    place = i % PER_HALF
+    shift = place * PLANE + HIGH * DIGIT if PLANE >= 4 else place // UNSHIFTED * (UNSHIFTED * DIGIT)
+    mask = (((1 << DIGIT) - 1) << _digit_position(i, PLANE)) * 0x10001
+    return ((words >> shift[None, :, None]) & mask[None, :, None]) | digit_bases(ones, PLANE, LOWEST)[None, :, None]
+
+
+@triton.jit
+def digit_bases(ones, PLANE: tl.constexpr, LOWEST: tl.constexpr):
+    """Return the bases that `unpack_digits` adds to digits, `[8]`: pairs of equal powers of two in an int32."""
+    return ones + ((7 + LOWEST - _digit_position(tl.arange(0, 8), PLANE)) << 7) * 0x10001
+
+
+@triton.jit
+def _digit_position(i, PLANE: tl.constexpr):
+    """Return the position in their mantissas of the digits of the columns `2 J i + …` (`slimplus.format.planes`)."""
+    return i % 7 if PLANE == 1 else i % 3 * 2 if PLANE == 2 else i * 0
+
+
+@triton.jit
 def load_exponents(scales, groups, stride, row, inside):
     """Load the rows' exponents of 8-bit scales, `[rows]`, shifted for `load_scale`; zeros for scales of 16 bits.
 
@@ -115,6 +179,17 @@ def load_scale(scales, exponents, group, stride, row, inside):
         code = tl.load(scales + group * stride + row, mask=inside, other=0).to(tl.int32)
         return ((code + exponents) << 5).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     return tl.load(scales + group * stride + row, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_zero(zeros, row, inside):
+    """Load the stored zero points of a group, `[rows]`, float32: 256ths of its range.
+
+    Every row loads the four bytes that hold its own: a copy to shared memory that the program does not wait for moves
+    at least four. `zeros` points to the zero point of row 0, at a multiple of 16 bytes.
+    """
+    words = tl.load(zeros.to(tl.pointer_type(tl.int32), bitcast=True) + row // 4, mask=inside, other=0)
+    return ((words >> (row % 4 * 8)) & 255).to(tl.float32)
 
 
 @triton.jit

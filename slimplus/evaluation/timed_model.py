@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -70,27 +70,8 @@ class TimedModel:
         self.round()
 
     def round(self) -> dict[str, float]:
-        """Read the prompt and write the new tokens greedily.
-
-        Returns:
-            Seconds from the prompt to the first new token, and from the first to the last.
-        """
-        stopwatch, tokens = Stopwatch(), self.workload.new_tokens
-        self.model.generate(
-            input_ids=self.prompt,
-            attention_mask=torch.ones_like(self.prompt),
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            min_new_tokens=tokens,
-            max_new_tokens=tokens,
-            pad_token_id=0,
-            streamer=stopwatch,
-            **({"cache_implementation": "static"} if self.workload.static_cache else {}),
-        )
-        prompt, first, *_, last = stopwatch.times
-        return {"prefill_seconds": first - prompt, "decode_seconds": last - first}
+        """Read the prompt and write the new tokens, see `timed_round`."""
+        return timed_round(self.model, self.prompt, self.workload.new_tokens, self.workload.static_cache)
 
     def memory(self) -> dict[str, int | None]:
         """Return the bytes that this process takes, libraries included, and PyTorch's peak allocation on a GPU."""
@@ -101,6 +82,36 @@ class TimedModel:
             "peak_resident_bytes": max(peak, resident or 0),  # the kernel updates the peak only from time to time
             "peak_device_bytes": torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None,
         }
+
+
+def timed_round(model: PreTrainedModel, prompt: Tensor, tokens: int, static_cache: bool) -> dict[str, float]:
+    """Read a prompt and write new tokens greedily.
+
+    Args:
+        model: the model.
+        prompt: tokens of the prompt, `[1, prompt tokens]`, on the model's device.
+        tokens: number of new tokens.
+        static_cache: whether the cache of keys and values has its full size from the start.
+
+    Returns:
+        Seconds from the prompt to the first new token, and from the first to the last.
+    """
+    stopwatch, generating = Stopwatch(), cast("Any", model)
+    generating.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        min_new_tokens=tokens,
+        max_new_tokens=tokens,
+        pad_token_id=0,
+        streamer=stopwatch,
+        **({"cache_implementation": "static"} if static_cache else {}),
+    )
+    start, first, *_, last = stopwatch.times
+    return {"prefill_seconds": first - start, "decode_seconds": last - first}
 
 
 def _load(candidate: Candidate, dtype: str, device: torch.device) -> PreTrainedModel:

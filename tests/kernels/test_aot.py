@@ -15,25 +15,29 @@ import torch
 
 pytest.importorskip("triton")
 
+from benchmarks.gpu.machine_code import MachineCode, compiling_for, disassemble
+from benchmarks.kernels import MODELS
 from slimplus.kernels.fused import WIDTHS, FusedShape
-from slimplus.kernels.launch import DEFAULTS, LaunchConfig, default_launch
-from slimplus.kernels.packed_matmul import kernel_constants, packed_matmul_kernel
-from tests.support.sass import MachineCode, compile_kernel
+from slimplus.kernels.launch import DEFAULTS, LaunchConfig, blocks, default_launch, split_groups
+from slimplus.kernels.occupancy import Resources, resident_programs
+from slimplus.kernels.packed_matmul import compile_kernel
 
-ARCHITECTURES = (80, 89, 90)
-SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+ARCHITECTURES = (80, 89, 90, 100, 120)
+SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 LAUNCHES = [
-    pytest.param(architecture, launch, layers, id=f"sm_{architecture}-{most}-{layers}")
+    pytest.param(architecture, launch, layers, dtype, id=f"sm_{architecture}-{most}-{layers}-{name}")
     for architecture in ARCHITECTURES
     for most, launch in DEFAULTS.get(architecture, DEFAULTS[80]).items()
     for layers in ((1, 3) if architecture == 90 and most <= 16 else (3,))
+    for dtype, name in DTYPES.items()
+    if dtype == torch.bfloat16 or architecture == 90
 ]
-DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 MOST_DECODE_TOKENS = 16
 MOST_INSTRUCTIONS = {
     256: {1: 3.0, 2: 3.0, 3: 4.2, 4: 3.0},
     128: {1: 2.6, 2: 2.6, 3: 4.2, 4: 2.6},
-    64: {1: 3.1, 2: 3.1, 3: 4.4, 4: 3.1},
+    64: {1: 3.1, 2: 3.1, 3: 4.4, 4: 3.2},
 }
 """Group size → bits → per weight, in decoding at most 16 tokens on any architecture."""
 
@@ -50,43 +54,41 @@ def compile_product(
     layers: int,
     in_features: int,
     group_size: int,
-    scales: str = "*fp16",
+    scales: torch.dtype = torch.float16,
+    widths: tuple[int, ...] = WIDTHS,
 ) -> MachineCode:
     """The kernel for weights with groups of 1, 2, 3 and 4 bits and a bias."""
-    pointers = {"plane1": "*i16", "plane2": "*i32", "plane4": "*i32", "scales": scales, "zeros": "*u8"}
-    pointers |= {"group_index": "*i16", "layer_table": "*i32", "partials": "*fp32", "counters": "*i32"}
-    pointers |= dict.fromkeys(("inputs", "outputs", "bias"), f"*{DTYPES[dtype]}")
-    shape = FusedShape(in_features, group_size, (4096,) * layers, WIDTHS)
-    constants = kernel_constants(shape, launch, has_bias=True)
-    sizes = ("out_features", "padded_features", *(() if in_features % 16 else ("in_features",)))
-    return compile_kernel(packed_matmul_kernel, pointers, constants, architecture, launch.num_warps, sizes)
+    shape = FusedShape(in_features, group_size, (4096,) * layers, widths)
+    with compiling_for(architecture):
+        return disassemble(compile_kernel(shape, dtype, scales, True, launch))
 
 
-def check(code: MachineCode, architecture: int, launch: LaunchConfig, group_size: int) -> list[float]:
+def check(
+    code: MachineCode, architecture: int, launch: LaunchConfig, group_size: int, widths: int = len(WIDTHS)
+) -> list[float]:
     """Fail on spills, products outside the tensor cores or converted weights.
 
     Returns:
         Instructions per weight in the loop of each width.
     """
-    assert code.stack == code.local == 0
-    assert not [name for name in code.names() if name.startswith(("LDL", "STL"))]
+    assert code.stack == code.local == code.spills == 0
     assert code.shared <= SHARED_MEMORY[architecture]
     loops = code.product_loops()
-    assert len(loops) == len(WIDTHS)
+    assert len(loops) == widths
     weights = launch.block_n * group_size / (32 * launch.num_warps)  # of one thread in one pass
     for loop in loops:
         names = [instruction.name for instruction in loop]
-        products = [name for name in names if name.startswith(("HMMA", "HGMMA"))]
+        products = [name for name in names if "MMA" in name]
         assert products
-        assert all(".F32" in name for name in products), products
+        # Those of the tensor memory of sm_100 do not name the type of their sums.
+        assert all(".F32" in name for name in products if name.startswith(("HMMA", "HGMMA"))), products
         assert sum(name.startswith("I2F") for name in names) <= weights / 4  # zero points, not weights
     return [len(loop) / weights for loop in loops]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPES.values())
-@pytest.mark.parametrize(("architecture", "launch", "layers"), LAUNCHES)
+@pytest.mark.parametrize(("architecture", "launch", "layers", "dtype"), LAUNCHES)
 def test_shipped_launches_compile_well(
-    architecture: int, launch: LaunchConfig, dtype: torch.dtype, layers: int
+    architecture: int, launch: LaunchConfig, layers: int, dtype: torch.dtype
 ) -> None:
     code = compile_product(architecture, launch, dtype, layers, in_features=4096, group_size=128)
     instructions = check(code, architecture, launch, 128)
@@ -103,7 +105,7 @@ def test_shipped_launches_compile_well(
     [(8, 64, 4096), (16, 64, 4096), (8, 256, 4096), (16, 256, 4096), (8, 32, 4104), (256, 64, 4104)],
 )
 def test_other_groups_and_ragged_columns_compile_well(most: int, group_size: int, in_features: int) -> None:
-    launch = default_launch(90, (4096,), in_features, group_size, most, multiprocessors=132)
+    launch = default_launch(90, group_size, most)
     code = compile_product(90, launch, torch.bfloat16, layers=1, in_features=in_features, group_size=group_size)
     instructions = check(code, 90, launch, group_size)
     if not in_features % group_size:
@@ -113,11 +115,43 @@ def test_other_groups_and_ragged_columns_compile_well(most: int, group_size: int
 @pytest.mark.parametrize("group_size", [64, 128])
 @pytest.mark.parametrize("most", [8, 256])
 def test_8_bit_scales_cost_no_more(most: int, group_size: int) -> None:
-    launch = default_launch(90, (4096,), 4096, group_size, most, multiprocessors=132)
-    code = compile_product(90, launch, torch.bfloat16, 1, 4096, group_size, scales="*u8")
+    launch = default_launch(90, group_size, most)
+    code = compile_product(90, launch, torch.bfloat16, 1, 4096, group_size, scales=torch.uint8)
     instructions = check(code, 90, launch, group_size)
     if most == 8:
         check_counts(instructions, group_size)
+
+
+@pytest.mark.parametrize(("widths", "most"), [((2,), 1.65), ((3,), 2.75), ((1, 2, 3), 1.95)], ids=str)
+def test_instructions_a_weight_of_decoding(widths: tuple[int, ...], most: float) -> None:
+    """On average, with twice as many groups of 2 bits as of others, and without waiting for a load of weights."""
+    launch = default_launch(90, 128, 1)
+    code = compile_product(90, launch, torch.bfloat16, 3, 4096, 128, widths=widths)
+    instructions = check(code, 90, launch, 128, len(widths))
+    weights = [2 if width == 2 else 1 for width in widths]
+    mean = sum(count * weight for count, weight in zip(instructions, weights, strict=True)) / sum(weights)
+    assert mean <= most
+    for loop in code.product_loops():
+        loads = [instruction.name for instruction in loop if instruction.name.startswith("LDG.")]
+        assert loads == ["LDG.E.U16"]  # the index of a later group; all else is copied asynchronously
+
+
+@pytest.mark.parametrize(
+    ("architecture", "multiprocessors"),
+    [pytest.param(90, 132, id="H100, H200"), pytest.param(80, 108, id="A100"), pytest.param(89, 128, id="RTX 4090")],
+)
+def test_no_default_launch_for_one_token_has_a_tail_wave(architecture: int, multiprocessors: int) -> None:
+    """For mixed widths, which take the most registers; fewer only make room."""
+    launch = default_launch(architecture, 128, 1)
+    slots = {}
+    for layers in (1, 3):
+        code = compile_product(architecture, launch, torch.bfloat16, layers, 4096, 128, widths=(1, 2, 3))
+        resources = Resources(code.registers, code.shared, launch.num_warps)
+        slots[layers] = multiprocessors * resident_programs(architecture, resources)
+    for out_features, in_features in (shape for model in MODELS.values() for shape in model.values()):
+        most = slots[1 if len(out_features) == 1 else 3]
+        chosen = split_groups(launch, out_features, in_features, 128, 1, most)
+        assert blocks(chosen, out_features, 1) * chosen.split_k <= most
 
 
 def check_counts(instructions: list[float], group_size: int) -> None:

@@ -6,23 +6,43 @@ from pathlib import Path
 
 import pytest
 
-from slimplus.kernels.fused import FusedShape
-from slimplus.kernels.launch import BUCKETS, read_table
-from slimplus.kernels.tune import candidates, parse_shape, write_table
-
 pytest.importorskip("triton")
 
+from triton.runtime.errors import OutOfResources
 
-def test_candidates_fit_the_counters_and_the_weight() -> None:
+from slimplus.kernels.fused import FusedShape
+from slimplus.kernels.launch import BUCKETS, LaunchConfig, blocks, default_launch, read_table
+from slimplus.kernels.tune import candidates, parse_shape, tiles, write_table
+
+
+def test_candidates_are_few_and_fit_the_gpu_and_the_counters() -> None:
     for tokens in BUCKETS:
         for groups in (1, 2, 32):
-            found = list(candidates(tokens, groups))
-            assert found
+            shape = FusedShape(groups * 128, 128, (11008,), (2,))
+            found = candidates(tokens, shape, lambda launch: 1056 // launch.num_warps)
+            assert 1 <= len(found) <= 12
             assert len(found) == len(set(found))
-            assert all(launch.split_k <= max(1, groups // 2) for launch in found)
             for launch in found:
-                blocks = -(-11008 // launch.block_n) * -(-tokens // launch.block_m)
-                assert blocks <= FusedShape(4096, 128, (11008,), (2,)).counters
+                assert launch.split_k <= max(1, groups // 2)
+                programs = blocks(launch, shape.out_features, tokens)
+                assert programs <= shape.counters
+                assert launch.split_k == 1 or programs * launch.split_k <= 1056 // launch.num_warps
+
+
+def test_a_tile_that_does_not_fit_is_no_candidate() -> None:
+    def slots(launch: LaunchConfig) -> int:
+        if launch.block_n == 128:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        return 132
+
+    found = candidates(256, FusedShape(4096, 128, (4096,), (2,)), slots)
+    assert found
+    assert {launch.block_n for launch in found} == {64}
+
+
+def test_the_default_is_a_candidate() -> None:
+    for tokens in BUCKETS:
+        assert default_launch(90, 128, tokens) in tiles(tokens)
 
 
 def test_a_table_keeps_its_other_shapes(tmp_path: Path) -> None:

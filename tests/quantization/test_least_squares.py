@@ -44,8 +44,8 @@ def test_scales_fitted_to_given_zero_points_are_those_of_least_squares() -> None
     config = QuantizationConfig("rtn", 4, 32, integer_zero_points=True)
     quantized = round_weight(weight, uniform_bits(160, 32, 4), hessian, invert_hessian(hessian), config).weight
     zero_point = quantized.zero_point + torch.tensor([[1.0], [0.0], [-1.0], [0.0]])
-    residual = weight - quantized.dequantize()
-    normal, moment = _normal_equations(quantized.integers.float(), residual, hessian, 32)
+    projected = (weight - quantized.dequantize()) @ hessian
+    normal, moment = _normal_equations(quantized.integers.float(), projected, hessian, 32)
     scale = _refit_scales(quantized, normal, moment, torch.zeros(4, 1), zero_point)
     root = torch.linalg.cholesky(hessian.double()).T
     for row in range(4):

@@ -163,6 +163,15 @@ def test_chosen_launches_match_float64() -> None:
         assert torch.linalg.norm(result.double() - exact) <= 2e-3 * torch.linalg.norm(exact)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("tokens", "split_k"), [(1, 4), (1, 19), (2, 19), (17, 9)])
+def test_more_programs_than_groups_share_them(tokens: int, split_k: int, dtype: torch.dtype) -> None:
+    """Some programs get none; every group is multiplied once."""
+    make_case((40, 21), 300, 32, tokens=tokens, dtype=dtype, bias=True).check(
+        LaunchConfig(32, 8 if tokens <= 8 else 32, split_k, 4, 2)
+    )
+
+
 @pytest.mark.parametrize("split_k", [1, 3])
 @pytest.mark.parametrize("tokens", [3, 20])
 def test_results_repeat_bit_for_bit_and_overwrite_everything(tokens: int, split_k: int) -> None:
@@ -206,10 +215,10 @@ def test_tuning_finds_the_fastest_launch() -> None:
         count_calls(calls)
         inputs, launch = cast("partial[Tensor]", calls[0]).args
         assert inputs.shape == (8, 256)
-        return abs(launch.block_n - 128) + abs(launch.split_k - 2) + launch.num_warps + launch.num_stages
+        return abs(launch.block_n - 128) + launch.num_warps + launch.num_stages
 
     tuned = tune(((32, 16), 256), 64, (1, 2, 3), torch.bfloat16, torch.device("cpu"), timer, buckets=(8,))
-    assert tuned == {"8": {"block_n": 128, "block_m": 8, "split_k": 2, "num_warps": 2, "num_stages": 2}}
+    assert tuned == {"8": {"block_n": 128, "block_m": 8, "split_k": 1, "num_warps": 2, "num_stages": 3}}
 
 
 def test_tuning_stops_at_a_launch_that_multiplies_wrongly() -> None:

@@ -86,13 +86,24 @@ class TritonWeight:
         for tokens in BUCKETS:
             self.linear(torch.zeros(tokens, self.in_features, dtype=dtype, device=self.counters.device))
 
+    def _idle_counters(self) -> Tensor:
+        """Return counters that no launch on another stream uses at the same time.
+
+        A captured launch keeps the weight's own ones, so that a graph's replay need not clear others first.
+        """
+        device = self.counters.device
+        if device.type != "cuda" or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+            return self.counters
+        alone = torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
+        return self.counters if alone else torch.zeros_like(self.counters)
+
     def linear(self, inputs: Tensor) -> Tensor:
         """Multiply `inputs` `[..., in]`, float16 or bfloat16, by all the layers, `[..., sum of out]` in their dtype."""
         bias = None if self.bias is None else self.bias.to(inputs.dtype)
         flat = packed_matmul(
             inputs.reshape(-1, self.in_features),
             self.tensors,
-            self.counters,
+            self._idle_counters(),
             bias,
             self.in_features,
             self.group_size,

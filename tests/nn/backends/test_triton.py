@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from slimplus.nn.backends.triton import TritonWeight
 from tests.support.processes import run_code
 
 INTERPRETED = """
@@ -38,3 +47,34 @@ torch.library.opcheck(packed_matmul, arguments, test_utils=("test_schema", "test
 
 def test_the_triton_backend_under_the_interpreter() -> None:
     run_code(INTERPRETED, TRITON_INTERPRET="1")
+
+
+@pytest.mark.parametrize(
+    ("stream", "capturing", "own"), [("default", False, True), ("side", False, False), ("side", True, True)]
+)
+def test_launches_on_other_streams_count_for_themselves(
+    monkeypatch: pytest.MonkeyPatch, stream: str, capturing: bool, own: bool
+) -> None:
+    counters = SimpleNamespace(device=torch.device("cuda", 0))
+    fresh = torch.zeros(3)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "default")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch, "zeros_like", lambda tensor: fresh)
+    weight = TritonWeight([], cast("Tensor", counters), 64, 32, [16], [2], None)
+    assert weight._idle_counters() is (counters if own else fresh)
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_nothing_is_collected_while_a_graph_is_captured(collecting: bool) -> None:
+    pytest.importorskip("triton")
+    from slimplus.kernels.measure import without_collection
+
+    before = gc.isenabled()
+    try:
+        (gc.enable if collecting else gc.disable)()
+        with without_collection():
+            assert not gc.isenabled()
+        assert gc.isenabled() is collecting
+    finally:
+        (gc.enable if before else gc.disable)()
