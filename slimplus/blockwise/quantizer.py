@@ -36,10 +36,6 @@ from slimplus.training.fit import Fit, FitConfig, Report, ignore
 from slimplus.training.reconstruction import BlockReconstruction, LossContext, ReconstructionConfig
 from slimplus.utils.errors import InputError
 
-# Weights of a block times steps of its training from which compiled code pays: it saves a thread about 4 ns for each,
-# and takes half a minute to compile once for the model, a few seconds where the compiler's cache holds it.
-COMPILED_FROM = 1e9
-
 
 @dataclass(frozen=True)
 class QuantizerConfig:
@@ -212,13 +208,8 @@ class BlockQuantizer:
 
     def _fake_quantized(self, task: BlockTask, result: BlockResult) -> nn.Module:
         """Return the block with learnable quantizers, compiled if the settings ask for it and the machine can."""
-        block, config = fake_quantized_block(task.block, result, self.quantizer), self.reconstruction
-        compiles, device = config.compile, self.runner.device
-        if compiles is None:
-            steps = config.epochs * len(task.hidden) * self.ranks.count // config.batch_size
-            values = sum(weight.integers.numel() for weight in result.weights.values())
-            compiles = device.type == "cpu" and steps * values >= COMPILED_FROM
-        if compiles and can_compile(device):
+        block = fake_quantized_block(task.block, result, self.quantizer)
+        if self.reconstruction.compile and can_compile(self.runner.device):
             for layer in block.modules():
                 if isinstance(layer, FakeQuantizedLinear):
                     layer.compiled = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+import torch
 from lightning.fabric import Fabric
 
 from slimplus.blockwise.quantizer import BlockQuantizer, QuantizerConfig
@@ -22,11 +23,20 @@ from slimplus.training.losses import LossConfig
 from slimplus.training.optimizers import Name, RateConfig, Schedule
 from slimplus.training.reconstruction import ReconstructionConfig
 
+# Weights times steps of their training from which compiled code pays on a CPU: it saves a thread about 4 ns for each,
+# and the compiler takes half a minute, or a few seconds where its cache holds the code.
+COMPILED_FROM = 1e10
 WARMUP = 4  # steps over which the rates rise, since Adam's first moments come from a few batches
 
 
 def block_quantizer(
-    recipe: Recipe, fabric: Fabric, runner: BlockRunner, logs: Path, preemption: Preemption, report: Report
+    recipe: Recipe,
+    fabric: Fabric,
+    runner: BlockRunner,
+    weights: int,
+    logs: Path,
+    preemption: Preemption,
+    report: Report,
 ) -> BlockQuantizer:
     """Return the quantizer of blocks that a recipe asks for.
 
@@ -34,6 +44,7 @@ def block_quantizer(
         recipe: the resolved recipe.
         fabric: the processes of the job.
         runner: the runner of blocks on this process's device.
+        weights: number of weights that are quantized in all blocks.
         logs: folder of the TensorBoard and CSV logs.
         preemption: the handler of this process's signals.
         report: function that is told of training steps.
@@ -54,7 +65,7 @@ def block_quantizer(
             quantization.per_layer,
         ),
         quantizer=QuantizerConfig(per_weight, recipe.training.width_rates),
-        reconstruction=_reconstruction(recipe.training, per_weight),
+        reconstruction=_reconstruction(recipe.training, per_weight, _compiles(recipe, weights, fabric.device)),
         fit=FitConfig(
             trainer.devices,
             trainer.num_nodes,
@@ -72,7 +83,7 @@ def block_quantizer(
     )
 
 
-def _reconstruction(training: TrainingSection, per_weight: str | None) -> ReconstructionConfig:
+def _reconstruction(training: TrainingSection, per_weight: str | None, compiles: bool) -> ReconstructionConfig:
     """Return the configuration of a block's training, with `auto` and null resolved."""
     default_optimizer: Name = "sign_sgd" if per_weight == "rounding" else "adamw"
     optimizer = default_optimizer if training.optimizer == "auto" else training.optimizer
@@ -95,8 +106,16 @@ def _reconstruction(training: TrainingSection, per_weight: str | None) -> Recons
         weight_decay=training.weight_decay,
         patience=training.patience,
         loss=_loss(training.loss),
-        compile={"auto": None, "always": True, "never": False}[training.compile],
+        compile=compiles,
     )
+
+
+def _compiles(recipe: Recipe, weights: int, device: torch.device) -> bool:
+    """Return whether quantizers are trained as compiled code."""
+    training = recipe.training
+    steps = training.epochs * recipe.data.samples // training.batch_size
+    pays = device.type == "cpu" and weights * steps >= COMPILED_FROM
+    return {"auto": pays, "always": True, "never": False}[training.compile]
 
 
 def _loss(loss: LossSection) -> LossConfig:

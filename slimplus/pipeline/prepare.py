@@ -23,6 +23,7 @@ from slimplus.models.architectures import (
     embedding_rows,
     find_blocks,
     is_tied,
+    quantized_linears,
 )
 from slimplus.models.loading import ModelSource, build_on_meta
 from slimplus.models.location import resolve_model_folder
@@ -124,7 +125,8 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption, progress: Pr
     metrics = start_metrics(recipe, run, fabric, held_out, tasks, runner.precision, identity, events, progress)
     if allocation is not None:
         note_average(metrics, recipe, allocation, skeleton)
-    quantizer = block_quantizer(recipe, fabric, runner, run.logs, preemption, progress.step)
+    weights = sum(layer.weight.numel() for layer in quantized_linears(skeleton).values())
+    quantizer = block_quantizer(recipe, fabric, runner, weights, run.logs, preemption, progress.step)
     if own is not None and not own.is_complete:
         with metrics.stage("calibration_text"):
             own.write(source, run, fabric.device, quantizer.ranks, progress)

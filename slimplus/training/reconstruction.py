@@ -25,12 +25,12 @@ class ReconstructionConfig(TrainingConfig):
         per_weight: learning rate of the parameters that each weight has of its own: the offset of its rounding, or the
             weight itself.
         loss: the loss.
-        compile: whether quantizers run as compiled code; None where that saves more time than it takes.
+        compile: whether quantizers run as compiled code.
     """
 
     per_weight: RateConfig = field(default_factory=RateConfig)
     loss: LossConfig = field(default_factory=LossConfig)
-    compile: bool | None = False
+    compile: bool = False
 
 
 @dataclass(frozen=True)

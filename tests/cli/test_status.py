@@ -72,13 +72,13 @@ def test_another_process_sees_a_run_at_work_killed_and_finished(arguments: Argum
     command: list[str | Path] = [sys.executable, ROOT / "train.py", *arguments(folder, *QAT, "training.epochs=4000")]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     deadline = time.monotonic() + 280
-    while "step" not in (said := run_status(folder)) and time.monotonic() < deadline:
+    while "time left" not in (said := run_status(folder)) and time.monotonic() < deadline:
         time.sleep(0.5)
+    running.kill()
     assert said["status"] == f"running, process {running.pid} on {platform.node()}"
     assert said["block"] == "1 of 2"
     assert said["step"].endswith(" of 32000")
     assert "to the end of the run" in said["time left"]
-    running.kill()
     running.communicate()
     assert run_status(folder)["status"].startswith("lost: ")
 
