@@ -34,8 +34,9 @@ LAUNCHES = [
     if dtype == torch.bfloat16 or architecture == 90
 ]
 MOST_DECODE_TOKENS = 16
+MOST_SPILLS = 8  # instructions before and after the loops, which run once a program
 MOST_INSTRUCTIONS = {
-    256: {1: 3.0, 2: 3.0, 3: 4.2, 4: 3.0},
+    256: {1: 3.0, 2: 3.0, 3: 4.4, 4: 3.2},
     128: {1: 2.6, 2: 2.6, 3: 4.2, 4: 2.6},
     64: {1: 3.1, 2: 3.1, 3: 4.4, 4: 3.2},
 }
@@ -71,13 +72,15 @@ def check(
     Returns:
         Instructions per weight in the loop of each width.
     """
-    assert code.stack == code.local == code.spills == 0
+    assert code.local == 0
+    assert code.spills <= MOST_SPILLS
     assert code.shared <= SHARED_MEMORY[architecture]
     loops = code.product_loops()
     assert len(loops) == widths
     weights = launch.block_n * group_size / (32 * launch.num_warps)  # of one thread in one pass
     for loop in loops:
         names = [instruction.name for instruction in loop]
+        assert not [name for name in names if name.startswith(("LDL", "STL"))]
         products = [name for name in names if "MMA" in name]
         assert products
         # Those of the tensor memory of sm_100 do not name the type of their sums.
