@@ -21,7 +21,10 @@ ROWS = 64  # rows of the weight that a program handles
 SCRATCH_BYTES = 1 << 25  # of a dequantized slice, which fits the L2 cache of a GPU that serves models
 
 
-@triton.jit(do_not_specialize=["first_group", "first1", "first2", "first4", "first8", "first_row", "ones"])
+_NOT_SPECIALIZED = ["first_group", "first1", "first2", "first4", "first8", "first_row", "out_features", "ones"]
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _dequantize_kernel(
     plane1,
     plane2,
