@@ -59,7 +59,7 @@ def _accumulate_width(
     """
     CONTAINERS: tl.constexpr = GROUP_SIZE // 16
     dtype: tl.constexpr = inputs.dtype.element_ty
-    # Before sm_90 the compiler does not share the sums of equal rows, and larger tiles of inputs overflow the registers.
+    # Before sm_90 the compiler does not share the sums of equal rows; larger tiles of inputs overflow the registers.
     FITS: tl.constexpr = token.shape[0] <= MAX_DECODE_TOKENS and GROUP_SIZE * token.shape[0] <= 2048
     IN_PLACE: tl.constexpr = FITS and dtype == tl.bfloat16 and (_INTERPRETED or cuda_capability_geq(9, 0))
     inside = row < stride
