@@ -57,11 +57,12 @@ def compile_product(
     group_size: int,
     scales: torch.dtype = torch.float16,
     widths: tuple[int, ...] = WIDTHS,
+    has_bias: bool = True,
 ) -> MachineCode:
-    """The kernel for weights with groups of 1, 2, 3 and 4 bits and a bias."""
+    """The kernel for weights with groups of some widths."""
     shape = FusedShape(in_features, group_size, (4096,) * layers, widths)
     with compiling_for(architecture):
-        return disassemble(compile_kernel(shape, dtype, scales, True, launch))
+        return disassemble(compile_kernel(shape, dtype, scales, has_bias, launch))
 
 
 def check(
@@ -125,11 +126,11 @@ def test_8_bit_scales_cost_no_more(most: int, group_size: int) -> None:
         check_counts(instructions, group_size)
 
 
-@pytest.mark.parametrize(("widths", "most"), [((2,), 1.65), ((3,), 2.75), ((1, 2, 3), 1.95)], ids=str)
+@pytest.mark.parametrize(("widths", "most"), [((2,), 1.6), ((3,), 2.7), ((1, 2, 3), 1.9)], ids=str)
 def test_instructions_a_weight_of_decoding(widths: tuple[int, ...], most: float) -> None:
-    """On average, with twice as many groups of 2 bits as of others, and without waiting for a load of weights."""
+    """On average, with twice as many groups of 2 bits as of others, in layers without a bias, as those of LLaMA."""
     launch = default_launch(90, 128, 1)
-    code = compile_product(90, launch, torch.bfloat16, 3, 4096, 128, widths=widths)
+    code = compile_product(90, launch, torch.bfloat16, 3, 4096, 128, widths=widths, has_bias=False)
     instructions = check(code, 90, launch, 128, len(widths))
     weights = [2 if width == 2 else 1 for width in widths]
     mean = sum(count * weight for count, weight in zip(instructions, weights, strict=True)) / sum(weights)
