@@ -183,7 +183,7 @@ def product_call(weights: RandomWeights, inputs: Tensor) -> Callable[[], Tensor]
     """Return the product that a packed layer takes: the kernel for few tokens, else cuBLAS with dequantized weights."""
     if len(inputs) <= MAX_TOKENS:
         return lambda: weights.multiply(inputs)
-    return lambda: torch.cat([inputs @ weight.T for weight in weights.dequantize(inputs.dtype)], dim=1)
+    return lambda: weights.dequantized_product(inputs)
 
 
 def linear_call(weight: Tensor, inputs: Tensor) -> Callable[[], Tensor]:

@@ -1,4 +1,4 @@
-"""Dequantization of a whole layer's weight from its packed planes, to 16 bits or float32.
+"""Dequantization of a layer's weight from its packed planes, to 16 bits or float32, whole or slice by slice.
 
 The layout is that of `slimplus.format.planes`. Each bit width gets a launch of its own, so that the width is a constant
 of the kernel. A program handles one group of columns and a block of rows.
@@ -18,9 +18,13 @@ from slimplus.kernels.unpack import as_tile, load_exponents, load_scale, unpack_
 
 PLANES = (1, 2, 4, 8)
 ROWS = 64  # rows of the weight that a program handles
+SCRATCH_BYTES = 1 << 25  # of a dequantized slice, which fits the L2 cache of a GPU that serves models
 
 
-@triton.jit(do_not_specialize=["first_group", "first1", "first2", "first4", "first8", "ones"])
+_NOT_SPECIALIZED = ["first_group", "first1", "first2", "first4", "first8", "first_row", "out_features", "ones"]
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _dequantize_kernel(
     plane1,
     plane2,
@@ -35,6 +39,7 @@ def _dequantize_kernel(
     first2,
     first4,
     first8,
+    first_row,
     out_features,
     in_features,
     groups,
@@ -46,7 +51,8 @@ def _dequantize_kernel(
 ):
     member = tl.program_id(1)
     group = first_group + member
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    local_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = first_row + local_row
     inside = row < stride
     CONTAINERS: tl.constexpr = GROUP_SIZE // 16
     pairs = unpack_group(
@@ -73,7 +79,8 @@ def _dequantize_kernel(
     level = (as_tile(pairs, tl.float16).to(tl.float32) - (1 + zero)[:, None]) * scale[:, None]
     column = tl.load(group_index + group).to(tl.int32) * GROUP_SIZE + tl.arange(0, GROUP_SIZE)
     exists = (row < out_features)[:, None] & (column < in_features)[None, :]
-    tl.store(out + row[:, None].to(tl.int64) * in_features + column[None, :], level.to(out.dtype.element_ty), exists)
+    place = local_row[:, None].to(tl.int64) * in_features + column[None, :]
+    tl.store(out + place, level.to(out.dtype.element_ty), exists)
 
 
 def dequantize(
@@ -94,23 +101,67 @@ def dequantize(
         group_size: columns a group, a power of two from 16.
         dtype: dtype of the result; levels are exact in float32 and rounded once.
     """
-    scales = packed["scales"]
-    weight = torch.empty(out_features, in_features, dtype=dtype, device=scales.device)
+    weight = torch.empty(out_features, in_features, dtype=dtype, device=packed["scales"].device)
+    _dequantize_rows(packed, bit_counts, group_size, 0, weight)
+    return weight
+
+
+def dequantized_matmul(
+    inputs: Tensor,
+    packed: Mapping[str, Tensor],
+    bit_counts: Mapping[int, int],
+    group_size: int,
+    outputs: Tensor,
+    bias: Tensor | None = None,
+    scratch_bytes: int = SCRATCH_BYTES,
+) -> None:
+    """Write `inputs @ weight.T + bias` to `outputs`; of the weight only a slice of rows is dequantized at a time.
+
+    A slice is multiplied while it is still in the cache of the GPU, and all slices lie in the same memory.
+
+    Args:
+        inputs: `[tokens, in]`, in the dtype to multiply in.
+        packed: tensors of the packed format by name.
+        bit_counts: number of groups of each width.
+        group_size: columns a group, a power of two from 16.
+        outputs: `[tokens, out]` in the dtype of the inputs; it may be some columns of a larger tensor.
+        bias: `[out]` in the dtype of the inputs, or None.
+        scratch_bytes: largest size of a slice.
+    """
+    in_features, out_features = inputs.shape[1], outputs.shape[1]
+    rows = max(ROWS, scratch_bytes // (in_features * inputs.itemsize) // ROWS * ROWS)
+    scratch = inputs.new_empty(min(rows, out_features), in_features)
+    for first in range(0, out_features, rows):
+        part = slice(first, min(first + rows, out_features))
+        weight = scratch[: part.stop - first]
+        _dequantize_rows(packed, bit_counts, group_size, first, weight)
+        if bias is None:
+            torch.mm(inputs, weight.T, out=outputs[:, part])
+        else:
+            torch.addmm(bias[part], inputs, weight.T, out=outputs[:, part])
+
+
+def _dequantize_rows(
+    packed: Mapping[str, Tensor], bit_counts: Mapping[int, int], group_size: int, first_row: int, weight: Tensor
+) -> None:
+    """Write the rows from `first_row` on of a packed layer's weight to `weight` `[rows, in]`."""
+    rows, in_features = weight.shape
     # An absent plane is never read; any tensor takes its place.
     planes = [packed.get(f"qplane{plane}", packed["group_index"]) for plane in PLANES]
     words = dict.fromkeys(PLANES, 0)
     first_group = 0
     for width in sorted(bit_counts):
         count = bit_counts[width]
-        _dequantize_kernel[triton.cdiv(out_features, ROWS), count](
+        _dequantize_kernel[triton.cdiv(rows, ROWS), count](
             *planes,
-            scales,
+            packed["scales"],
             packed["zeros"],
             packed["group_index"],
             weight,
             first_group,
             *(words[plane] for plane in PLANES),
-            out_features,
+            first_row,
+            first_row + rows,
             in_features,
             *packed["zeros"].shape,
             ONES[torch.float16],
@@ -122,4 +173,3 @@ def dequantize(
         for plane in PLANES:
             if width & plane:
                 words[plane] += count * max(plane // 2, 1) * (group_size // 16)
-    return weight

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from slimplus.format.affine import group_count
 from slimplus.format.planes import BitCounts, packed_shapes
-from slimplus.kernels.dequantize import dequantize
+from slimplus.kernels.dequantize import dequantize, dequantized_matmul
 from slimplus.kernels.fused import FusedShape, fuse_layers, split_layers
 from slimplus.kernels.launch import LaunchConfig
 from slimplus.kernels.packed_matmul import packed_matmul
@@ -59,6 +59,16 @@ class RandomWeights:
                 split_layers(self.fused, counts, shape.out_features, shape.group_size), shape.out_features, strict=True
             )
         ]
+
+    def dequantized_product(self, inputs: Tensor) -> Tensor:
+        """Return the product with `inputs` `[tokens, in]` by slices of dequantized weights, `[tokens, columns]`."""
+        shape, counts = self.shape, [self.bit_counts] * len(self.shape.out_features)
+        outputs = inputs.new_empty(len(inputs), shape.columns)
+        parts = outputs.split(list(shape.out_features), dim=1)
+        layers = split_layers(self.fused, counts, shape.out_features, shape.group_size)
+        for layer, part in zip(layers, parts, strict=True):
+            dequantized_matmul(inputs, layer, self.bit_counts, shape.group_size, part)
+        return outputs
 
     def exact(self, inputs: Tensor) -> Tensor:
         """Return the product with `inputs` `[tokens, in]` in float64, `[tokens, columns]`."""

@@ -59,12 +59,15 @@ def _accumulate_width(
     """
     CONTAINERS: tl.constexpr = GROUP_SIZE // 16
     dtype: tl.constexpr = inputs.dtype.element_ty
+    # Before sm_90 the compiler does not share the sums of equal rows; larger tiles of inputs overflow the registers.
+    FITS: tl.constexpr = token.shape[0] <= MAX_DECODE_TOKENS and GROUP_SIZE * token.shape[0] <= 2048
+    IN_PLACE: tl.constexpr = FITS and dtype == tl.bfloat16 and (_INTERPRETED or cuda_capability_geq(9, 0))
     inside = row < stride
     following = tl.load(group_index + first, mask=first < last, other=0)
     for group in tl.range(first, last, num_stages=STAGES):
         # The index of the next group is on its way before its inputs are asked for.
         first_column = following.to(tl.int32) * GROUP_SIZE
-        following = tl.load(group_index + group + 1, mask=group + 1 < last, other=0)
+        following = tl.load(group_index + min(group + 1, last - 1))
         if token.shape[0] > MAX_DECODE_TOKENS:
             column = first_column + tl.arange(0, GROUP_SIZE)[:, None]
             values = _load_inputs(inputs, token[None, :], column, tokens, in_features, RAGGED)
@@ -80,7 +83,7 @@ def _accumulate_width(
         first4 = (group - skipped4) * 2 * CONTAINERS
         scale = load_scale(scales, exponents, group, stride, row, inside)
         zero = load_zero(zeros + group * stride, row, inside)
-        if token.shape[0] <= MAX_DECODE_TOKENS and dtype == tl.bfloat16 and (_INTERPRETED or cuda_capability_geq(9, 0)):
+        if IN_PLACE:
             # Sums with the same left operand in all rows come first: the compiler computes them once.
             product = tl.zeros((row.shape[0], token.shape[0]), tl.float32)
             for PLANE in tl.static_range(3):

@@ -68,7 +68,7 @@ def candidates(
         shares: parts of these programs to fill.
     """
     sizes = shape.out_features, shape.in_features, shape.group_size, tokens
-    found = {}  # in order, without repetitions
+    found: dict[LaunchConfig, None] = {}  # in order, without repetitions
     for tile in tiles(tokens):
         try:
             most = slots(tile)

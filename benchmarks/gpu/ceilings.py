@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def run(visit: Visit, rows: Rows) -> None:
         "triton read": (lambda: _read_kernel[grid](source, target, size // 4, BLOCK), size),
     }
     for name, (call, count) in moved.items():
-        rows.measure({"what": name}, lambda call=call, count=count: _rate(visit, call, count, "bytes"))
+        rows.measure({"what": name}, partial(_rate, visit, call, count, "bytes"))
     rows.measure({"what": "memcpy, no graph"}, lambda: _rate(visit, moved["memcpy"][0], 2 * size, "bytes", graph=False))
     operations = 2 * side**3
     rows.measure({"what": f"product of {side}"}, lambda: _rate(visit, lambda: left @ right, operations, "operations"))
@@ -70,14 +71,18 @@ def run(visit: Visit, rows: Rows) -> None:
     if visit.capability >= 90:
         chained["empty kernel, dependent launch"] = empty(True)
     for name, call in chained.items():
-        calls = [call] * (2 if visit.rehearsal else CHAIN)
-        rows.measure({"what": name}, lambda calls=calls: {"seconds": spread(visit.times(calls))})
+        rows.measure({"what": name}, partial(_chain, visit, call))
 
 
 def _rate(visit: Visit, call: Callable[[], Tensor], count: int, unit: str, graph: bool = True) -> dict[str, Any]:
     """Return the times of a call, and how many bytes or operations it does a second."""
     seconds = spread(visit.times([call]) if graph else _event_times(visit, call))
     return {"seconds": seconds, f"{unit}_per_second": count / seconds["median"]}
+
+
+def _chain(visit: Visit, call: Callable[[], Any]) -> dict[str, Any]:
+    """Return the times of a call among many that follow each other."""
+    return {"seconds": spread(visit.times([call] * (2 if visit.rehearsal else CHAIN)))}
 
 
 def _event_times(visit: Visit, call: Callable[[], Any]) -> list[float]:

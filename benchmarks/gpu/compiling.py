@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def run(visit: Visit, rows: Rows) -> None:
             pending = {_name(kernel): pool.submit(compile_one, visit.capability, kernel) for kernel in kernels(visit)}
             try:
                 for name, future in pending.items():
-                    rows.measure({"kernel": name}, lambda future=future: _result(future, rows.deadline))
+                    rows.measure({"kernel": name}, partial(_result, future, rows.deadline))
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
     finally:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -84,8 +85,8 @@ def launches(visit: Visit) -> Iterator[tuple[FusedShape, str, str, LaunchConfig]
 def run(visit: Visit, rows: Rows) -> None:
     """Check every product, and a few of them under NVIDIA's memory checker, if it is installed."""
     for each in products(visit):
-        rows.measure(each.case(), lambda each=each: check(visit, each))
-    rows.measure({"tool": "memcheck"}, lambda: _sanitize(visit))
+        rows.measure(each.case(), partial(check, visit, each))
+    rows.measure({"tool": "memcheck"}, partial(_sanitize, visit))
 
 
 def check(visit: Visit, checked: Checked) -> dict[str, Any]:

@@ -50,7 +50,11 @@ def _weight(visit: Visit) -> TritonWeight:
 def _compiled(visit: Visit, weight: TritonWeight, inputs: Tensor) -> dict[str, Any]:
     """Compare the product in a compiled function, in CUDA graphs of torch.compile, with the product itself."""
     options: dict[str, Any] = {"backend": "aot_eager"} if visit.rehearsal else {"mode": "reduce-overhead"}
-    compiled: Any = torch.compile(lambda values: weight.linear(values * 2), **options)
+
+    def doubled(values: Tensor) -> Tensor:
+        return weight.linear(values * 2)
+
+    compiled: Any = torch.compile(doubled, **options)
     expected = weight.linear(inputs * 2)
     equal = all(torch.equal(compiled(inputs).clone(), expected) for _ in range(2 if visit.rehearsal else 10))
     if not equal:

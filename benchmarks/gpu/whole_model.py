@@ -19,7 +19,7 @@ from slimplus.hub.checkpoint import dequantize
 from slimplus.kernels.measure import random_layer, relative_error
 from slimplus.nn import PackedLinear, prepare_inference
 
-SIZES: dict[str, dict[str, int]] = {
+SIZES: dict[str, dict[str, Any]] = {
     "llama-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 32},
     "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_hidden_layers": 1},
 }

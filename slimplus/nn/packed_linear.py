@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from slimplus.format.affine import QuantizedWeight
 from slimplus.format.checks import check_packed
 from slimplus.format.planes import BitCounts, check_features, count_bits, pack, packed_shapes, stored_scale_bits, unpack
+from slimplus.nn.backends.triton import dequantized_linear
 from slimplus.utils.cpu_speed import product_dtype
 
 KEPT_DENSE_ROWS = 32  # rows of input from which a kept dequantized weight is faster than int4 on a CPU
@@ -318,7 +319,23 @@ class PackedLinear(PackedModule):
             return self.fused(inputs, self, dtype)
         multiplied = product_dtype(dtype, inputs.device)
         bias = None if self.bias is None else self.bias.to(multiplied)
+        if inputs.is_cuda and rows and not self.keep_dense:
+            return self._sliced_product(inputs.to(multiplied), bias).to(dtype)
         return nn.functional.linear(inputs.to(multiplied), self._dense_weight(multiplied), bias).to(dtype)
+
+    def _sliced_product(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        """Multiply on a GPU without the whole dequantized weight, see `dequantized_linear`."""
+        packed = self.packed_tensors()
+        outputs: Tensor = dequantized_linear(
+            inputs.reshape(-1, self.in_features),
+            [packed[name] for name in packed_shapes(self.out_features, self.bit_counts, self.group_size)],
+            list(self.bit_counts),
+            list(self.bit_counts.values()),
+            self.out_features,
+            self.group_size,
+            bias,
+        )
+        return outputs.view(*inputs.shape[:-1], self.out_features)
 
     def _dense_weight(self, dtype: torch.dtype) -> Tensor:
         """Return the dequantized weight, from the last call if it was kept in this dtype."""

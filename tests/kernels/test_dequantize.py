@@ -37,18 +37,59 @@ def test_dequantize_equals_the_reference_bit_for_bit() -> None:
     run_code(CHECK, TRITON_INTERPRET="1")
 
 
-COMPILE = """
-from slimplus.kernels.dequantize import _dequantize_kernel
-from tests.support.sass import compile_kernel
+SLICES = """
+import torch
+from slimplus.format.planes import packed_shapes
+from slimplus.kernels.dequantize import dequantized_matmul
+from slimplus.kernels.measure import random_layer
+from slimplus.nn import PackedLinear
+from slimplus.nn.backends.triton import dequantized_linear
+from tests.support.layers import relative_error
 
-pointers = dict(plane1="*i16", plane2="*i32", plane4="*i32", plane8="*i32", zeros="*u8")
-pointers |= dict(group_index="*i16", out="*bf16")
+torch.manual_seed(0)
+counts = {1: 1, 3: 2, 5: 1}
+layer = PackedLinear.from_tensors(random_layer(200, counts, 64, torch.device("cpu")), 250, 200, 64)
+packed = layer.packed_tensors()
+for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+    inputs = torch.randn(9, 250).to(dtype)
+    weight = layer.dequantize(dtype)
+    for scratch_bytes in (1, 70_000, 1 << 20):  # a slice of 64 rows, of 128 or 64, of all
+        for bias in (None, torch.randn(200).to(dtype)):
+            side_by_side = torch.full((9, 300), 7.0, dtype=dtype)
+            dequantized_matmul(inputs, packed, counts, 64, side_by_side[:, 50:250], bias, scratch_bytes)
+            expected = inputs.double() @ weight.double().T + (0 if bias is None else bias.double())
+            assert relative_error(side_by_side[:, 50:250], expected) < tolerance
+            assert (side_by_side[:, :50] == 7).all() and (side_by_side[:, 250:] == 7).all()
+    outputs = layer._sliced_product(inputs.view(3, 3, 250), None)
+    assert relative_error(outputs, (inputs.double() @ weight.double().T).view(3, 3, 200)) < tolerance
+
+tensors = [packed[name] for name in packed_shapes(200, counts, 64)]
+arguments = (inputs, tensors, list(counts), list(counts.values()), 200, 64, None)
+torch.library.opcheck(dequantized_linear, arguments, test_utils=("test_schema", "test_faketensor"))
+"""
+
+
+def test_slices_of_a_dequantized_weight_multiply_as_the_whole_does() -> None:
+    run_code(SLICES, TRITON_INTERPRET="1")
+
+
+COMPILE = """
+import torch
+from benchmarks.gpu.machine_code import compiling_for, disassemble
+from slimplus.kernels.dequantize import _dequantize_kernel
+from slimplus.kernels.fused import ONES
+
+planes = (torch.int16, torch.int32, torch.int32, torch.int32)
 for architecture in (80, 89, 90):
     for bits in range(1, 9):
-        pointers["scales"] = "*u8" if bits == 3 else "*fp16"
+        scales = torch.uint8 if bits == 3 else torch.float16
+        tensors = (*planes, scales, torch.uint8, torch.int16, torch.bfloat16)
+        sizes = (0, 0, 0, 0, 0, 0, 4096, 4096, 32, 4096, ONES[torch.float16])
         constants = dict(BITS=bits, GROUP_SIZE=128, ROWS=64)
-        code = compile_kernel(_dequantize_kernel, pointers, constants, architecture, 4)
-        assert code.stack == code.local == 0, (architecture, bits, code.registers)
+        with compiling_for(architecture):
+            compiled = _dequantize_kernel.warmup(*tensors, *sizes, **constants, num_warps=4, grid=(1,))
+        code = disassemble(compiled)
+        assert code.stack == code.local == code.spills == 0, (architecture, bits, code.registers)
 """
 
 

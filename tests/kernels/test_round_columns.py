@@ -35,15 +35,17 @@ def test_columns_are_rounded_as_the_reference_rounds_them() -> None:
 
 
 COMPILE_ROUND = """
+import torch
+from benchmarks.gpu.machine_code import compiling_for, disassemble
 from slimplus.kernels.round_columns import _round_columns_kernel, choose_blocks
-from tests.support.sass import compile_kernel
 
-names = ("tile", "upper", "scale", "zero_point", "errors")
+tensors = [torch.float32] * 5
 for architecture in (80, 89, 90):
     for columns in (32, 64, 128, 256):
-        blocks, pointers = choose_blocks(columns), dict.fromkeys(names, "*fp32")
-        code = compile_kernel(_round_columns_kernel, pointers, blocks, architecture, 4)
-        assert code.stack == code.local == 0, (architecture, columns, code.registers)
+        with compiling_for(architecture):
+            compiled = _round_columns_kernel.warmup(*tensors, 4096, columns, 3, **choose_blocks(columns), grid=(1,))
+        code = disassemble(compiled)
+        assert code.stack == code.local == code.spills == 0, (architecture, columns, code.registers)
 """
 
 

@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from slimplus.format.planes import BitCounts
+from slimplus.format.planes import BitCounts, packed_shapes
 from slimplus.kernels.fused import FUSED, FusedShape, can_multiply, fuse_layers, split_layers
 from slimplus.kernels.launch import BUCKETS
 
@@ -145,3 +145,47 @@ def _(
     widths: Sequence[int],
 ) -> Tensor:
     return inputs.new_empty(inputs.shape[0], sum(out_features))
+
+
+@torch.library.custom_op("slimplus::dequantized_linear", mutates_args=())
+def dequantized_linear(
+    inputs: Tensor,
+    tensors: Sequence[Tensor],
+    widths: Sequence[int],
+    counts: Sequence[int],
+    out_features: int,
+    group_size: int,
+    bias: Tensor | None,
+) -> Tensor:
+    """Multiply `inputs` `[tokens, in]` by a packed weight that is dequantized slice by slice, `[tokens, out]`.
+
+    Args:
+        inputs: inputs on a GPU, in the dtype to multiply in.
+        tensors: tensors of the packed format, in the order of `packed_shapes`.
+        widths: widths that occur in the layer.
+        counts: number of groups of each of them.
+        out_features: rows of the weight.
+        group_size: columns a group.
+        bias: `[out]` in the dtype of the inputs, or None.
+    """
+    from slimplus.kernels.dequantize import dequantized_matmul  # Triton, which a machine without a GPU may lack
+
+    outputs = inputs.new_empty(inputs.shape[0], out_features)
+    bit_counts = dict(zip(widths, counts, strict=True))
+    packed = dict(zip(packed_shapes(out_features, bit_counts, group_size), tensors, strict=True))
+    with torch.cuda.device_of(inputs):
+        dequantized_matmul(inputs, packed, bit_counts, group_size, outputs, bias)
+    return outputs
+
+
+@dequantized_linear.register_fake
+def _(
+    inputs: Tensor,
+    tensors: Sequence[Tensor],
+    widths: Sequence[int],
+    counts: Sequence[int],
+    out_features: int,
+    group_size: int,
+    bias: Tensor | None,
+) -> Tensor:
+    return inputs.new_empty(inputs.shape[0], out_features)
