@@ -105,6 +105,7 @@ def test_any_value_survives_the_command_line_and_the_written_recipe(
     needs = {
         "trainer.offload": ["trainer.strategy=deepspeed_stage_3"],
         "quantization.size_bytes": ["quantization.allocation=model"],
+        "quantization.per_layer": ["quantization.allocation=model"],
         "data.generation.prefix_tokens": ["data.calibration=self", "data.generation.prompts=offline"],
     }
     own = ["data.calibration=self"] if key.startswith("data.generation.") else []
