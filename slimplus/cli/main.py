@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from io import TextIOWrapper
 
-from slimplus.cli import benchmark, check, evaluate, export, generate, inspect, push, report, status
+from slimplus.cli import benchmark, check, evaluate, export, generate, inspect, push, report, serve, status
 from slimplus.cli.console import Parser, write
 from slimplus.utils.errors import BAD_INPUT, INTERRUPTED, InputError
 from slimplus.utils.requirements import QUANTIZATION, check_installed
@@ -16,6 +16,7 @@ from slimplus.utils.requirements import QUANTIZATION, check_installed
 COMMANDS = {
     "check": check,
     "generate": generate,
+    "serve": serve,
     "inspect": inspect,
     "evaluate": evaluate,
     "report": report,

@@ -28,6 +28,9 @@ from slimplus.hub.vllm_layers import (
     stored_layers,
 )
 
+REORDERED = {"bloom"}
+"""Model types whose model in vLLM moves the rows of q, k and v along the first dimension of whatever tensor it gets."""
+
 
 class PackedConfig(QuantizationConfig):
     """vLLM's view of a checkpoint's `quantization_config`.
@@ -64,9 +67,11 @@ class PackedConfig(QuantizationConfig):
         """Return the configuration that the `quantization_config` of config.json describes.
 
         Raises:
-            ValueError: naming the key that is missing or wrong.
+            ValueError: naming the key that is missing or wrong, or an expert, which vLLM does not take packed.
         """
         check_quantization(config)
+        if expert := next((name for name in config["modules"] if name.rpartition(".")[2].isdigit()), None):
+            raise ValueError(f"{expert}: vLLM takes no packed experts; serve what `slimplus export --to dense` writes")
         modules = {
             name: {int(width): int(count) for width, count in counts.items()}
             for name, counts in config["modules"].items()
@@ -86,13 +91,14 @@ class PackedConfig(QuantizationConfig):
         """
         if isinstance(layer, VocabParallelEmbedding):
             return self._vocabulary_method(layer, prefix)
-        if isinstance(layer, LinearBase):
-            return self._linear_method(prefix)
-        if any(name.startswith(f"{prefix}.") and name.rpartition(".")[2].isdigit() for name in self.layers):
-            raise ValueError(f"{prefix}: vLLM takes no packed experts; serve what `slimplus export --to dense` writes")
-        return None
+        return self._linear_method(prefix) if isinstance(layer, LinearBase) else None
 
     def _linear_method(self, prefix: str) -> Any:
+        if prefix in self.layers and _model_type() in REORDERED:
+            raise ValueError(
+                f"{prefix}: vLLM's {_model_type()} reorders rows before they are loaded, and would mix up packed ones; "
+                "serve what `slimplus export --to dense` writes"
+            )
         parent, dot, own = prefix.rpartition(".")
         parts = [own] if prefix in self.layers else self.packed_modules_mapping.get(own, [own])
         names = [f"{parent}{dot}{name}" for name in parts]
@@ -139,6 +145,10 @@ class PackedConfig(QuantizationConfig):
                         "quantization.embedding_bits=null quantization.head_bits=null"
                     )
         return super().get_checkpoint_weight_mapper()
+
+
+def _model_type() -> str:
+    return str(get_current_vllm_config().model_config.hf_text_config.model_type)
 
 
 def register() -> None:
