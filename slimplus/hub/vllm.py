@@ -28,6 +28,9 @@ from slimplus.hub.vllm_layers import (
     stored_layers,
 )
 
+FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+"""What layers of vLLM hold where its model does not say it."""
+
 REORDERED = {"bloom"}
 """Model types whose model in vLLM moves the rows of q, k and v along the first dimension of whatever tensor it gets."""
 
@@ -42,7 +45,7 @@ class PackedConfig(QuantizationConfig):
     def __init__(self, layers: Mapping[str, StoredLayer]) -> None:
         super().__init__()
         self.layers = dict(layers)
-        self._given: set[str] = set()  # names of the embedding and head that vLLM has asked for
+        self._given: set[str] = set()  # names of the layers that vLLM has asked for
 
     def get_name(self) -> Any:
         """Return the name of the method."""
@@ -100,7 +103,7 @@ class PackedConfig(QuantizationConfig):
                 "serve what `slimplus export --to dense` writes"
             )
         parent, dot, own = prefix.rpartition(".")
-        parts = [own] if prefix in self.layers else self.packed_modules_mapping.get(own, [own])
+        parts = [own] if prefix in self.layers else self.packed_modules_mapping.get(own, FUSED.get(own, [own]))
         names = [f"{parent}{dot}{name}" for name in parts]
         packed = [name for name in names if name in self.layers]
         if not packed:
@@ -110,6 +113,7 @@ class PackedConfig(QuantizationConfig):
                 f"{prefix}: of {', '.join(names)} only {', '.join(packed)} is packed, but vLLM multiplies them in one "
                 "layer; quantize all of them or none"
             )
+        self._given.update(names)
         return PackedLinearMethod([self.layers[name] for name in names])
 
     def _vocabulary_method(self, layer: Any, prefix: str) -> Any:
@@ -135,15 +139,15 @@ class PackedConfig(QuantizationConfig):
         """Return vLLM's own mapper; it is asked for when the model stands and before tensors are loaded.
 
         Raises:
-            ValueError: naming a packed embedding or head that vLLM's model has not asked for.
+            ValueError: naming a packed layer that vLLM's model has not asked for, as some do not ask for the embedding.
         """
-        if get_pp_group().world_size == 1:
-            for name in self._outside():
-                if name not in self._given:
-                    raise ValueError(
-                        f"{name}: vLLM's model of this architecture takes no packed embedding or head; quantize with "
-                        "quantization.embedding_bits=null quantization.head_bits=null"
-                    )
+        if get_pp_group().world_size == 1 and (missing := [name for name in self.layers if name not in self._given]):
+            remedy = (
+                "quantize with quantization.embedding_bits=null quantization.head_bits=null"
+                if missing[0] in self._outside()
+                else "serve what `slimplus export --to dense` writes"
+            )
+            raise ValueError(f"{missing[0]}: vLLM's model of this architecture does not take it packed; {remedy}")
         return super().get_checkpoint_weight_mapper()
 
 
