@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; default: %(default)s, this machine")
     parser.add_argument("--port", type=positive_integer, default=8000, metavar="N", help="default: %(default)s")
     parser.add_argument("--engine", choices=("auto", *SERVERS), default="auto", help="default: vLLM if it is installed")
-    parser.epilog = "Further options, after the path, go to the engine's own serve: --tensor-parallel-size 2, --dtype float32."
+    parser.epilog = (
+        "Further options, after the path, go to the engine's own serve: --tensor-parallel-size 2, --dtype float32."
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -53,7 +53,9 @@ def test_columns_of_each_rank_are_those_of_the_weight_bit_for_bit(
         assert refined == group_size or own % group_size  # groups are cut only where they must be
 
 
-@given(first=st.integers(0, 39), second=st.integers(0, 39), scale_bits=st.sampled_from([8, 16]), seed=st.integers(0, 99))
+@given(
+    first=st.integers(0, 39), second=st.integers(0, 39), scale_bits=st.sampled_from([8, 16]), seed=st.integers(0, 99)
+)
 @settings(max_examples=25)
 def test_rows_are_those_of_the_weight_bit_for_bit(first: int, second: int, scale_bits: int, seed: int) -> None:
     weight = random_weight(40, 96, 32, scale_bits, seed)
@@ -68,5 +70,7 @@ def test_rows_are_those_of_the_weight_bit_for_bit(first: int, second: int, scale
 
 def test_a_cut_that_leaves_too_few_columns_is_refused() -> None:
     packed = pack(random_weight(4, 96, 32, 16, 0))
-    with pytest.raises(ValueError, match=r"columns 24 to 47 cut groups of 32 columns into parts of 8, .* multiple of 16"):
+    with pytest.raises(
+        ValueError, match=r"columns 24 to 47 cut groups of 32 columns into parts of 8, .* multiple of 16"
+    ):
         slice_columns(packed, 32, range(24, 48))

@@ -361,7 +361,10 @@ def test_an_embedding_with_an_empty_prefix_looks_up_and_multiplies(plugin: Any, 
 
 
 def test_a_packed_embedding_that_vllm_does_not_ask_for_is_named(plugin: Any) -> None:
-    layers = {"model.embed_tokens": packed_layer(100, (4, 8, 4), 0), "model.layers.0.up": packed_layer(16, (2, 2, 2), 1)}
+    layers = {
+        "model.embed_tokens": packed_layer(100, (4, 8, 4), 0),
+        "model.layers.0.up": packed_layer(16, (2, 2, 2), 1),
+    }
     config = plugin.PackedConfig.from_config(quantization(layers))
     with pytest.raises(ValueError, match=r"model\.embed_tokens: vLLM's model .* not take it packed; quantize with"):
         config.get_checkpoint_weight_mapper()
@@ -421,4 +424,3 @@ def test_the_entry_point_registers_once(plugin: Any) -> None:
     config = plugin.PackedConfig({})
     assert config.get_name() == "slimplus"
     assert torch.bfloat16 in config.get_supported_act_dtypes()
-

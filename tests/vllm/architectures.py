@@ -51,6 +51,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Return the table of what vLLM serves: a row an architecture, with notes for what it does not."""
     lines = [f"| architecture | {' | '.join(COLUMNS.values())} |", "|" + "---|" * (len(COLUMNS) + 1)]
     lines += [
-        f"| {row['model_type']} | {' | '.join('yes' if row[name] is True else 'no' for name in COLUMNS)} |" for row in rows
+        f"| {row['model_type']} | {' | '.join('yes' if row[name] is True else 'no' for name in COLUMNS)} |"
+        for row in rows
     ]
     return "\n".join(lines)

@@ -40,7 +40,9 @@ def serve(vllm_python: Path, environment: dict[str, str]) -> Callable[..., Answe
 
     def run(jobs: Sequence[dict[str, Any]], ranks: int = 1, **variables: str) -> Answers:
         lines = "".join(json.dumps({"adapter": None, "new_tokens": 12, "engine": {}} | job) + "\n" for job in jobs)
-        shared = environment | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29571", "WORLD_SIZE": str(ranks)} | variables
+        shared = (
+            environment | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29571", "WORLD_SIZE": str(ranks)} | variables
+        )
         processes = [
             subprocess.Popen(
                 [vllm_python, WORKER],
