@@ -57,9 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
 
             return train(given[1:])
         top = parser()
-        parsed, parsed.options = top.parse_known_args(given or ["--help"])
-        if parsed.options and parsed.command != "serve":  # which hands them on to the engine
-            top.error(f"unrecognized arguments: {' '.join(parsed.options)}")
+        parsed, options = top.parse_known_args(given or ["--help"])
+        parsed.options = options
+        if options and parsed.command != "serve":  # which hands them on to the engine
+            top.error(f"unrecognized arguments: {' '.join(options)}")
         COMMANDS[parsed.command].run(parsed)
     except InputError as error:
         write(str(error), sys.stderr)

@@ -126,7 +126,7 @@ class PackedConfig(QuantizationConfig):
         return TiedHeadMethod() if is_head and tied and self._outside() else None
 
     def _embedding_name(self, layer: Any) -> str | None:
-        """Return the name of the packed embedding of the same shape; many models of vLLM pass an empty prefix for it."""
+        """Return the name of the packed embedding of this shape; many models of vLLM pass an empty prefix for it."""
         shape = layer.org_vocab_size, layer.embedding_dim
         names = [name for name in self._outside() if not name.endswith("head") and self.layers[name].shape == shape]
         return names[0] if len(names) == 1 else None
@@ -135,7 +135,7 @@ class PackedConfig(QuantizationConfig):
         """Return the names of the packed layers outside the blocks, whose names hold a number."""
         return [name for name in self.layers if not any(part.isdigit() for part in name.split("."))]
 
-    def get_checkpoint_weight_mapper(self) -> Any:  # type: ignore[override] # vLLM calls it on the instance
+    def get_checkpoint_weight_mapper(self) -> Any:
         """Return vLLM's own mapper; it is asked for when the model stands and before tensors are loaded.
 
         Raises:

@@ -160,7 +160,7 @@ class PackedLinearMethod(PackedMethod):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -195,12 +195,12 @@ class PackedLinearMethod(PackedMethod):
         parts = [LoadedPart(one, own, columns) for one, own in zip(self.stored, rows, strict=True)]
         self._prepare(layer, parts, params_dtype)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Make packed layers of the tensors that were loaded."""
         layer.packed = PackedLinears(self._take_modules(layer), self._dtype)
         layer.qweight = layer.packed.layers[0].qweight  # by which vLLM's LoRA layers find the device
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Multiply `x` `[..., in]` by the packed layers, `[..., sum of out]`."""
         outputs = vllm_linear(x, self.name, self._out_features)
         return outputs if bias is None else outputs + bias
@@ -244,7 +244,7 @@ class PackedVocabularyMethod(PackedMethod):
         super().__init__([stored])
         self.is_head, self.tied = is_head, tied
 
-    def create_weights(self, layer: nn.Module, *_: Any, params_dtype: torch.dtype, **__: Any) -> None:
+    def create_weights(self, layer: Any, *_: Any, params_dtype: torch.dtype, **__: Any) -> None:
         """Prepare `layer` for the tensors of the packed format.
 
         Raises:
@@ -259,7 +259,7 @@ class PackedVocabularyMethod(PackedMethod):
             )
         self._prepare(layer, [LoadedPart(stored, [rows], range(stored.shape[1]))], params_dtype)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Make a packed embedding or a packed head, or both, of the tensors that were loaded."""
         (packed,) = self._take_modules(layer)
         layer.weight = WeightDescription(torch.Size(packed.shape), self._dtype, packed.scales.device)
@@ -274,8 +274,8 @@ class PackedVocabularyMethod(PackedMethod):
         """Look up `tokens` `[...]`: their rows `[..., embedding_dim]`."""
         return vllm_embedding(tokens, self.name, self.stored[0].shape[1], self._dtype)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Multiply `x` `[..., in]` by the head; vLLM wants a logit for each row that it has padded the vocabulary to."""
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Multiply `x` `[..., in]` by the head; vLLM wants logits for the rows that it pads the vocabulary with, too."""
         logits: Tensor = layer.head(x)
         logits = nn.functional.pad(logits, (0, layer.num_embeddings_per_partition - logits.shape[-1]))
         return logits if bias is None else logits + bias
@@ -291,7 +291,7 @@ class TiedHeadMethod(LinearMethodBase):
         """Return the embedding, which multiplies as well."""
         return embed_tokens
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Raise an error: the model does not tie its head."""
         raise ValueError("this model of vLLM does not tie its head; quantize with quantization.embedding_bits=null")
 

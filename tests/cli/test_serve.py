@@ -86,7 +86,7 @@ def test_vllm_serves_where_it_is_installed(packed: Path, monkeypatch: pytest.Mon
     assert main(["serve", str(packed), "--port", "81", "--tensor-parallel-size", "2"]) == 0
     (command,) = commands
     assert command[1:5] == ["-m", "vllm.entrypoints.cli.main", "serve", str(packed)]
-    assert command[5:] == [*"--host 127.0.0.1 --port 81 --served-model-name".split(), str(packed), *command[-2:]]
+    assert command[5:] == [*["--host", "127.0.0.1", "--port", "81", "--served-model-name"], str(packed), *command[-2:]]
     assert command[-2:] == ["--tensor-parallel-size", "2"]
 
 

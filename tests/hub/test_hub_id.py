@@ -58,7 +58,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(b'{"error": "Revision Not Found"}', 404, {"X-Error-Code": "RevisionNotFound"})
         if "/tree/" in path:
             sizes = {name: (self.folder / name).stat().st_size for name in files}
-            return self.answer(dumps([{"type": "file", "path": n, "size": s, "oid": n} for n, s in sizes.items()]).encode())
+            return self.answer(
+                dumps([{"type": "file", "path": n, "size": s, "oid": n} for n, s in sizes.items()]).encode()
+            )
         if path.startswith("/api/models/org/name"):
             siblings = [{"rfilename": name} for name in files]
             return self.answer(dumps({"id": "org/name", "sha": commit, "siblings": siblings}).encode())
@@ -94,7 +96,12 @@ def hub(packed: Path) -> Iterator[Hub]:
 
 def python(hub: Hub, home: Path, *arguments: str, offline: bool = False) -> subprocess.CompletedProcess[str]:
     environment = {"HF_ENDPOINT": hub.address, "HF_HOME": str(home), "HF_HUB_OFFLINE": str(int(offline))}
-    environment |= {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "PYTHONPATH": str(ROOT)}
+    environment |= {
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+        "PYTHONPATH": str(ROOT),
+    }
     command = [sys.executable, *arguments]
     return subprocess.run(
         command, env=os.environ | environment, cwd=home, capture_output=True, text=True, timeout=120, check=False

@@ -296,7 +296,7 @@ def test_ranks_share_the_rows_of_a_layer_that_the_checkpoint_has_fused(plugin: A
     fused = packed_layer(64 + 32 + 32, (2, 1, 3), 0)
     config = plugin.PackedConfig.from_config(quantization({"attn.qkv_proj": fused}))
     for rank in range(4):
-        own = LinearBase(config, "attn.qkv_proj", COLUMNS, [64, 32, 32], 4, rank, replicas=2)
+        own: Any = LinearBase(config, "attn.qkv_proj", COLUMNS, [64, 32, 32], 4, rank, replicas=2)
         for name, tensor in fused.named_buffers():
             own.load(name, tensor)
         own.quant_method.process_weights_after_loading(own)
@@ -323,9 +323,11 @@ def test_ranks_that_cannot_share_a_layer_are_told(plugin: Any) -> None:
     layer = packed_layer(40, (2, 1, 3), 0)
     config = plugin.PackedConfig.from_config(quantization({"mlp.down_proj": layer}))
     own = LinearBase(config, "mlp.down_proj", COLUMNS, [40], 8, 0, by_columns=True)
+    *others, (name, last) = layer.named_buffers()
+    for other, tensor in others:
+        own.load(other, tensor)
     with pytest.raises(ValueError, match=r"mlp\.down_proj: columns 0 to 23 cut .* another --tensor-parallel-size"):
-        for name, tensor in layer.named_buffers():
-            own.load(name, tensor)
+        own.load(name, last)
     with pytest.raises(ValueError, match=r"vLLM wants \[15\] rows on each of 2 ranks, which the checkpoint's \[40\]"):
         LinearBase(config, "mlp.down_proj", COLUMNS, [30], 2)
 

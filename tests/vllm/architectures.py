@@ -1,4 +1,4 @@
-"""Tiny models of the dense architectures that both vLLM and slimplus know, and the table of what vLLM serves of them."""
+"""Tiny models of the dense architectures that both vLLM and slimplus know, and the table of what vLLM serves."""
 
 from __future__ import annotations
 
