@@ -275,7 +275,7 @@ class PackedVocabularyMethod(PackedMethod):
         return vllm_embedding(tokens, self.name, self.stored[0].shape[1], self._dtype)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Multiply `x` `[..., in]` by the head; vLLM wants logits for the rows that it pads the vocabulary with, too."""
+        """Multiply `x` `[..., in]` by the head; vLLM wants logits for the padding of the vocabulary too."""
         logits: Tensor = layer.head(x)
         logits = nn.functional.pad(logits, (0, layer.num_embeddings_per_partition - logits.shape[-1]))
         return logits if bias is None else logits + bias
