@@ -58,8 +58,8 @@ def slice_columns(packed: Mapping[str, Tensor], group_size: int, columns: range)
     refined = gcd(group_size, columns.start, len(columns))
     if refined % COLUMNS_PER_CONTAINER:
         raise ValueError(
-            f"columns {columns.start} to {columns.stop - 1} cut groups of {group_size} columns into parts of {refined}; a "
-            f"group needs a multiple of {COLUMNS_PER_CONTAINER}"
+            f"columns {columns.start} to {columns.stop - 1} cut groups of {group_size} into parts of {refined}, "
+            f"and a group needs a multiple of {COLUMNS_PER_CONTAINER}"
         )
     parts, count = group_size // refined, len(columns) // refined
     bits, index = packed["group_bits"], packed["group_index"].long()

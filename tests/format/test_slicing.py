@@ -70,7 +70,5 @@ def test_rows_are_those_of_the_weight_bit_for_bit(first: int, second: int, scale
 
 def test_a_cut_that_leaves_too_few_columns_is_refused() -> None:
     packed = pack(random_weight(4, 96, 32, 16, 0))
-    with pytest.raises(
-        ValueError, match=r"columns 24 to 47 cut groups of 32 columns into parts of 8; .* multiple of 16"
-    ):
+    with pytest.raises(ValueError, match=r"columns 24 to 47 cut groups of 32 into parts of 8, .* multiple of 16"):
         slice_columns(packed, 32, range(24, 48))

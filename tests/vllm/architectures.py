@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.support.processes import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results" / "vllm.json"
+
 # vLLM's attention on CPUs takes heads of 32 columns and more. With two ranks, o_proj and down_proj cut groups of 64.
 LLAMA = {"hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4, "num_key_value_heads": 2}
 HEAD = LLAMA | {"head_dim": 32}

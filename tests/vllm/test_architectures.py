@@ -17,11 +17,9 @@ import slimplus
 from slimplus.utils.machine import describe_machine
 from tests.support.models import TINY, save_tiny_model
 from tests.support.packed import save_packed
-from tests.support.processes import ROOT
-from tests.vllm.architectures import ARCHITECTURES, GROUP_SIZE
+from tests.vllm.architectures import ARCHITECTURES, GROUP_SIZE, RESULTS
 from tests.vllm.conftest import Answers
 
-RESULTS = ROOT / "benchmarks" / "results" / "vllm.json"
 PROMPTS = [[5, 6, 7], [10, 20, 30, 40, 50, 60, 70], list(range(3, 23))]
 NEW_TOKENS = 12
 FLOAT32 = {"dtype": "float32"}
