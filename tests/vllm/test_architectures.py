@@ -75,7 +75,8 @@ def made(vllm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         expected["head"] = greedy(slimplus.load(head, dtype=torch.float32, keep_dense=True))
         assert expected["lora"] != expected["tokens"], f"{model_type}: the adapter must change something"
         assert len({token for tokens in expected["tokens"] for token in tokens}) > 3, f"{model_type} repeats itself"
-        found[model_type] = {"plain": plain, "head": head, "adapter": folder / f"{model_type}-adapter"} | expected
+        paths = {"plain_path": plain, "head_path": head, "adapter_path": folder / f"{model_type}-adapter"}
+        found[model_type] = paths | expected
     return found
 
 
@@ -86,11 +87,13 @@ def job(path: Path, engine: dict[str, Any], adapter: Path | None = None) -> dict
 @pytest.fixture(scope="module")
 def rows(made: dict[str, dict[str, Any]], serve: Callable[..., Answers]) -> dict[str, dict[str, Any]]:
     """The rows of the table: True, or what is wrong."""
-    plain = serve([job(one["plain"], FLOAT32) for one in made.values()])
-    lora = serve([job(one["plain"], FLOAT32, one["adapter"]) for one in made.values()])
-    head = serve([job(one["head"], FLOAT32) for one in made.values()])
+    plain = serve([job(one["plain_path"], FLOAT32) for one in made.values()])
+    lora = serve([job(one["plain_path"], FLOAT32, one["adapter_path"]) for one in made.values()])
+    head = serve([job(one["head_path"], FLOAT32) for one in made.values()])
     usable = {name: "error" not in answer for name, answer in zip(made, head, strict=True)}
-    ranks = serve([job(one["head" if usable[name] else "plain"], TWO_RANKS) for name, one in made.items()], ranks=2)
+    ranks = serve(
+        [job(one["head_path" if usable[name] else "plain_path"], TWO_RANKS) for name, one in made.items()], ranks=2
+    )
     found = {}
     for (name, one), *answers in zip(made.items(), plain, lora, head, ranks, strict=True):
         wanted = [one["tokens"], one["lora"], one["head"], one["head"] if usable[name] else one["tokens"]]
@@ -143,7 +146,7 @@ def test_the_compiler_changes_no_token(
     dtype: str, made: dict[str, dict[str, Any]], serve: Callable[..., Answers]
 ) -> None:
     """vLLM compiles the model around the packed products, here with a packed embedding as well."""
-    paths = [made[model_type]["head"] for model_type in ("llama", "qwen3")]
+    paths = [made[model_type]["head_path"] for model_type in ("llama", "qwen3")]
     jobs = [job(path, {"dtype": dtype, "enforce_eager": eager}) for path in paths for eager in (True, False)]
     first, compiled, *others = (answer["tokens"] for answer in serve(jobs))
     assert first == compiled
@@ -157,7 +160,7 @@ def test_two_workers_of_vllm_give_the_tokens_of_one(
     one = made["llama"]
     engine = FLOAT32 | {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     answer, adapted = serve(
-        [job(one["head"], engine), job(one["plain"], engine, one["adapter"])],
+        [job(one["head_path"], engine), job(one["plain_path"], engine, one["adapter_path"])],
         VLLM_CPU_OMP_THREADS_BIND="0|1",
         VLLM_ENABLE_V1_MULTIPROCESSING="1",
     )
