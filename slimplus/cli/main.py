@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from io import TextIOWrapper
 
-from slimplus.cli import benchmark, check, evaluate, export, generate, inspect, push, report, status
+from slimplus.cli import benchmark, check, evaluate, export, generate, inspect, push, report, serve, status
 from slimplus.cli.console import Parser, write
 from slimplus.utils.errors import BAD_INPUT, INTERRUPTED, InputError
 from slimplus.utils.requirements import QUANTIZATION, check_installed
@@ -16,6 +16,7 @@ from slimplus.utils.requirements import QUANTIZATION, check_installed
 COMMANDS = {
     "check": check,
     "generate": generate,
+    "serve": serve,
     "inspect": inspect,
     "evaluate": evaluate,
     "report": report,
@@ -55,7 +56,11 @@ def main(arguments: list[str] | None = None) -> int:
             from slimplus.cli.train import train  # with libraries that using a checkpoint does not need
 
             return train(given[1:])
-        parsed = parser().parse_args(given or ["--help"])
+        top = parser()
+        parsed, options = top.parse_known_args(given or ["--help"])
+        parsed.options = options
+        if options and parsed.command != "serve":  # which hands them on to the engine
+            top.error(f"unrecognized arguments: {' '.join(options)}")
         COMMANDS[parsed.command].run(parsed)
     except InputError as error:
         write(str(error), sys.stderr)

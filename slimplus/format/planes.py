@@ -106,7 +106,7 @@ def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
     packed: dict[str, Tensor] = {}
     for plane in PLANES:
         parts = [
-            _pack_plane(stored[start:stop], plane, _offset(width, plane))
+            pack_plane(stored[start:stop], plane, _offset(width, plane))
             for width, start, stop in segments(count_bits(bits))
             if width & plane
         ]
@@ -174,7 +174,7 @@ def unpack_integers(packed: Mapping[str, Tensor], out_features: int, in_features
             if width & plane:
                 first = taken[plane]
                 taken[plane] += (stop - start) * _word_rows(plane) * shape[1]
-                _unpack_plane(packed[f"qplane{plane}"][first : taken[plane]], plane, _offset(width, plane), segment)
+                unpack_plane(packed[f"qplane{plane}"][first : taken[plane]], plane, _offset(width, plane), segment)
         columns[index[start:stop]] = segment
     return columns.view(groups * group_size, rows).T[:out_features, :in_features]
 
@@ -236,7 +236,7 @@ def _mask(plane: int) -> int:
     return int.from_bytes(bytes([2**plane - 1] * 8), "little", signed=True)
 
 
-def _pack_plane(integers: Tensor, plane: int, offset: int) -> Tensor:
+def pack_plane(integers: Tensor, plane: int, offset: int) -> Tensor:
     """Pack the plane's bits of integers `[n, 8, J, 2, rows]` into words `[n · word rows · J, rows]`.
 
     Args:
@@ -256,8 +256,8 @@ def _pack_plane(integers: Tensor, plane: int, offset: int) -> Tensor:
     return words.flatten(-2).view(_container(plane)).view(-1, integers.shape[-1])
 
 
-def _unpack_plane(words: Tensor, plane: int, offset: int, integers: Tensor) -> None:
-    """Set the plane's bits of `integers` `[n, 8, J, 2, rows]` from the words that `_pack_plane` made of them."""
+def unpack_plane(words: Tensor, plane: int, offset: int, integers: Tensor) -> None:
+    """Set the plane's bits of `integers` `[n, 8, J, 2, rows]` from the words that `pack_plane` made of them."""
     columns, mask = _split_columns(integers, plane), _mask(plane)
     shape = (len(integers), _word_rows(plane), integers.shape[2], -1, 2, _bytes_per_half(plane))
     packed = words.contiguous().view(torch.uint8).view(shape).permute(0, 1, 5, 2, 4, 3).contiguous().view(torch.int64)

@@ -1,58 +1,59 @@
 """The `slimplus` quantization method of vLLM, by which vLLM serves packed checkpoints.
 
 vLLM calls `register` in each of its processes, through the entry point group `vllm.general_plugins`. The interfaces are
-those of vLLM 0.33: https://docs.vllm.ai/en/stable/design/plugin_system/ and `register_quantization_config`.
-
-vLLM multiplies q, k and v in one layer, and gate and up in another, while each packed layer has its own widths and its
-own order of groups. The packed tensors of these layers are therefore loaded end to end into one flat parameter, and
-become packed layers when all of them are loaded.
+those of vLLM 0.32: https://docs.vllm.ai/en/stable/design/plugin_system/ and `register_quantization_config`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from vllm.config import get_current_vllm_config
-from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
+from vllm.distributed import get_pp_group
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from slimplus.format.planes import BitCounts, packed_shapes
 from slimplus.hub.checks import check_quantization
 from slimplus.hub.contents import METHOD
-from slimplus.nn import PackedLinear
-from slimplus.nn.fusion import FusedLinears
+from slimplus.hub.vllm_layers import (
+    PackedLinearMethod,
+    PackedVocabularyMethod,
+    StoredLayer,
+    TiedHeadMethod,
+    stored_layers,
+)
 
-SHARD_IDS = {"q": 0, "k": 1, "v": 2}
-"""Positions in vLLM's fused attention input by vLLM's shard ids; elsewhere a shard id is the position itself."""
+FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+"""What layers of vLLM hold where its model does not say it."""
+
+REORDERED = {"bloom"}
+"""Model types whose model in vLLM moves the rows of q, k and v along the first dimension of whatever tensor it gets."""
 
 
 class PackedConfig(QuantizationConfig):
     """vLLM's view of a checkpoint's `quantization_config`.
 
     Args:
-        group_size: columns a group.
-        modules: number of groups of each width, by the name of each packed layer.
-        scale_bits: bits that a scale takes, 8 or 16.
+        layers: the packed layers of the checkpoint by name.
     """
 
-    def __init__(self, group_size: int, modules: Mapping[str, BitCounts], scale_bits: int = 16) -> None:
+    def __init__(self, layers: Mapping[str, StoredLayer]) -> None:
         super().__init__()
-        self.group_size, self.modules, self.scale_bits = group_size, dict(modules), scale_bits
+        self.layers = dict(layers)
+        self._given: set[str] = set()  # names of the layers that vLLM has asked for
 
     def get_name(self) -> Any:
         """Return the name of the method."""
         return METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """Return the dtypes of activations that the kernels multiply."""
-        return [torch.bfloat16, torch.float16]
+        """Return the dtypes of activations: kernels multiply two of them, float32 is multiplied by dense weights."""
+        return [torch.bfloat16, torch.float16, torch.float32]
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -69,38 +70,42 @@ class PackedConfig(QuantizationConfig):
         """Return the configuration that the `quantization_config` of config.json describes.
 
         Raises:
-            ValueError: naming the key that is missing or wrong.
+            ValueError: naming the key that is missing or wrong, or an expert, which vLLM does not take packed.
         """
         check_quantization(config)
+        if expert := next((name for name in config["modules"] if name.rpartition(".")[2].isdigit()), None):
+            raise ValueError(f"{expert}: vLLM takes no packed experts; serve what `slimplus export --to dense` writes")
         modules = {
             name: {int(width): int(count) for width, count in counts.items()}
             for name, counts in config["modules"].items()
         }
-        return cls(int(config["group_size"]), modules, int(config.get("scale_bits", 16)))
+        scale_bits = int(config.get("scale_bits", 16))
+        return cls(stored_layers(modules, config["shapes"], int(config["group_size"]), scale_bits))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename the packed layers for a model of vLLM that names its layers otherwise than transformers does."""
-        self.modules = hf_to_vllm_mapper.apply_dict(self.modules)
+        self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
-        """Return the method for the layer called `prefix`, or None for a layer that is not linear.
+        """Return the method for the layer called `prefix`, or None for a layer that vLLM is to treat as its own.
 
         Raises:
             ValueError: naming the layer, if it is packed and vLLM cannot use it so.
         """
-        if not isinstance(layer, LinearBase):
-            if prefix in self.modules:
-                raise ValueError(
-                    f"{prefix}: vLLM takes no packed embedding or head; quantize with "
-                    "quantization.embedding_bits=null quantization.head_bits=null"
-                )
-            if any(name.startswith(f"{prefix}.") and name.rpartition(".")[2].isdigit() for name in self.modules):
-                raise ValueError(
-                    f"{prefix}: vLLM takes no packed experts; serve what `slimplus export --to dense` writes"
-                )
-            return None
-        names = self._layer_names(prefix)
-        packed = [name for name in names if name in self.modules]
+        if isinstance(layer, VocabParallelEmbedding):
+            return self._vocabulary_method(layer, prefix)
+        return self._linear_method(prefix) if isinstance(layer, LinearBase) else None
+
+    def _linear_method(self, prefix: str) -> Any:
+        if prefix in self.layers and _model_type() in REORDERED:
+            raise ValueError(
+                f"{prefix}: vLLM's {_model_type()} reorders rows before they are loaded, and would mix up packed ones; "
+                "serve what `slimplus export --to dense` writes"
+            )
+        parent, dot, own = prefix.rpartition(".")
+        parts = [own] if prefix in self.layers else self.packed_modules_mapping.get(own, FUSED.get(own, [own]))
+        names = [f"{parent}{dot}{name}" for name in parts]
+        packed = [name for name in names if name in self.layers]
         if not packed:
             return UnquantizedLinearMethod()
         if packed != names:
@@ -108,170 +113,46 @@ class PackedConfig(QuantizationConfig):
                 f"{prefix}: of {', '.join(names)} only {', '.join(packed)} is packed, but vLLM multiplies them in one "
                 "layer; quantize all of them or none"
             )
-        counts = [self.modules[name] for name in names]
-        return PackedLinearMethod(prefix, names, counts, self.group_size, self.scale_bits)
+        self._given.update(names)
+        return PackedLinearMethod([self.layers[name] for name in names])
 
-    def _layer_names(self, prefix: str) -> list[str]:
-        """Return the names of the checkpoint's layers that vLLM's layer `prefix` holds."""
-        parent, dot, own = prefix.rpartition(".")
-        return [f"{parent}{dot}{name}" for name in self.packed_modules_mapping.get(own, [own])]
+    def _vocabulary_method(self, layer: Any, prefix: str) -> Any:
+        is_head = isinstance(layer, ParallelLMHead)
+        name = prefix if prefix in self.layers else None if is_head else self._embedding_name(layer)
+        tied = bool(getattr(get_current_vllm_config().model_config.hf_text_config, "tie_word_embeddings", False))
+        if name is not None:
+            self._given.add(name)
+            return PackedVocabularyMethod(self.layers[name], is_head, tied)
+        return TiedHeadMethod() if is_head and tied and self._outside() else None
 
+    def _embedding_name(self, layer: Any) -> str | None:
+        """Return the name of the packed embedding of this shape; many models of vLLM pass an empty prefix for it."""
+        shape = layer.org_vocab_size, layer.embedding_dim
+        names = [name for name in self._outside() if not name.endswith("head") and self.layers[name].shape == shape]
+        return names[0] if len(names) == 1 else None
 
-@dataclass(frozen=True)
-class Part:
-    """The place of one layer's tensor in a flat parameter.
+    def _outside(self) -> list[str]:
+        """Return the names of the packed layers outside the blocks, whose names hold a number."""
+        return [name for name in self.layers if not any(part.isdigit() for part in name.split("."))]
 
-    Attributes:
-        start: position of the first element.
-        shape: shape of the tensor.
-    """
-
-    start: int
-    shape: tuple[int, ...]
-
-    def view(self, flat: Tensor) -> Tensor:
-        """Return a view of the layer's tensor in `flat`."""
-        return flat[self.start : self.start + prod(self.shape)].view(self.shape)
-
-
-class PackedLinearMethod(LinearMethodBase):
-    """The way vLLM creates, loads and applies one of its layers, which holds one or more packed layers.
-
-    Args:
-        prefix: vLLM's name of the layer.
-        names: names of the checkpoint's layers in it, in vLLM's order.
-        bit_counts: number of groups of each width in each of these layers.
-        group_size: columns a group.
-        scale_bits: bits that a scale takes, 8 or 16.
-    """
-
-    def __init__(
-        self, prefix: str, names: Sequence[str], bit_counts: Sequence[BitCounts], group_size: int, scale_bits: int
-    ) -> None:
-        self.prefix, self.names, self.bit_counts = prefix, names, bit_counts
-        self.group_size, self.scale_bits = group_size, scale_bits
-        self._parts: dict[str, dict[int, Part]] = {}
-        self._features: tuple[int, list[int]] = (0, [])
-        self._dtype = torch.bfloat16
-
-    def create_weights(
-        self,
-        layer: nn.Module,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **_: Any,
-    ) -> None:
-        """Give `layer` a flat parameter for each tensor of the packed format.
-
-        Args:
-            layer: vLLM's layer.
-            input_size_per_partition: columns of the weight on this device.
-            output_partition_sizes: rows of each packed layer on this device.
-            input_size: columns of the weight.
-            output_size: rows of all the packed layers.
-            params_dtype: dtype of the activations.
-            **_: further arguments of vLLM, which have no meaning here.
+    def get_checkpoint_weight_mapper(self) -> Any:
+        """Return vLLM's own mapper; it is asked for when the model stands and before tensors are loaded.
 
         Raises:
-            ValueError: under tensor parallelism.
+            ValueError: naming a packed layer that vLLM's model has not asked for, as some do not ask for the embedding.
         """
-        if input_size_per_partition != input_size or sum(output_partition_sizes) != output_size:
-            raise ValueError(
-                f"{self.prefix}: packed layers are not split over devices; serve with --tensor-parallel-size 1 "
-                "(--data-parallel-size and --pipeline-parallel-size use several)"
+        if get_pp_group().world_size == 1 and (missing := [name for name in self.layers if name not in self._given]):
+            remedy = (
+                "quantize with quantization.embedding_bits=null quantization.head_bits=null"
+                if missing[0] in self._outside()
+                else "serve what `slimplus export --to dense` writes"
             )
-        self._features, self._dtype = (input_size, list(output_partition_sizes)), params_dtype
-        sizes: dict[str, int] = {}
-        dtypes: dict[str, torch.dtype] = {}
-        for position, (rows, counts) in enumerate(zip(output_partition_sizes, self.bit_counts, strict=True)):
-            for name, (shape, dtype) in packed_shapes(rows, counts, self.group_size, self.scale_bits).items():
-                start = sizes.get(name, 0)
-                self._parts.setdefault(name, {})[position] = Part(start, shape)
-                sizes[name], dtypes[name] = start + prod(shape), dtype
-        for name, size in sizes.items():
-            parameter = nn.Parameter(torch.empty(size, dtype=dtypes[name]), requires_grad=False)
-            parameter.weight_loader = self._loader(name)  # type: ignore[attr-defined] # vLLM's convention
-            layer.register_parameter(name, parameter)
-        get_current_vllm_config().compilation_config.static_forward_context[self.prefix] = layer
-
-    def _loader(self, name: str) -> Any:
-        """Return the function that vLLM calls with each tensor of the checkpoint for the parameter `name`."""
-
-        def load(parameter: Tensor, loaded: Tensor, shard_id: int | str | None = None) -> None:
-            position = SHARD_IDS[shard_id] if isinstance(shard_id, str) else shard_id or 0
-            part = self._parts[name].get(position)
-            if part is None or part.shape != tuple(loaded.shape):
-                raise ValueError(
-                    f"{self.names[position]}.{name}: config.json asks for {part and part.shape}, but the checkpoint "
-                    f"holds {tuple(loaded.shape)}; export or download it again"
-                )
-            part.view(parameter.data).copy_(loaded)
-
-        return load
-
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Replace the flat parameters by packed layers."""
-        in_features, out_features = self._features
-        flat = {name: layer.get_parameter(name).data for name in self._parts}
-        layers = []
-        for position, rows in enumerate(out_features):
-            # Copies, since the kernels need aligned tensors; the flat parameters are freed below.
-            own = {
-                name: parts[position].view(flat[name]).clone()
-                for name, parts in self._parts.items()
-                if position in parts
-            }
-            layers.append(PackedLinear.from_tensors(own, in_features, rows, self.group_size))
-        for name in self._parts:
-            delattr(layer, name)
-        layer.packed = PackedLinears(layers, self._dtype)
-
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Multiply `x` `[..., in]` by the packed layers, `[..., sum of out]`."""
-        _, out_features = self._features
-        outputs = vllm_linear(x, self.prefix, sum(out_features))
-        return outputs if bias is None else outputs + bias
+            raise ValueError(f"{missing[0]}: vLLM's model of this architecture does not take it packed; {remedy}")
+        return super().get_checkpoint_weight_mapper()
 
 
-class PackedLinears(nn.Module):
-    """Packed layers that read the same input, with their outputs side by side.
-
-    Args:
-        layers: packed layers without biases, on the device where they are used.
-        dtype: dtype of the inputs.
-    """
-
-    def __init__(self, layers: Sequence[PackedLinear], dtype: torch.dtype) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-        self._fused = FusedLinears(layers)
-        if self._fused.supports(dtype, rows=1):
-            self._fused.warm_up(dtype)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Multiply `inputs` `[..., in]` by all the layers, `[..., sum of out]`."""
-        if self._fused.supports(inputs.dtype, inputs.numel() // inputs.shape[-1]):
-            return self._fused.linear(inputs)
-        return torch.cat([layer(inputs) for layer in self.layers], dim=-1)
-
-
-@torch.library.custom_op("slimplus::vllm_linear", mutates_args=())
-def vllm_linear(inputs: Tensor, prefix: str, out_features: int) -> Tensor:
-    """Multiply `inputs` `[..., in]` by the packed layers in vLLM's layer `prefix`, `[..., out_features]`.
-
-    It is one operator because vLLM's compiler must not see that few rows are multiplied otherwise than many.
-    """
-    layer = get_forward_context().no_compile_layers[prefix]
-    outputs: Tensor = layer.packed(inputs)
-    return outputs
-
-
-@vllm_linear.register_fake
-def _(inputs: Tensor, prefix: str, out_features: int) -> Tensor:
-    return inputs.new_empty(*inputs.shape[:-1], out_features)
+def _model_type() -> str:
+    return str(get_current_vllm_config().model_config.hf_text_config.model_type)
 
 
 def register() -> None:

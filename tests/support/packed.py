@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def save_packed(
     tensors = dict(model.state_dict())
     modules, shapes = {}, {}
     for name, layer in model.named_modules():
-        in_block = isinstance(layer, nn.Linear) and ".layers." in name
+        in_block = isinstance(layer, nn.Linear) and re.search(r"\.\d+\.", name) is not None
         if not in_block and name not in outer:
             continue
         weight = layer.weight.detach().float()

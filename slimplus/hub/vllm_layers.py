@@ -1,0 +1,369 @@
+"""The ways in which vLLM's layers load and apply packed weights: linear layers, embeddings and heads.
+
+vLLM multiplies q, k and v in one layer, and gate and up in another, while each packed layer has its own widths and its
+own order of groups. So each stays a packed layer of its own, and `PackedLinears` multiplies all of them. Under tensor
+parallelism, each rank keeps its rows or columns (`slimplus.format.slicing`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.linear import LinearMethodBase
+
+from slimplus.format.planes import BitCounts, count_bits, packed_shapes, stored_scale_bits
+from slimplus.format.slicing import slice_columns, slice_rows
+from slimplus.nn import PackedLinear
+from slimplus.nn.fusion import FusedLinears
+from slimplus.nn.packed_embedding import PackedEmbedding, TiedHead
+from slimplus.nn.packed_linear import WeightDescription
+
+SHARD_IDS = {"q": 0, "k": 1, "v": 2}
+"""Positions in vLLM's fused attention input by vLLM's shard ids; elsewhere a shard id is the position itself."""
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """One packed layer of the checkpoint.
+
+    Attributes:
+        name: name of the layer.
+        shape: shape of the weight, `[out, in]`.
+        bit_counts: number of groups of each width.
+        group_size: columns a group.
+        scale_bits: bits that a scale takes, 8 or 16.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    bit_counts: BitCounts
+    group_size: int
+    scale_bits: int
+
+    @property
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each of the layer's tensors by name."""
+        return packed_shapes(self.shape[0], self.bit_counts, self.group_size, self.scale_bits)
+
+
+@dataclass
+class LoadedPart:
+    """The part of a stored layer that this rank keeps, collected tensor by tensor.
+
+    Attributes:
+        layer: the layer in the checkpoint.
+        rows: rows to keep.
+        columns: columns to keep.
+        tensors: the tensors collected so far, which hold these rows; once all are there, these columns alone.
+        group_size: columns a group of the part.
+    """
+
+    layer: StoredLayer
+    rows: Sequence[range]
+    columns: range
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    group_size: int = 0
+
+    def add(self, name: str, loaded: Tensor, device: torch.device) -> None:
+        """Take a tensor of the checkpoint.
+
+        Raises:
+            ValueError: naming the tensor, if config.json asks for another shape, or the columns cannot be cut.
+        """
+        expected, _ = self.layer.tensors.get(name, (None, None))
+        if expected != tuple(loaded.shape):
+            raise ValueError(
+                f"{self.layer.name}.{name}: config.json asks for {expected}, but the checkpoint holds "
+                f"{tuple(loaded.shape)}; export or download it again"
+            )
+        self.tensors[name] = slice_rows(loaded, self.rows).to(device)
+        if self.tensors.keys() == self.layer.tensors.keys():
+            self._cut_columns()
+
+    def _cut_columns(self) -> None:
+        self.group_size = self.layer.group_size
+        if len(self.columns) == self.layer.shape[1]:
+            return
+        try:
+            self.tensors, self.group_size = slice_columns(self.tensors, self.group_size, self.columns)
+        except ValueError as error:
+            raise ValueError(f"{self.layer.name}: {error}; choose another --tensor-parallel-size") from error
+
+    def module(self) -> PackedLinear:
+        """Return a packed layer with the collected tensors.
+
+        Raises:
+            ValueError: naming a tensor that the checkpoint lacks, or the one that is wrong.
+        """
+        if not self.group_size:
+            missing = next(name for name in self.layer.tensors if name not in self.tensors)
+            raise ValueError(f"the checkpoint lacks {self.layer.name}.{missing}; export or download it again")
+        out_features = sum(map(len, self.rows))
+        return PackedLinear.from_tensors(self.tensors, len(self.columns), out_features, self.group_size)
+
+
+class PackedMethod(LinearMethodBase):
+    """What the methods for linear layers, embeddings and heads share.
+
+    Args:
+        stored: layers of the checkpoint that vLLM's layer holds, in vLLM's order.
+    """
+
+    def __init__(self, stored: Sequence[StoredLayer]) -> None:
+        self.stored = tuple(stored)
+        self.name = f"{METHOD_PREFIX}{stored[0].name}"
+        self._parts: list[LoadedPart] = []
+        self._dtype = torch.bfloat16
+
+    def _prepare(self, layer: nn.Module, parts: Sequence[LoadedPart], dtype: torch.dtype) -> None:
+        """Give `layer` an empty parameter for each name of a tensor, by whose loader vLLM hands the tensors over."""
+        self._parts, self._dtype = list(parts), dtype
+        dimensions = {name: len(shape) for one in self.stored for name, (shape, _) in one.tensors.items()}
+        for name, dimension in dimensions.items():
+            parameter = nn.Parameter(torch.empty(0), requires_grad=False)
+            parameter.weight_loader = self._loader(name)  # type: ignore[attr-defined] # vLLM's convention
+            if dimension == 2:
+                parameter.output_dim = 1  # type: ignore[attr-defined] # by which some models permute rows
+            layer.register_parameter(name, parameter)
+        get_current_vllm_config().compilation_config.static_forward_context[self.name] = layer
+
+    def _loader(self, name: str) -> Any:
+        """Return the function that vLLM calls with each tensor of the checkpoint for the parameter `name`."""
+
+        def load(parameter: Tensor, loaded: Tensor, shard_id: int | str | None = None) -> None:
+            position = SHARD_IDS[shard_id] if isinstance(shard_id, str) else shard_id or 0
+            self._parts[position].add(name, loaded, parameter.device)
+
+        return load
+
+    def _take_modules(self, layer: nn.Module) -> list[PackedLinear]:
+        """Return the packed layers of all parts, and remove the empty parameters from `layer`."""
+        modules = [part.module() for part in self._parts]
+        for name in {name for one in self.stored for name in one.tensors}:
+            delattr(layer, name)
+        self._parts = []
+        return modules
+
+
+METHOD_PREFIX = "slimplus:"
+"""What sets the packed layers apart among the names in vLLM's forward context."""
+
+
+class PackedLinearMethod(PackedMethod):
+    """The method of vLLM's linear layers, which hold one or more packed layers."""
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **_: Any,
+    ) -> None:
+        """Prepare `layer` for the tensors of the packed format.
+
+        Args:
+            layer: vLLM's layer.
+            input_size_per_partition: columns of the weight on this rank.
+            output_partition_sizes: rows on this rank, of each of the layers that vLLM's layer holds.
+            input_size: columns of the weight.
+            output_size: rows of all these layers.
+            params_dtype: dtype of the activations.
+            **_: further arguments of vLLM, which have no meaning here.
+
+        Raises:
+            ValueError: naming the layer, if the rows of the checkpoint cannot be shared out so.
+        """
+        self._out_features = sum(output_partition_sizes)
+        first = layer.tp_rank * input_size_per_partition if input_size_per_partition != input_size else 0
+        columns = range(first, first + input_size_per_partition)
+        rows = _rows_of_rank(layer, [one.shape[0] for one in self.stored], output_partition_sizes)
+        if rows is None:
+            raise ValueError(
+                f"{self.stored[0].name}: vLLM wants {output_partition_sizes} rows on each of {layer.tp_size} ranks, "
+                f"which the checkpoint's {[one.shape[0] for one in self.stored]} rows do not make; choose another "
+                "--tensor-parallel-size"
+            )
+        parts = [LoadedPart(one, own, columns) for one, own in zip(self.stored, rows, strict=True)]
+        self._prepare(layer, parts, params_dtype)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Make packed layers of the tensors that were loaded."""
+        layer.packed = PackedLinears(self._take_modules(layer), self._dtype)
+        layer.qweight = layer.packed.layers[0].qweight  # by which vLLM's LoRA layers find the device
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Multiply `x` `[..., in]` by the packed layers, `[..., sum of out]`."""
+        outputs = vllm_linear(x, self.name, self._out_features)
+        return outputs if bias is None else outputs + bias
+
+
+def _rows_of_rank(layer: Any, stored_rows: Sequence[int], own_rows: Sequence[int]) -> list[list[range]] | None:
+    """Return the rows that this rank keeps of each stored layer; None if the numbers do not fit together.
+
+    Args:
+        layer: vLLM's layer.
+        stored_rows: rows of each layer in the checkpoint.
+        own_rows: rows on this rank of each part of vLLM's layer.
+    """
+    replicas = getattr(layer, "num_kv_head_replicas", 1)  # ranks that keep the same rows of k and v
+    shares = len(stored_rows) == len(own_rows)
+    whole = (
+        list(stored_rows)
+        if shares
+        else [rows * layer.tp_size // (replicas if part else 1) for part, rows in enumerate(own_rows)]
+    )
+    if sum(whole) != sum(stored_rows) or any(total % own for total, own in zip(whole, own_rows, strict=True)):
+        return None
+    ranges, start = [], 0
+    for total, own in zip(whole, own_rows, strict=True):
+        first = layer.tp_rank * (total // own) // layer.tp_size * own
+        ranges.append(range(start + first, start + first + own))
+        start += 0 if shares else total
+    return [[part] for part in ranges] if shares else [ranges]
+
+
+class PackedVocabularyMethod(PackedMethod):
+    """The method of a packed embedding or head.
+
+    Args:
+        stored: the layer in the checkpoint.
+        is_head: whether it is a head with a weight of its own.
+        tied: whether it is an embedding whose weight the head shares.
+    """
+
+    def __init__(self, stored: StoredLayer, is_head: bool, tied: bool) -> None:
+        super().__init__([stored])
+        self.is_head, self.tied = is_head, tied
+
+    def create_weights(self, layer: Any, *_: Any, params_dtype: torch.dtype, **__: Any) -> None:
+        """Prepare `layer` for the tensors of the packed format.
+
+        Raises:
+            ValueError: if the vocabulary is too small for so many ranks.
+        """
+        (stored,) = self.stored
+        rows = range(layer.shard_indices.org_vocab_start_index, layer.shard_indices.org_vocab_end_index)
+        if not rows:
+            raise ValueError(
+                f"{stored.name}: a vocabulary of {stored.shape[0]} leaves nothing for rank {layer.tp_rank} of "
+                f"{layer.tp_size}; choose a smaller --tensor-parallel-size"
+            )
+        self._prepare(layer, [LoadedPart(stored, [rows], range(stored.shape[1]))], params_dtype)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Make a packed embedding or a packed head, or both, of the tensors that were loaded."""
+        (packed,) = self._take_modules(layer)
+        layer.weight = WeightDescription(torch.Size(packed.shape), self._dtype, packed.scales.device)
+        if self.is_head:
+            layer.head = PackedLinears([packed], self._dtype)
+            return
+        layer.packed = embedding = _as_embedding(packed, self._dtype)
+        if self.tied:
+            layer.head = PackedLinears([TiedHead(embedding)], self._dtype)
+
+    def embedding(self, layer: nn.Module, tokens: Tensor) -> Tensor:
+        """Look up `tokens` `[...]`: their rows `[..., embedding_dim]`."""
+        return vllm_embedding(tokens, self.name, self.stored[0].shape[1], self._dtype)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Multiply `x` `[..., in]` by the head; vLLM wants logits for the padding of the vocabulary too."""
+        logits: Tensor = layer.head(x)
+        logits = nn.functional.pad(logits, (0, layer.num_embeddings_per_partition - logits.shape[-1]))
+        return logits if bias is None else logits + bias
+
+
+class TiedHeadMethod(LinearMethodBase):
+    """The method of a head that shares the weight of a packed embedding: vLLM takes the embedding in its place."""
+
+    def create_weights(self, *_: Any, **__: Any) -> None:
+        """Create nothing."""
+
+    def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
+        """Return the embedding, which multiplies as well."""
+        return embed_tokens
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Raise an error: the model does not tie its head."""
+        raise ValueError("this model of vLLM does not tie its head; quantize with quantization.embedding_bits=null")
+
+
+def _as_embedding(packed: PackedLinear, dtype: torch.dtype) -> PackedEmbedding:
+    """Return an embedding that looks up the rows of `packed` in `dtype`."""
+    tensors = packed.packed_tensors()
+    with torch.device("meta"):
+        counts, scale_bits = count_bits(tensors["group_bits"]), stored_scale_bits(tensors)
+        embedding = PackedEmbedding(*packed.shape, packed.group_size, counts, dtype, scale_bits)
+    embedding.load_state_dict(tensors, assign=True)
+    return embedding
+
+
+class PackedLinears(nn.Module):
+    """Packed layers that read the same input, with their outputs side by side.
+
+    Args:
+        layers: packed layers without biases, on the device where they are used.
+        dtype: dtype of the inputs.
+    """
+
+    def __init__(self, layers: Sequence[PackedLinear], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self._fused = FusedLinears(layers)
+        if self._fused.supports(dtype, rows=1):
+            self._fused.warm_up(dtype)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Multiply `inputs` `[..., in]` by all the layers, `[..., sum of out]`."""
+        if self._fused.supports(inputs.dtype, inputs.numel() // inputs.shape[-1]):
+            return self._fused.linear(inputs)
+        return torch.cat([layer(inputs) for layer in self.layers], dim=-1)
+
+
+def _packed_layer(name: str) -> Any:
+    return get_forward_context().no_compile_layers[name].packed
+
+
+@torch.library.custom_op("slimplus::vllm_linear", mutates_args=())
+def vllm_linear(inputs: Tensor, name: str, out_features: int) -> Tensor:
+    """Multiply `inputs` `[..., in]` by the packed layers in the layer `name` of vLLM, `[..., out_features]`.
+
+    It is one operator because vLLM's compiler must not see that few rows are multiplied otherwise than many.
+    """
+    outputs: Tensor = _packed_layer(name)(inputs)
+    return outputs
+
+
+@vllm_linear.register_fake
+def _(inputs: Tensor, name: str, out_features: int) -> Tensor:
+    return inputs.new_empty(*inputs.shape[:-1], out_features)
+
+
+@torch.library.custom_op("slimplus::vllm_embedding", mutates_args=())
+def vllm_embedding(tokens: Tensor, name: str, columns: int, dtype: torch.dtype) -> Tensor:
+    """Look up `tokens` `[...]` in the packed embedding `name` of vLLM: their rows `[..., columns]` in `dtype`."""
+    rows: Tensor = _packed_layer(name)(tokens)
+    return rows
+
+
+@vllm_embedding.register_fake
+def _(tokens: Tensor, name: str, columns: int, dtype: torch.dtype) -> Tensor:
+    return tokens.new_empty(*tokens.shape, columns, dtype=dtype)
+
+
+def stored_layers(
+    modules: Mapping[str, BitCounts], shapes: Mapping[str, Sequence[int]], group_size: int, scale_bits: int
+) -> dict[str, StoredLayer]:
+    """Return the packed layers of a checkpoint by name, as its `quantization_config` describes them."""
+    return {
+        name: StoredLayer(name, (int(shapes[name][0]), int(shapes[name][1])), counts, group_size, scale_bits)
+        for name, counts in modules.items()
+    }
