@@ -156,7 +156,7 @@ def test_what_a_run_imports_are_dependencies_of_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     names = {Requirement(line).name for line in project["dependencies"]}
     assert set(QUANTIZATION.values()) <= names
-    assert set(project["optional-dependencies"]) == {"bench", "docs", "tasks", "test"}
+    assert set(project["optional-dependencies"]) == {"bench", "docs", "serve", "tasks", "test"}
 
 
 @pytest.mark.parametrize(
