@@ -108,8 +108,8 @@ def test_layers_of_several_widths_are_read_by_compressed_tensors_and_never_wrong
     for group in groups:
         for name in group.targets:
             own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
-            weight = compressor.decompress(own, group)["weight"]
-            assert torch.equal(weight, model.get_submodule(name).dequantize().half()), name
+            layer: Any = model.get_submodule(name)
+            assert torch.equal(compressor.decompress(own, group)["weight"], layer.dequantize().half()), name
     with pytest.raises(RuntimeError, match="issues during automatic conversion"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 

@@ -128,9 +128,11 @@ def test_activation_checkpointing_changes_nothing(arguments: Arguments, tmp_path
 def test_integer_zero_points_and_widths_of_layers_outlast_all_stages(
     arguments: Arguments, tmp_path: Path, parametrization: str
 ) -> None:
-    keys = ("quantization.zero_points=integer", "quantization.per_layer=true", "quantization.embedding_bits=4")
-    keys += ("quantization.allocation=model", f"training.parametrization={parametrization}")
-    keys += ("quantization.method=qat", "training.epochs=2", "end_to_end.epochs=1", "end_to_end.batch_size=2")
+    keys = (
+        *("quantization.zero_points=integer", "quantization.per_layer=true", "quantization.embedding_bits=4"),
+        *("quantization.allocation=model", f"training.parametrization={parametrization}"),
+        *("quantization.method=qat", "training.epochs=2", "end_to_end.epochs=1", "end_to_end.batch_size=2"),
+    )
     metrics = measured_run(arguments(tmp_path, *keys))
     assert metrics["average_bits"] == 2.0  # q and k of one block are as large as those of the other
     assert metrics["end_to_end"]["loss"] < metrics["end_to_end"]["before"]
