@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import CONFIG_MAPPING
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from slimplus.format.affine import QuantizedWeight, per_column
 from slimplus.hub.contents import CheckpointContents, PackedLayer
@@ -93,8 +95,9 @@ def check_model(contents: CheckpointContents) -> None:
     config, kind = contents.config, contents.config.get("model_type")
     if kind not in ARCHITECTURES:
         raise InputError(f"GGUF: model_type {kind} is not written, only {', '.join(ARCHITECTURES)}; {DENSE}")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
+    rope = _rope(config)
+    scaling = rope.get("rope_type", rope.get("type", "default"))
+    if scaling != "default" and (scaling, ARCHITECTURES[kind]) != ("llama3", "llama"):
         raise InputError(f"GGUF: scaled positions ({rope}) are not written; {DENSE}")
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     if window is not None and window < config["max_position_embeddings"]:
@@ -120,6 +123,9 @@ def _plan(contents: CheckpointContents, exactness: Exactness) -> Iterator[Planne
             raise InputError(f"GGUF: the format has no name for {name}; {DENSE}")
         return new
 
+    if (factors := rope_factors(config)) is not None:
+        exactness.add("factors of positions", Type.F32.name, "yes")
+        yield Planned("rope_freqs.weight", Type.F32, factors.shape, lambda: factors)
     for name, header in contents.others.items():
         kind = Type.F32 if len(header.shape) == 1 else Type.F16
         order = _order(config, name, header.shape[0])
@@ -132,6 +138,25 @@ def _plan(contents: CheckpointContents, exactness: Exactness) -> Iterator[Planne
         shape = (layer.rows, layer.columns // BLOCK * gguf.GGML_QUANT_SIZES[kind][1])
         read = partial(_blocks, stored, layer, kind, order)
         yield Planned(rename(f"{layer.name}.weight"), kind, shape, read)
+
+
+def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return how positions are rotated, by the name of either generation of config.json."""
+    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+
+
+def rope_factors(config: Mapping[str, Any]) -> NDArray[np.float32] | None:
+    """Return what llama.cpp divides the frequencies of positions by, `[head size / 2]`, or None if nothing scales them.
+
+    It has no other place for the scaling of Llama 3.1, whose frequencies are those of transformers.
+    """
+    if _rope(config).get("rope_type", _rope(config).get("type")) != "llama3":
+        return None
+    values = {key: value for key, value in config.items() if key != "quantization_config"}
+    built: Any = CONFIG_MAPPING[config["model_type"]].from_dict(values)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](built, "cpu")
+    exponents = torch.arange(0, 2 * len(scaled), 2, dtype=torch.float) / (2 * len(scaled))
+    return (built.rope_parameters["rope_theta"] ** -exponents / scaled).numpy()
 
 
 def _noun(name: str) -> str:

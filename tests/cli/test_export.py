@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -104,6 +105,29 @@ def test_a_gguf_export_is_read_back(
     same = read(tokens).logits.argmax(-1) == expected.argmax(-1)
     assert same.double().mean() > 0.95  # logits of a random model have near ties
     assert not list(tmp_path.glob(".*"))
+
+
+def test_the_scaling_of_llama_3_1_becomes_factors_of_frequencies(make_model: ModelMaker, tmp_path: Path) -> None:
+    """By its definition: long wavelengths are scaled, short ones stay, and those between are interpolated."""
+    import gguf
+
+    packed = save_packed(make_model("llama"), tmp_path / "packed", (2,))
+    rope = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "original_max_position_embeddings": 64}
+    rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config = json.loads((packed / "config.json").read_text())
+    (packed / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    assert main(["export", str(packed), "--to", "gguf", str(tmp_path / "model.gguf")]) == 0
+    read = gguf.GGUFReader(tmp_path / "model.gguf")
+    (factors,) = (tensor.data for tensor in read.tensors if tensor.name == "rope_freqs.weight")
+    half = config["hidden_size"] // config["num_attention_heads"] // 2
+    assert factors.shape == (half,)
+    expected = []
+    for index in range(half):
+        wavelength = 2 * math.pi * 500.0 ** (index / half)
+        smooth = min(max((64 / wavelength - 1) / 3, 0), 1)
+        expected.append(1 / ((1 - smooth) / 8 + smooth))
+    torch.testing.assert_close(torch.tensor(factors), torch.tensor(expected), rtol=1e-5, atol=1e-5)
+    assert expected[0] == 1 < expected[-1]
 
 
 def test_integers_and_scales_of_blocks_are_exact() -> None:
