@@ -92,6 +92,7 @@ class PackedConfig(QuantizationConfig):
         Raises:
             ValueError: naming the layer, if it is packed and vLLM cannot use it so.
         """
+        prefix = prefix.removeprefix(".")  # some models put a point before a name without a parent
         if isinstance(layer, VocabParallelEmbedding):
             return self._vocabulary_method(layer, prefix)
         return self._linear_method(prefix) if isinstance(layer, LinearBase) else None

@@ -287,8 +287,9 @@ class TiedHeadMethod(LinearMethodBase):
     def create_weights(self, *_: Any, **__: Any) -> None:
         """Create nothing."""
 
-    def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
-        """Return the embedding, which multiplies as well."""
+    def tie_weights(self, layer: Any, embed_tokens: nn.Module) -> nn.Module:
+        """Return the embedding, which multiplies as well, with the bias of the head, for which some models ask."""
+        embed_tokens.bias = layer.bias
         return embed_tokens
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:

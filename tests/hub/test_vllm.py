@@ -103,7 +103,7 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class ParallelLMHead(VocabParallelEmbedding):
-    pass
+    bias: nn.Parameter | None = None
 
 
 @pytest.fixture
@@ -345,9 +345,10 @@ def test_an_embedding_with_an_empty_prefix_looks_up_and_multiplies(plugin: Any, 
     for rank in range(ranks):
         LinearBase(config, "model.layers.0.mlp.up_proj", COLUMNS, [16])
         embedding = VocabParallelEmbedding(config, "", 100, COLUMNS, ranks, rank)
-        head = ParallelLMHead(config, "lm_head", 100, COLUMNS, ranks, rank)
+        head = ParallelLMHead(config, ".lm_head", 100, COLUMNS, ranks, rank)
         assert isinstance(head.quant_method, plugin.TiedHeadMethod)
         assert head.quant_method.tie_weights(head, embedding) is embedding
+        assert embedding.bias is None
         for name, tensor in packed.named_buffers():
             embedding.load(name, tensor)
         method = embedding.quant_method

@@ -35,7 +35,9 @@ def environment(vllm_python: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def serve(vllm_python: Path, environment: dict[str, str]) -> Callable[..., Answers]:
+def serve(
+    vllm_python: Path, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Answers]:
     """`serve(jobs, ranks=1)`: what vLLM answers to each job, see worker.py; each rank is a process."""
 
     def run(jobs: Sequence[dict[str, Any]], ranks: int = 1, **variables: str) -> Answers:
@@ -43,13 +45,14 @@ def serve(vllm_python: Path, environment: dict[str, str]) -> Callable[..., Answe
         shared = (
             environment | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29571", "WORLD_SIZE": str(ranks)} | variables
         )
+        log = tmp_path_factory.mktemp("vllm") / "log.txt"
         processes = [
             subprocess.Popen(
                 [vllm_python, WORKER],
                 env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
+                stderr=log.open("a"),
                 text=True,
             )
             for rank in range(ranks)
@@ -63,7 +66,7 @@ def serve(vllm_python: Path, environment: dict[str, str]) -> Callable[..., Answe
         for process in processes[1:]:
             process.wait()
         found = [json.loads(line) for line in answers.splitlines()]
-        assert len(found) == len(jobs), f"vLLM ended after {len(found)} of {len(jobs)} jobs"
+        assert len(found) == len(jobs), f"vLLM ended after {len(found)} of {len(jobs)} jobs: {log.read_text()[-2000:]}"
         return found
 
     return run
