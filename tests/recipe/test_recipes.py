@@ -38,11 +38,13 @@ def test_paper_recipes_hold_the_papers_settings(name: str, bits: int) -> None:
         "method": "slimllm_plus",
         "bits": bits,
         "group_size": 128,
+        "zero_points": "fractional",
         "scale_bits": 16,
         "percdamp": 0.01,
         "embedding_bits": None,
         "head_bits": None,
         "allocation": None,
+        "per_layer": False,
         "widths": [1, 2, 3, 4],
         "size_bytes": None,
     }
