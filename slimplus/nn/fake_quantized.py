@@ -131,7 +131,10 @@ class FakeQuantizedLinear(nn.Module):
         return compiled(levels)(dtype, *tensors)
 
     def fake_quantized_weight(self) -> Tensor:
-        """Return the weight on its grid, `[out, in]`, float32, differentiable in the parameters."""
+        """Return the weight on its grid, `[out, in]`, differentiable in the parameters.
+
+        It is float32, or if compiled the dtype that autocast multiplies in.
+        """
         scale, zero_point = (values[..., None] for values in self.qparams())
         return self.levels(scale, zero_point).flatten(1)[:, : self.in_features]
 

@@ -119,12 +119,10 @@ def _round_columns(tile: Tensor, upper: Tensor, scale: Tensor, zero_point: Tenso
         with torch.cuda.device_of(tile):  # Triton launches on the current device
             return round_columns(tile, upper, scale, zero_point, largest)
     errors, products, diagonal = torch.empty_like(tile), torch.empty_like(tile), upper.diagonal().tolist()
-    whole = zero_point.floor()
-    fraction, nearest = zero_point - whole, torch.empty_like(scale)
+    nearest = torch.empty_like(scale)
     for column, (real, error) in enumerate(zip(tile.unbind(1), errors.unbind(1), strict=True)):
-        # What `nearest_integers` computes, without an allocation for each step.
-        torch.div(real, scale, out=nearest).add_(fraction).round_().add_(whole).clamp_(0, largest)
-        torch.sub(real, nearest.sub_(zero_point).mul_(scale), out=error).div_(diagonal[column])
+        level = nearest_integers(real, scale, zero_point, largest, nearest).sub_(zero_point).mul_(scale)
+        torch.sub(real, level, out=error).div_(diagonal[column])
         later = slice(column + 1, None)
         tile[:, later] -= torch.mul(error[:, None], upper[column, later], out=products[:, later])
     return errors

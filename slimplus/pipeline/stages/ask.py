@@ -30,14 +30,15 @@ def ask_full_precision(job: Job) -> None:
     Raises:
         InputError: if there are tasks, and the model does not fit on the device.
     """
-    weights = job.source.whole_bytes(build_on_meta(job.source.config()))
     generation = job.metrics.get("generation", {})
-    if generation and "full" not in generation and not has_room(weights, job.runner.device):
-        generation["full"] = None
-        job.metrics.note(
-            f"evaluation.prompts: the full-precision model was not asked; it takes {format_bytes(weights)}, more than "
-            "this machine has free"
-        )
+    if generation and "full" not in generation:
+        weights = job.source.whole_bytes(build_on_meta(job.source.config()))
+        if not job.fabric.broadcast(has_room(weights, job.runner.device)):  # processes may find more or less free
+            generation["full"] = None
+            job.metrics.note(
+                f"evaluation.prompts: the full-precision model was not asked; it takes {format_bytes(weights)}, more "
+                "than this machine has free"
+            )
     _ask(job, "full", job.source.model)
 
 
