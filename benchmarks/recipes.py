@@ -60,7 +60,7 @@ def needs(recipe: Recipe) -> str:
     peak, disk = PEAK.search(plan), DISK.search(plan)
     assert peak is not None
     assert disk is not None
-    line = f"# needs {peak[2]} of GPU memory, {peak[1]} of main memory, {disk[1]} of disk"
+    line = f"# needs {peak[2]} of GPU memory, {peak[1]} of main memory, {disk[1]} of disk beside the model"
     hours = block_hours(recipe)
     return line if hours is None else f"{line}; about {hours:.1f} hours for the blocks on an H100"
 
