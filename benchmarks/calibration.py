@@ -1,7 +1,7 @@
 """Steps of block training side by side: slimplus, AutoRound, a plain PyTorch loop and the dense block.
 
     python -m pip install --no-deps auto-round   # its other requirements come with slimplus
-    python benchmarks/calibration.py [--shapes smollm2_135m wide_2048 llama_7b] [--precisions 32-true bf16-mixed]
+    python -m benchmarks.calibration [--shapes smollm2_135m wide_2048 llama_7b] [--precisions 32-true bf16-mixed]
 
 Each contender trains the rounding of one block of random weights at 2 bits, in a process of its own; the rounds take
 turns, so that all meet the same machine. A step is what lies between two steps of the optimizer, and the median of a
@@ -23,9 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from slimplus.blockwise.calibrate import quantize_block
 from slimplus.blockwise.data import BlockData
@@ -118,8 +120,18 @@ def start(contender: str, shape: str, precision: str) -> dict[str, Any]:
     """Measure one contender in a new process, with the arguments of this one."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "row.json")
-        command = [sys.executable, __file__, *sys.argv[1:], "--measure", contender, shape, precision, str(file)]
-        subprocess.run(command, check=True, stdout=sys.stderr)
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.calibration",
+            *sys.argv[1:],
+            "--measure",
+            contender,
+            shape,
+            precision,
+            str(file),
+        ]
+        subprocess.run(command, check=True, cwd=ROOT, stdout=sys.stderr)
         found: dict[str, Any] = json.loads(file.read_text())
     return found
 
@@ -203,7 +215,7 @@ def tune_autoround(model: LlamaForCausalLM, tokens: Tensor, epochs: int, precisi
     is_mixed = precision == "bf16-mixed"
     AutoRound(
         model.bfloat16() if is_mixed else model,
-        tokenizer=None,
+        PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"": 0}, ""))),  # asked for, and not used
         bits=BITS,
         group_size=GROUP_SIZE,
         sym=False,
