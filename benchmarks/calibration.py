@@ -36,7 +36,6 @@ from slimplus.blockwise.swap import fake_quantized_block
 from slimplus.distributed.preemption import Preemption
 from slimplus.distributed.strategies import launch
 from slimplus.models.streaming import BlockRunner, StreamedModel
-from slimplus.nn import FakeQuantizedLinear
 from slimplus.nn.fake_quantized import LARGEST_OFFSET
 from slimplus.quantization.linear import QuantizationConfig
 from slimplus.training.checkpoints import TrainingCheckpoints
@@ -181,11 +180,8 @@ def train_slimplus(model: LlamaForCausalLM, tokens: Tensor, epochs: int, precisi
         config = QuantizationConfig("rtn", BITS, GROUP_SIZE, 0.01, "uniform")
         result = quantize_block(BlockData(original, inputs.hidden, arguments, runner), config)
         block = fake_quantized_block(original, result, QuantizerConfig("rounding", {}))
-    for layer in block.modules():
-        if isinstance(layer, FakeQuantizedLinear):
-            layer.compiled = not plain
     del model, streamed, original, result
-    training = ReconstructionConfig(epochs, len(tokens) // STEPS_AN_EPOCH, optimizer="sign_sgd")
+    training = ReconstructionConfig(epochs, len(tokens) // STEPS_AN_EPOCH, optimizer="sign_sgd", compile=not plain)
     module = BlockReconstruction(block, arguments, training, precision)
     if plain:
         plain_loop(module, inputs.hidden, targets)

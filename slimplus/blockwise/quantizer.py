@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -29,9 +29,9 @@ from slimplus.nn import (
     ScaledRoundingLinear,
     TrainedWeightLinear,
 )
-from slimplus.nn.levels import can_compile
 from slimplus.quantization.linear import QuantizationConfig
 from slimplus.training.checkpoints import TrainingCheckpoints
+from slimplus.training.compiled import can_compile
 from slimplus.training.fit import Fit, FitConfig, Report, ignore
 from slimplus.training.reconstruction import BlockReconstruction, LossContext, ReconstructionConfig
 from slimplus.utils.errors import InputError
@@ -187,9 +187,9 @@ class BlockQuantizer:
         """Train a calibrated block, add the training to `record`, and return the better of both sets of weights."""
         start = time.perf_counter()
         module = BlockReconstruction(
-            self._fake_quantized(task, result),
+            fake_quantized_block(task.block, result, self.quantizer),
             task.arguments,
-            self.reconstruction,
+            replace(self.reconstruction, compile=self._compiles(task.block)),
             self.runner.precision,
             task.context,
         )
@@ -206,14 +206,13 @@ class BlockQuantizer:
             record["events"].append("training ended above the calibrated loss; the calibrated quantizers are kept")
         return result.weights
 
-    def _fake_quantized(self, task: BlockTask, result: BlockResult) -> nn.Module:
-        """Return the block with learnable quantizers, compiled if the settings ask for it and the machine can."""
-        block = fake_quantized_block(task.block, result, self.quantizer)
-        if self.reconstruction.compile and can_compile(self.runner.device):
-            for layer in block.modules():
-                if isinstance(layer, FakeQuantizedLinear):
-                    layer.compiled = True
-        return block
+    def _compiles(self, block: nn.Module) -> bool:
+        """Return whether the block is trained as compiled code: if the settings ask for it, and it can be.
+
+        The experts of a token are chosen in Python, and ZeRO 3 gathers parameters there.
+        """
+        traceable = not expert_stacks(block) and self.fit.strategy != "deepspeed_stage_3"
+        return self.reconstruction.compile and traceable and can_compile(self.runner.device)
 
 
 def expert_tokens(block: nn.Module, tokens: Mapping[str, int]) -> dict[str, list[int]]:

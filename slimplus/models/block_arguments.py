@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,9 @@ from torch.utils import _pytree as pytree
 
 Windows = Sequence[int]
 """Numbers of windows among those that the arguments were captured for."""
+
+BlockCall = Callable[[nn.Module, Tensor, Mapping[str, Any]], Tensor]
+"""Function of a block, its hidden states and its other arguments by name, as `call_block` is."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,15 @@ class BlockArguments:
         return {**self.shared, **chosen}
 
 
-def run_block(block: nn.Module, hidden: Tensor, arguments: BlockArguments, windows: Windows = ()) -> Tensor:
+def call_block(block: nn.Module, hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """Return a block's output for hidden states and its other arguments by name."""
+    output: Tensor = first_output(block(hidden, **arguments))
+    return output
+
+
+def run_block(
+    block: nn.Module, hidden: Tensor, arguments: BlockArguments, windows: Windows = (), call: BlockCall = call_block
+) -> Tensor:
     """Return a block's output for a batch `[windows, sequence_length, hidden]`, in the same shape.
 
     Args:
@@ -57,14 +68,14 @@ def run_block(block: nn.Module, hidden: Tensor, arguments: BlockArguments, windo
         hidden: the hidden states that it reads.
         arguments: its other arguments.
         windows: the number of each window of the batch; needed where the arguments differ between windows.
+        call: what calls the block.
     """
     if len(hidden) > 1 and not arguments.batchable:
         numbers = windows or range(len(hidden))
         apart = zip(hidden.split(1), numbers, strict=True)
-        return torch.cat([run_block(block, one, arguments, [number]) for one, number in apart])
+        return torch.cat([run_block(block, one, arguments, [number], call) for one, number in apart])
     chosen = arguments.select(windows, hidden.device) if arguments.by_window else arguments.shared
-    output: Tensor = first_output(block(hidden, **chosen))
-    return output
+    return call(block, hidden, chosen)
 
 
 def first_output(output: Any) -> Any:

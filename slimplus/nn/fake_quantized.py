@@ -7,7 +7,7 @@ them, so that the trained layer and the packed one agree bit for bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from slimplus.format.affine import QuantizedWeight, storable_scale, storable_zero_point
 from slimplus.format.planes import pack_grid
 from slimplus.nn.levels import (
-    compiled,
     frozen_levels,
     offset_levels,
     offset_position,
@@ -51,7 +50,6 @@ class FakeQuantizedLinear(nn.Module):
 
     Attributes:
         bound: largest magnitude that the optimizer should allow the parameters in `per_weight`.
-        compiled: whether compiled code computes the levels (`slimplus.nn.levels`).
     """
 
     integers: Tensor
@@ -61,7 +59,6 @@ class FakeQuantizedLinear(nn.Module):
     scale: Tensor
     zero_point: Tensor
     bound = math.inf
-    compiled = False
 
     def __init__(
         self, weight: QuantizedWeight, bias: Tensor | None, width_rates: Mapping[int, float] | None = None
@@ -116,25 +113,14 @@ class FakeQuantizedLinear(nn.Module):
             scale: `[out, groups, 1]`.
             zero_point: `[out, groups, 1]`.
         """
-        return self._compute(frozen_levels, self.integers, scale, zero_point)
+        return frozen_levels(self.integers, scale, zero_point)
 
     def rounded(self, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Return the integers of the levels `[out, groups, group_size]`; the arguments are those of `levels`."""
         return self.integers
 
-    def _compute(self, levels: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
-        """Return what a function of `slimplus.nn.levels` gives for tensors; compiled, in the dtype of products."""
-        if not self.compiled:
-            return levels(*tensors)
-        kind = self.scale.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.scale.dtype
-        return compiled(levels)(dtype, *tensors)
-
     def fake_quantized_weight(self) -> Tensor:
-        """Return the weight on its grid, `[out, in]`, differentiable in the parameters.
-
-        It is float32, or if compiled the dtype that autocast multiplies in.
-        """
+        """Return the weight on its grid, float32 `[out, in]`, differentiable in the parameters."""
         scale, zero_point = (values[..., None] for values in self.qparams())
         return self.levels(scale, zero_point).flatten(1)[:, : self.in_features]
 
@@ -240,7 +226,7 @@ class LearnedRoundingLinear(_RoundingLinear):
         return offset_position(self.position, self.change, self.factors)
 
     def levels(self, scale: Tensor, zero_point: Tensor) -> Tensor:  # noqa: D102
-        return self._compute(offset_levels, self.position, self.change, self.factors, self.largest, scale, zero_point)
+        return offset_levels(self.position, self.change, self.factors, self.largest, scale, zero_point)
 
 
 class ScaledRoundingLinear(ScaledLinear, LearnedRoundingLinear):
@@ -278,4 +264,4 @@ class TrainedWeightLinear(_RoundingLinear):
         return weight_position(self.start, self.change, self.factors, scale, zero_point)
 
     def levels(self, scale: Tensor, zero_point: Tensor) -> Tensor:  # noqa: D102
-        return self._compute(weight_levels, self.start, self.change, self.factors, self.largest, scale, zero_point)
+        return weight_levels(self.start, self.change, self.factors, self.largest, scale, zero_point)

@@ -1,22 +1,14 @@
 """The levels of fake-quantized weights and their gradients, as plain functions of tensors.
 
-Each function can be compiled (`compiled`): one pass over the weight forward and one backward, where the operators take
-about seven each. Compiled or not, the levels are equal to the bit; gradients are sums whose order may differ.
+Compiled or not, the levels are equal to the bit; gradients are sums whose order may differ.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-
-logger = logging.getLogger(__name__)
-
-Levels = Callable[..., Tensor]
 
 
 def rounded_to_grid(position: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,24 +103,3 @@ def weight_levels(
 ) -> Tensor:
     """Return the levels nearest to `weight_position`; the other arguments are those of `nearest_level`."""
     return nearest_level(weight_position(start, change, factors, scale, zero_point), largest, scale, zero_point)
-
-
-@functools.cache
-def compiled(levels: Levels) -> Callable[..., Tensor]:
-    """Return a function of this module compiled for tensors of any size; it takes the dtype of its result first."""
-
-    def rounded_once(dtype: torch.dtype, *tensors: Tensor | None) -> Tensor:
-        return levels(*tensors).to(dtype)
-
-    return cast(Callable[..., Tensor], torch.compile(rounded_once, dynamic=True, fullgraph=True))
-
-
-@functools.cache
-def can_compile(device: torch.device) -> bool:
-    """Return whether functions can be compiled for a device; a warning tells why not."""
-    try:
-        compiled(frozen_levels)(torch.float32, torch.zeros(2, 2, 2, device=device), *torch.ones(2, 2, 2, 1).to(device))
-    except RuntimeError as error:  # of the compiler's back end, such as a missing C++ compiler
-        logger.warning("training.compile: %s; the training goes on without", str(error).strip().split("\n", 1)[0])
-        return False
-    return True

@@ -23,7 +23,7 @@ from slimplus.training.losses import LossConfig
 from slimplus.training.optimizers import Name, RateConfig, Schedule
 from slimplus.training.reconstruction import ReconstructionConfig
 
-# Weights times steps of their training from which compiled code pays on a CPU: it saves a thread about 4 ns for each,
+# Weights times steps of their training from which compiled code pays on a CPU: it saves a thread about 8 ns for each,
 # and the compiler takes half a minute, or a few seconds where its cache holds the code.
 COMPILED_FROM = 1e10
 WARMUP = 4  # steps over which the rates rise, since Adam's first moments come from a few batches
@@ -111,7 +111,7 @@ def _reconstruction(training: TrainingSection, per_weight: str | None, compiles:
 
 
 def _compiles(recipe: Recipe, weights: int, device: torch.device) -> bool:
-    """Return whether quantizers are trained as compiled code."""
+    """Return whether blocks are trained as compiled code."""
     training = recipe.training
     steps = training.epochs * recipe.data.samples // training.batch_size
     pays = device.type == "cpu" and weights * steps >= COMPILED_FROM

@@ -175,8 +175,8 @@ class TrainingSection(Section):
     )
     compile: Literal["auto", "always", "never"] = Field(
         "auto",
-        description="whether quantizers run as compiled code (torch.compile); auto: on a CPU, where it saves more time "
-        "than it takes",
+        description="whether blocks are trained as compiled code (torch.compile); auto: on a CPU, where it saves more "
+        "time than it takes",
     )
     patience: int | None = Field(
         None, ge=1, description="epochs without a lower loss after which a block's training ends early"

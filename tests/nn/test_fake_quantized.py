@@ -20,7 +20,7 @@ from slimplus.format.affine import (
 )
 from slimplus.nn import FakeQuantizedLinear, LearnedRoundingLinear, PackedLinear, TrainedWeightLinear
 from slimplus.nn.fake_quantized import ScaledLinear, ScaledRoundingLinear
-from slimplus.nn.levels import can_compile, nearest_level
+from slimplus.nn.levels import nearest_level
 from slimplus.quantization.gptq import RoundedWeight, quantize_weight
 from slimplus.quantization.salience import invert_hessian
 from slimplus.quantization.salience_calibration import calibrate_group
@@ -228,48 +228,3 @@ def test_a_rate_of_zero_freezes_the_groups_of_a_width() -> None:
         assert parameter.grad is not None
         assert parameter.grad[:, 0].any()
         assert not parameter.grad[:, 1].any()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "rates", "precision"),
-    [
-        (FakeQuantizedLinear, None, torch.float32),
-        (LearnedRoundingLinear, None, torch.bfloat16),
-        (LearnedRoundingLinear, {2: 0.5}, torch.float32),
-        (TrainedWeightLinear, None, torch.float32),
-    ],
-)
-def test_compiled_layers_give_the_same_output_and_gradients(
-    kind: type[FakeQuantizedLinear], rates: dict[int, float] | None, precision: torch.dtype
-) -> None:
-    if not can_compile(torch.device("cpu")):
-        pytest.skip("no C++ compiler")
-    rounded, inputs = _rounded(24, 80, [1, 2, 3]), torch.randn(7, 80, generator=torch.Generator().manual_seed(0))
-    outputs, gradients = [], []
-    for compiled in (False, True):
-        rounds = issubclass(kind, LearnedRoundingLinear | TrainedWeightLinear)
-        layer = kind(rounded.weight, None, rates, *([rounded.remainder] if rounds else []))
-        layer.compiled = compiled
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-            output = layer(inputs)
-        output.float().square().sum().backward()
-        outputs.append(output)
-        gradients.append([parameter.grad for parameter in (*layer.grid, *layer.per_weight)])
-        assert torch.equal(layer.fake_quantized_weight(), layer.quantized_weight().dequantize())
-    assert torch.equal(*outputs)
-    for plain, fused in zip(*gradients, strict=True):
-        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5 * float(plain.abs().max()))
-
-
-def test_without_a_compiler_layers_are_not_compiled(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("InvalidCxxCompiler: no working C++ compiler\nset CXX")
-
-    monkeypatch.setattr("slimplus.nn.levels.compiled", lambda levels: fail)
-    can_compile.cache_clear()
-    assert not can_compile(torch.device("cpu"))
-    assert "training.compile: InvalidCxxCompiler: no working C++ compiler; the training goes on without" in caplog.text
-    can_compile.cache_clear()
