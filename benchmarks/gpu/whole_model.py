@@ -123,13 +123,13 @@ def _speed(visit: Visit, model: PreTrainedModel, way: str, batch: int, prompt: i
 
 def _predicted(visit: Visit, model: Any) -> float:
     """Return the predicted seconds of decoding a token with a captured graph."""
-    count, head = model.config.num_hidden_layers, model.lm_head.weight.numel() * 2
-    if isinstance(model.model.layers[0].mlp.down_proj, nn.Linear):
-        block = sum(linear.weight.nbytes for linear in model.model.layers[0].modules() if isinstance(linear, nn.Linear))
-        return predict_step([block / BYTES_A_SECOND], count, head)
-    return predict_step(
-        [predict_layer(visit, layer, MIXES[MIX])[0] for layer in layers(visit, ["llama-7b"])], count, head
-    )
+    block = model.model.layers[0]
+    if isinstance(block.mlp.down_proj, nn.Linear):
+        weights = sum(linear.weight.nbytes for linear in block.modules() if isinstance(linear, nn.Linear))
+        products = [weights / BYTES_A_SECOND]
+    else:
+        products = [predict_layer(visit, layer, MIXES[MIX]) for layer in layers(visit, ["llama-7b"])]
+    return predict_step(products, model.config.num_hidden_layers, model.lm_head.weight.nbytes)
 
 
 def _prompts(visit: Visit, model: PreTrainedModel, batch: int, length: int) -> Tensor:

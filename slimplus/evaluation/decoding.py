@@ -203,7 +203,7 @@ class _Steps:
     Attributes:
         written: new tokens, `[batch, length of the cache]`.
         graph: the captured step, or None.
-        capturable: whether no capture has failed.
+        capturable: whether there is a GPU, and no capture has failed.
     """
 
     token: Tensor  # [batch, 1], the last one
@@ -219,7 +219,7 @@ class _Steps:
     ) -> None:
         self.model, self.cache, self.inputs, self.choice, self.key = model, cache, inputs, choice, key
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.capturable = True
+        self.capturable = model.device.type == "cuda"
         self._read: list[int] = []
         self._weights: list[object] = []
 
@@ -255,7 +255,7 @@ class _Steps:
         if self.graph is not None:
             self.graph.replay()
             return
-        if self.token.is_cuda and self.capturable:
+        if self.capturable:
             self._capture()
         else:
             self._step()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,6 +106,78 @@ def test_steps_are_kept_for_the_next_text(loaded: Any) -> None:
     written(decoder.generate, "one", [999], **DRAWN)
     assert decoder._steps is not kept
     assert torch.equal(written(decoder.generate, "one", [999]), first)
+
+
+class Graph:
+    """A CUDA graph that is none: what is captured runs once more at each replay."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        self.captured()
+
+    def captured(self) -> None:
+        raise AssertionError("replayed before it was captured")
+
+
+def pretend_a_gpu(monkeypatch: pytest.MonkeyPatch, failure: str | None = None) -> None:
+    """Lets a CPU capture steps, or fail to; while one is captured nothing is computed."""
+    capturing: list[Graph] = []
+    step, start = decoding._Steps._step, decoding._Steps.__init__
+
+    @contextmanager
+    def capture(graph: Graph) -> Iterator[None]:
+        capturing.append(graph)
+        yield
+        capturing.pop()
+        if failure:
+            raise RuntimeError(failure)
+
+    def captured_step(self: Any) -> None:
+        if capturing:
+            capturing[-1].captured = partial(step, self)  # type: ignore[method-assign]
+        else:
+            step(self)
+
+    def on_gpu(self: Any, *arguments: Any) -> None:
+        start(self, *arguments)
+        self.capturable = True
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {"Stream": lambda: stream, "current_stream": lambda: stream, "CUDAGraph": Graph}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(decoding._Steps, "_step", captured_step)
+    monkeypatch.setattr(decoding._Steps, "__init__", on_gpu)
+
+
+def test_the_first_step_is_launched_and_the_others_are_replayed(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    expected = written(loaded.generate, "padded", [999], **DRAWN)
+    pretend_a_gpu(monkeypatch)
+    decoder = GraphDecoder(loaded)
+    assert torch.equal(written(decoder.generate, "padded", [999], **DRAWN), expected)
+    assert decoder.captured
+    graph: Any = decoder._steps and decoder._steps.graph
+    assert graph.replays == 20 - 2  # the first token comes with the prompt
+    assert torch.equal(written(decoder.generate, "padded", [999], **DRAWN), expected)
+    assert graph.replays == 20 - 2 + 20 - 1
+
+
+def test_a_model_that_cannot_be_captured_is_launched(
+    loaded: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("triton")
+    expected = written(loaded.generate, "one", [999])
+    pretend_a_gpu(monkeypatch, failure="operation not permitted when stream is capturing")
+    decoder = GraphDecoder(loaded)
+    assert torch.equal(written(decoder.generate, "one", [999]), expected)
+    assert not decoder.captured
+    (message,) = [record.getMessage() for record in caplog.records if "CUDA graph" in record.getMessage()]
+    assert message.endswith("(operation not permitted when stream is capturing); its steps are launched")
 
 
 def test_a_graph_is_stale_when_the_weights_have_moved(packed_folder: Path) -> None:
