@@ -7,6 +7,7 @@ nothing heavy: the names below are imported when they are first used.
 |---|---|
 | `quantize`, `QuantizationResult` | quantize a language model as a recipe says |
 | `load` | load a packed checkpoint |
+| `GraphDecoder` | text of a model, a token for each replay of a CUDA graph |
 | `dequantize` | make ordinary layers of a model's packed ones |
 | `quantize_linear`, `quantize_module`, `PackedLinear` | quantize one linear layer, or those of a module of one's own |
 | `HessianAccumulator`, `invert_hessian`, `group_salience` | salience of a weight's groups |
@@ -26,6 +27,7 @@ from slimplus.utils.import_hook import after_import
 
 if TYPE_CHECKING:
     from slimplus.api import QuantizationResult, quantize
+    from slimplus.evaluation.decoding import GraphDecoder
     from slimplus.format.affine import QuantizedWeight
     from slimplus.format.planes import pack, unpack
     from slimplus.hub.checkpoint import dequantize, load
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 __all__ = [
+    "GraphDecoder",
     "HessianAccumulator",
     "InputError",
     "PackedLinear",
@@ -60,6 +63,7 @@ __all__ = [
 
 _MODULES = {
     "slimplus.api": ("QuantizationResult", "quantize"),
+    "slimplus.evaluation.decoding": ("GraphDecoder",),
     "slimplus.format.affine": ("QuantizedWeight",),
     "slimplus.format.planes": ("pack", "unpack"),
     "slimplus.hub.checkpoint": ("dequantize", "load"),

@@ -7,7 +7,7 @@ the largest. Other GPUs, types and kernels are extrapolated, so that a predictio
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 MICROSECOND = 1e-6
@@ -16,6 +16,7 @@ LAUNCH, LOAD, FENCE, REDUCTION, SWITCH = (each * MICROSECOND for each in (2.0, 0
 addition before a reduction; of a round of partial sums; of going from one width to the next."""
 SERIAL_LOADS = 3  # the table of layers, the index of the group, the inputs
 LONE_GROUP = 0.665 * MICROSECOND  # a group of a program in a tail wave, where nothing hides its latencies
+BLOCK_REST = 20 * MICROSECOND  # what a decoder block takes besides its products: norms, positions, attention
 INSTRUCTIONS_A_SECOND = 14e12  # of a thread
 BYTES_A_SECOND = 2.7e12
 
@@ -109,3 +110,14 @@ def predict(product: Product, multiprocessors: int, resident: int, kernel: Kerne
         switches=switches,
         tail=SERIAL_LOADS * LOAD + switches + most * LONE_GROUP if waits else 0.0,
     )
+
+
+def predict_step(products: Sequence[float], blocks: int, dense_size: int) -> float:
+    """Return the predicted seconds of decoding one token, of one text, by a captured graph.
+
+    Args:
+        products: seconds of each product of a block.
+        blocks: number of blocks.
+        dense_size: size of the weights at 16 bits that are read as well, in bytes.
+    """
+    return blocks * (sum(products) + BLOCK_REST) + dense_size / BYTES_A_SECOND

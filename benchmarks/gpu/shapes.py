@@ -13,10 +13,11 @@ from torch import Tensor
 from benchmarks.gpu.cost_model import Product, predict
 from benchmarks.gpu.machine import Visit, launch_facts, spread
 from benchmarks.kernels import GROUP_SIZE, MIXES, MODELS
+from slimplus.format.planes import BitCounts, packed_shapes
 from slimplus.kernels.fused import FusedShape
 from slimplus.kernels.launch import LaunchConfig, blocks, bucket
 from slimplus.kernels.measure import RandomWeights, copies_beyond_cache, random_weights, relative_error
-from slimplus.kernels.packed_matmul import choose_launch
+from slimplus.kernels.packed_matmul import choose_launch, count_slots
 
 TINY = {"tiny": {"gate_up": ((128, 128), 256), "down": ((16,), 256)}}
 """The layers of a rehearsal, in the form of `MODELS`."""
@@ -110,13 +111,38 @@ def _prediction(
     """Return the predicted seconds by their causes; None above the tokens that the model was made for."""
     if tokens > launch.block_m or tokens > 8:
         return None
-    shape = weights.shape
-    product = Product(
-        sum(shape.out_features) * shape.in_features,
-        weights.size,
-        weights.bit_counts,
-        blocks(launch, shape.out_features, tokens),
-        launch.split_k,
+    found = predict(
+        _product(weights.shape, weights.bit_counts, weights.size, launch, tokens),
+        visit.multiprocessors,
+        slots // visit.multiprocessors,
     )
-    found = predict(product, visit.multiprocessors, slots // visit.multiprocessors)
     return asdict(found) | {"total": found.total}
+
+
+def predict_layer(visit: Visit, layer: Layer, widths: Sequence[int]) -> float:
+    """Return the predicted seconds of a layer's product for one token in bfloat16.
+
+    Args:
+        visit: the machine.
+        layer: the layer.
+        widths: widths of the groups, in turn.
+    """
+    shape = layer.shape(widths)
+    chosen = [widths[group % len(widths)] for group in range(-(-shape.in_features // GROUP_SIZE))]
+    counts = {width: chosen.count(width) for width in shape.widths}
+    size = sum(
+        torch.Size(dimensions).numel() * dtype.itemsize
+        for rows in shape.out_features
+        for dimensions, dtype in packed_shapes(rows, counts, GROUP_SIZE).values()
+    )
+    arguments = (visit.device, shape, torch.bfloat16, torch.float16, False)
+    launch = choose_launch(*arguments, bucket(1))
+    resident = max(1, count_slots(*arguments, launch) // visit.multiprocessors)
+    product = _product(shape, counts, size, launch, 1)
+    return predict(product, visit.multiprocessors, resident).total
+
+
+def _product(shape: FusedShape, counts: BitCounts, size: int, launch: LaunchConfig, tokens: int) -> Product:
+    """Return what a prediction asks of a product."""
+    weights = sum(shape.out_features) * shape.in_features
+    return Product(weights, size, counts, blocks(launch, shape.out_features, tokens), launch.split_k)

@@ -33,7 +33,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 CALLS = {
     1: {"ceilings": 40, "compile": 180, "correctness": 140, "splits": 150},
     2: {"tune": 270, "products": 270},
-    3: {"whole_model": 250, "operators": 90},
+    3: {"whole_model": 420, "operators": 90},
     4: {"blocks": 120, "deepspeed": 150, "calibration": 260},
 }
 """Call → phase → seconds."""

@@ -24,10 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=positive_integer, default=512, metavar="N", help="default: 512")
     parser.add_argument("--new-tokens", type=positive_integer, default=64, metavar="N", help="default: 64")
     parser.add_argument("--rounds", type=positive_integer, default=5, metavar="N", help="the median counts; default: 5")
-    parser.add_argument(
+    decoding = parser.add_mutually_exclusive_group()
+    decoding.add_argument(
         "--static-cache",
         action="store_true",
         help="decode with a static cache: on a GPU transformers then compiles the step into a CUDA graph",
+    )
+    decoding.add_argument(
+        "--graph", action="store_true", help="decode as slimplus generate does on a GPU, a CUDA graph for each token"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every round, the machine and versions as well")
     add_placement(parser, dtype="bfloat16")
@@ -58,6 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.device,
         arguments.dtype,
         arguments.static_cache,
+        arguments.graph,
     )
     result = benchmark(candidates, workload)
     if arguments.json:

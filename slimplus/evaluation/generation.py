@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel, TextStreamer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from slimplus.data.windows import check_ids
+from slimplus.evaluation.decoding import GraphDecoder
 from slimplus.hub.checkpoint import load
 from slimplus.models.architectures import embedding_rows, position_table
 from slimplus.models.loading import UNBUILDABLE, read_tokenizer
@@ -110,12 +112,18 @@ def stream(loaded: LoadedModel, prompt: str, sampling: Sampling, chat: bool = Fa
     _check_length(length, sampling.max_new_tokens, position_table(model))
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     torch.manual_seed(sampling.seed)
-    model.generate(
+    generate_function(model)(
         **{name: tensor.to(model.device) for name, tensor in inputs.items()},
         **sampling.arguments(),
         pad_token_id=padding,
         streamer=TextStreamer(cast("Any", _LenientDecoder(tokenizer)), skip_prompt=True),
     )
+
+
+def generate_function(model: Any) -> Callable[..., Any]:
+    """Return the function that continues texts: on a GPU that of a `GraphDecoder`, else the model's own `generate`."""
+    on_gpu = model.device.type == "cuda"
+    return GraphDecoder(model).generate if on_gpu else cast("Callable[..., Any]", model.generate)
 
 
 def prompt_inputs(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool = False) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -10,12 +11,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation import BaseStreamer
 
+from slimplus.evaluation.decoding import GraphDecoder
 from slimplus.evaluation.generation import find_device
 from slimplus.evaluation.workload import Candidate, Workload
 from slimplus.hub.checkpoint import load
 from slimplus.models.loading import ModelSource
 from slimplus.nn import PackedLinear
 from slimplus.utils.machine import peak_resident_bytes, resident_bytes
+
+NO_TOKEN = 2**31 - 1  # as the end of a sequence: none ends before it has all its tokens
 
 
 class Stopwatch(BaseStreamer):
@@ -64,6 +68,7 @@ class TimedModel:
             "load_seconds": time.perf_counter() - start,
             "weight_bytes": _weight_bytes(self.model),
         }
+        self.generate = GraphDecoder(self.model).generate if workload.graph else cast("Any", self.model).generate
         vocabulary = self.model.config.get_text_config().vocab_size
         generator = torch.Generator().manual_seed(0)
         self.prompt = torch.randint(vocabulary, (1, workload.prompt_tokens), generator=generator).to(self.device)
@@ -71,7 +76,7 @@ class TimedModel:
 
     def round(self) -> dict[str, float]:
         """Read the prompt and write the new tokens, see `timed_round`."""
-        return timed_round(self.model, self.prompt, self.workload.new_tokens, self.workload.static_cache)
+        return timed_round(self.generate, self.prompt, self.workload.new_tokens, self.workload.static_cache)
 
     def memory(self) -> dict[str, int | None]:
         """Return the bytes that this process takes, libraries included, and PyTorch's peak allocation on a GPU."""
@@ -84,27 +89,29 @@ class TimedModel:
         }
 
 
-def timed_round(model: PreTrainedModel, prompt: Tensor, tokens: int, static_cache: bool) -> dict[str, float]:
-    """Read a prompt and write new tokens greedily.
+def timed_round(
+    generate: Callable[..., Any], prompt: Tensor, tokens: int, static_cache: bool = False
+) -> dict[str, float]:
+    """Read prompts and write new tokens greedily.
 
     Args:
-        model: the model.
-        prompt: tokens of the prompt, `[1, prompt tokens]`, on the model's device.
+        generate: `generate` of a model, or of a `GraphDecoder`.
+        prompt: tokens of the prompts, `[batch, prompt tokens]`, on the model's device.
         tokens: number of new tokens.
         static_cache: whether the cache of keys and values has its full size from the start.
 
     Returns:
         Seconds from the prompt to the first new token, and from the first to the last.
     """
-    stopwatch, generating = Stopwatch(), cast("Any", model)
-    generating.generate(
+    stopwatch = Stopwatch()
+    generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
         do_sample=False,
         temperature=None,
         top_p=None,
         top_k=None,
-        min_new_tokens=tokens,
+        eos_token_id=NO_TOKEN,
         max_new_tokens=tokens,
         pad_token_id=0,
         streamer=stopwatch,

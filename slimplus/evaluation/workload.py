@@ -31,6 +31,7 @@ class Workload:
         device: `auto`, or the name of a torch device.
         dtype: name of a torch dtype, or `auto` for the stored one.
         static_cache: whether to decode with a static cache, for which transformers compiles the step on a GPU.
+        graph: whether to decode with a `GraphDecoder`.
     """
 
     prompt_tokens: int
@@ -39,3 +40,4 @@ class Workload:
     device: str = "auto"
     dtype: str = "bfloat16"
     static_cache: bool = False
+    graph: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,30 @@ BACKENDS: dict[str, tuple[type[Backend], ...]] = {"cpu": (Int4Weight, Int8Weight
 """Backends of each type of device, for few rows of input; the first one that supports the widths is taken."""
 
 
+WAITING = "_slimplus_waiting"
+"""Name of a tensor's attribute that holds the parts of its product for which no layer has called yet."""
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """Parts of a product that wait for their layers' calls.
+
+    Attributes:
+        source: the weight, the dtype, and the version of the input.
+        parts: outputs by the positions of their layers.
+    """
+
+    source: tuple[object, torch.dtype, int]
+    parts: dict[int, Tensor]
+
+
 class FusedLinears:
     """One or more packed layers that read the same input, multiplied together.
 
     Each layer keeps its own packed tensors, in its own order of groups, and is called on its own. The first call
-    multiplies for all the layers; the others, called with the very same tensor, get their part of that product.
+    multiplies for all the layers; the others, called with the very same tensor, get their part of that product. Parts
+    that nobody has called for yet wait on the input itself, as an attribute: they live no longer than it does, and a
+    graph that `torch.compile` makes of the calls neither reads nor leaves anything outside.
 
     Args:
         layers: packed layers with the same `in_features` and `group_size`.
@@ -34,7 +54,7 @@ class FusedLinears:
         self.layers = tuple(layers)
         self._widths = frozenset(width for layer in layers for width in layer.bit_counts)
         self._backend: Backend | None = None
-        self._pending: tuple[Tensor, int, list[Tensor | None]] | None = None  # input, its version, outputs
+        self._source = object()  # which weight waiting parts come from
 
     def supports(self, dtype: torch.dtype, rows: int) -> bool:
         """Return whether a backend multiplies `rows` rows in `dtype` faster than a dequantized weight does."""
@@ -56,15 +76,17 @@ class FusedLinears:
 
         `supports` must hold for the dtype and the rows of the inputs.
         """
+        if len(self.layers) == 1:
+            return self.linear(inputs.to(dtype))
         position = next(index for index, member in enumerate(self.layers) if member is layer)
-        pending = self._pending
-        version = _version(inputs)
-        if pending is None or pending[0] is not inputs or pending[1] != version or pending[2][position] is None:
-            pending = (inputs, version, self._multiply(inputs.to(dtype)))
-        parts = pending[2]
-        output, parts[position] = parts[position], None
-        self._pending = pending if any(part is not None for part in parts) else None
-        assert output is not None
+        source = (self._source, dtype, _version(inputs))
+        waiting: _Waiting | None = getattr(inputs, WAITING, None)
+        if waiting is None or waiting.source != source or position not in waiting.parts:
+            waiting = _Waiting(source, dict(enumerate(self._multiply(inputs.to(dtype)))))
+            setattr(inputs, WAITING, waiting)
+        output = waiting.parts.pop(position)
+        if not waiting.parts:
+            setattr(inputs, WAITING, None)  # `torch.compile` cannot delete an attribute of a tensor
         return output
 
     def linear(self, inputs: Tensor) -> Tensor:
@@ -77,9 +99,9 @@ class FusedLinears:
         assert self._backend is not None
         return self._backend.linear(inputs)
 
-    def _multiply(self, inputs: Tensor) -> list[Tensor | None]:
+    def _multiply(self, inputs: Tensor) -> tuple[Tensor, ...]:
         """Return the output of each layer."""
-        return list(self.linear(inputs).split([layer.out_features for layer in self.layers], dim=-1))
+        return self.linear(inputs).split([layer.out_features for layer in self.layers], dim=-1)
 
     @torch.compiler.disable
     def prepare(self) -> None:
@@ -101,13 +123,18 @@ class FusedLinears:
                 layer.dequantize(dtype)
 
     @property
+    def weight(self) -> Backend | None:
+        """What the device multiplies by; None before the first product, another one after a change of the layers."""
+        return self._backend
+
+    @property
     def nbytes(self) -> int:
         """Memory that the backend takes beside the packed tensors, in bytes."""
         return self._backend.nbytes if self._backend is not None else 0
 
     def forget(self) -> None:
-        """Drop the backend's weight and pending outputs: the layers have been moved or changed."""
-        self._backend = self._pending = None
+        """Drop the backend's weight, and parts that wait for a call: the layers have been moved or changed."""
+        self._backend, self._source = None, object()
 
 
 def triton_weight(layers: Sequence[PackedLinear]) -> TritonWeight:

@@ -142,6 +142,10 @@ class FusedProduct(Protocol):
         """Drop everything that was derived from the packed tensors."""
 
     @property
+    def weight(self) -> object | None:
+        """What the device multiplies by, if it is made; another object after the layers have changed."""
+
+    @property
     def nbytes(self) -> int:
         """Memory held beside the packed tensors, in bytes."""
 

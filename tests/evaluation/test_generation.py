@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import BatchEncoding, LlamaConfig
 
-from slimplus.evaluation.generation import LoadedModel, Sampling, continue_text, stream
+from slimplus.evaluation.decoding import GraphDecoder
+from slimplus.evaluation.generation import LoadedModel, Sampling, continue_text, generate_function, stream
 
 
 class ByteTokenizer:
@@ -60,3 +61,12 @@ def test_a_stream_takes_ids_and_mask_alone_and_survives_bytes_that_are_no_text(
     tokenizer: Any = ByteTokenizer()
     stream(LoadedModel(strict_model(b" a\xff b "), tokenizer), "Hello", Sampling(8))
     assert capsys.readouterr().out == " a� b \n"
+
+
+def test_a_gpu_replays_a_graph_for_each_token() -> None:
+    model = strict_model(b"")
+    assert generate_function(model) is model.generate
+    model.device = torch.device("cuda", 0)
+    decoder = getattr(generate_function(model), "__self__", None)
+    assert isinstance(decoder, GraphDecoder)
+    assert decoder.model is model
