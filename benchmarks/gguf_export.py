@@ -6,7 +6,7 @@
 2. transformers and llama.cpp read it. On windows of the offline evaluation text, their predictions are compared with
    those of `slimplus.load` in float32: KL divergence over the whole vocabulary, perplexity, the same top token.
 3. llama.cpp's tokenizer reads that text, and both continue prompts by the likeliest tokens.
-4. Both are timed in turns, on the same number of threads, slimplus in bfloat16.
+4. Both are timed, on the same number of threads, slimplus in bfloat16.
 
 llama.cpp comes through its Python bindings: `pip install llama-cpp-python==0.3.36` builds it, with CMake and a C++
 compiler. LLAMA_CPP_LIB_PATH names a folder with a libllama built elsewhere.
@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -40,6 +42,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "gguf_export.json"
 LENGTH = 512  # tokens of a window
 PROMPTS = ("The history of the city", "A function is", "The president of the United States said", "Once upon a time")
 GREEDY, ROUNDS, PREFILL, DECODE = 32, 5, 256, 64
+PROMPT = torch.randint(1000, (1, PREFILL), generator=torch.Generator().manual_seed(0))
 BINDINGS = "llama-cpp-python"
 
 
@@ -84,31 +87,45 @@ def compare(models: Mapping[str, Any], windows: Iterable[Tensor]) -> dict[str, d
     return result
 
 
-def speeds(packed: Any, llama: Any) -> dict[str, dict[str, float]]:
-    """Return tokens/s of reading a prompt and of writing, the median of rounds in turns."""
-    prompt = torch.randint(1000, (1, PREFILL), generator=torch.Generator().manual_seed(0))
-    rounds: dict[str, list[dict[str, float]]] = {"slimplus": [], "llama.cpp": []}
+def time_slimplus(packed: Path, threads: int) -> list[dict[str, float]]:
+    """Return the seconds of rounds of reading a prompt and writing, in bfloat16."""
+    torch.set_num_threads(threads)
+    model = slimplus.load(packed, dtype=torch.bfloat16)
+    return [timed_round(model, PROMPT, DECODE, static_cache=False) for _ in range(ROUNDS + 1)]
+
+
+def time_llama(file: Path, threads: int) -> list[dict[str, float]]:
+    """Return the seconds of rounds of reading a prompt and writing in llama.cpp."""
+    llama, rounds = load_llama(file, threads), []
     for _ in range(ROUNDS + 1):
-        rounds["slimplus"].append(timed_round(packed, prompt, DECODE, static_cache=False))
         start = time.perf_counter()
-        times = [time.perf_counter() for _ in islice(greedy(llama, prompt[0].tolist()), DECODE)]
-        rounds["llama.cpp"].append({"prefill_seconds": times[0] - start, "decode_seconds": times[-1] - times[0]})
+        times = [time.perf_counter() for _ in islice(greedy(llama, PROMPT[0].tolist()), DECODE)]
+        rounds.append({"prefill_seconds": times[0] - start, "decode_seconds": times[-1] - times[0]})
+    return rounds
+
+
+def speed(timed: Callable[[Path, int], list[dict[str, float]]], path: Path, threads: int) -> dict[str, float]:
+    """Return tokens/s of the median round, measured in a process of its own.
+
+    Both engines set the processor up for products of matrices (AMX), and do not expect another to do so as well.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        _, *rounds = process.submit(timed, path, threads).result()
     return {
-        name: {
-            "prefill_tokens_per_second": PREFILL / median(each["prefill_seconds"] for each in timed[1:]),
-            "decode_tokens_per_second": (DECODE - 1) / median(each["decode_seconds"] for each in timed[1:]),
-        }
-        for name, timed in rounds.items()
+        "prefill_tokens_per_second": PREFILL / median(each["prefill_seconds"] for each in rounds),
+        "decode_tokens_per_second": (DECODE - 1) / median(each["decode_seconds"] for each in rounds),
     }
+
+
+def load_llama(file: Path, threads: int, **settings: Any) -> Any:
+    """Return llama.cpp with a GGUF file."""
+    from llama_cpp import Llama  # an optional library
+
+    return Llama(str(file), n_ctx=LENGTH, n_threads=threads, n_threads_batch=threads, verbose=False, **settings)
 
 
 def measure(packed: Path, file: Path, threads: int, count: int) -> dict[str, Any]:
     """Return all figures of a packed checkpoint and the GGUF file that was made from it."""
-    from llama_cpp import Llama  # an optional library
-
-    def llama(**settings: Any) -> Any:
-        return Llama(str(file), n_ctx=LENGTH, n_threads=threads, n_threads_batch=threads, verbose=False, **settings)
-
     torch.set_num_threads(threads)
     tokenizer = AutoTokenizer.from_pretrained(packed)
     text = load_text("offline", "evaluation")[: 8 * LENGTH * (count + 1)]
@@ -118,7 +135,7 @@ def measure(packed: Path, file: Path, threads: int, count: int) -> dict[str, Any
     read = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
-    other = llama(logits_all=True)
+    other = load_llama(file, threads, logits_all=True)
     figures: dict[str, Any] = {"file_bytes": file.stat().st_size, "windows": [count, LENGTH]}
     figures["same_tokens_of_text"] = tokens.tolist() == other.tokenize(text.encode(), add_bos=False, special=True)
     figures["models"] = compare({"slimplus": model, "transformers": read, "llama.cpp": other}, windows)
@@ -133,7 +150,10 @@ def measure(packed: Path, file: Path, threads: int, count: int) -> dict[str, Any
         figures["greedy_tokens_equal"][prompt] = equal
     del model, other
     figures["threads"] = threads
-    figures["speed"] = speeds(slimplus.load(packed, dtype=torch.bfloat16), llama())
+    figures["speed"] = {
+        "slimplus": speed(time_slimplus, packed, threads),
+        "llama.cpp": speed(time_llama, file, threads),
+    }
     return figures
 
 

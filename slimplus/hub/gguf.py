@@ -73,7 +73,7 @@ def export_gguf(contents: CheckpointContents, file: Path, other_type: str = "f16
     writer = gguf.GGUFWriter(file, ARCHITECTURES[contents.config["model_type"]])
     try:
         _add_metadata(writer, contents)
-        add_tokenizer(writer, contents.folder, int(contents.config["vocab_size"]))
+        exactness.add("tokenizer", *add_tokenizer(writer, contents.folder, int(contents.config["vocab_size"])))
         for tensor in planned:
             dtype = {Type.F32: np.float32, Type.F16: np.float16}.get(tensor.kind, np.uint8)
             size = int(np.prod(tensor.shape)) * np.dtype(dtype).itemsize

@@ -38,13 +38,16 @@ BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 REMEDY = "`--to dense` holds it, which llama.cpp's convert_hf_to_gguf.py reads"
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocabulary: int) -> None:
+def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocabulary: int) -> tuple[str, str]:
     """Add the tokenizer in a folder to a GGUF file.
 
     Args:
         writer: the file.
         folder: folder with tokenizer.json and tokenizer_config.json.
         vocabulary: rows of the embedding; tokens that the tokenizer lacks are filled up.
+
+    Returns:
+        The kind of the tokenizer in GGUF, and how exactly llama.cpp splits as it does.
 
     Raises:
         InputError: if there is no tokenizer, one with more tokens than the embedding has rows, or one that llama.cpp
@@ -77,6 +80,9 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocabulary: int) -> Non
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     special.add_to_gguf(writer, quiet=True)
+    if prefix and tokenizer.get("pre_tokenizer"):  # Metaspace
+        return "llama", "but for one more space before a text that begins with one, or follows a special token"
+    return ("gpt2" if prefix is None else "llama"), "yes"
 
 
 def _split(pre_tokenizer: Mapping[str, Any]) -> str:
@@ -103,9 +109,7 @@ def _prefixed_space(tokenizer: Mapping[str, Any]) -> bool | None:
     return None
 
 
-def _vocabulary(
-    tokenizer: Mapping[str, Any], size: int, unknown: int | None
-) -> tuple[list[str], list[gguf.TokenType]]:
+def _vocabulary(tokenizer: Mapping[str, Any], size: int, unknown: int | None) -> tuple[list[str], list[gguf.TokenType]]:
     """Return the tokens by id, and their types; `unknown` is the id of the token for what has no other."""
     model = tokenizer["model"]
     by_id = {index: token for token, index in model["vocab"].items()}
