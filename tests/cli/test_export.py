@@ -126,7 +126,8 @@ def test_a_smaller_type_rounds_embedding_and_head_alone(
         assert other.tensor_type.name == kind.upper()
         before = one.data.astype(np.float32)
         error = np.abs(before - gguf.quants.dequantize(other.data, other.tensor_type)).reshape(len(before), -1, 32)
-        assert 0 < (error.max(-1) / np.abs(before).reshape(error.shape).max(-1)).max() <= largest
+        values = np.abs(before).reshape(error.shape).max(-1)
+        assert 0 < (error.max(-1) / values.clip(min=1e-9)).max() <= largest  # the row of the padding is 0
 
 
 @pytest.mark.parametrize(
