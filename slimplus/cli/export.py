@@ -12,6 +12,7 @@ from slimplus.utils.files import TEMPORARY_SUFFIX, remove, sync_folder
 from slimplus.utils.requirements import check_installed
 
 FORMATS = ("dense", "gguf", "compressed-tensors", "gptq")
+GGUF_TYPES = ("f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,14 +32,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("bfloat16", "float16", "float32"),
         help="of what is not packed; default: bfloat16 for dense, else float16",
     )
+    parser.add_argument(
+        "--gguf-type",
+        choices=GGUF_TYPES,
+        help="type of embedding and head in GGUF where they are not packed; default: f16. The others round them to "
+        "so many bits",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Run `slimplus export`: write the checkpoint, and a table of what is exact.
 
     Raises:
-        InputError: if there is no packed checkpoint, the target exists, or the format cannot hold the model.
+        InputError: if there is no packed checkpoint, the target exists, the format cannot hold the model, or an
+            option is for another format.
     """
+    if arguments.to == "gguf" and arguments.dtype:
+        raise InputError("--dtype: GGUF has types of its own; give --gguf-type")
+    if arguments.to != "gguf" and arguments.gguf_type:
+        raise InputError("--gguf-type is for --to gguf; give --dtype")
     packed = Path(arguments.path, "packed")
     contents = read_contents(str(packed) if (packed / "config.json").is_file() else arguments.path)
     out = Path(arguments.out).expanduser()
@@ -71,7 +83,7 @@ def _export(
         check_installed("slimplus export --to gguf", {"gguf": "gguf"})
         from slimplus.hub.gguf import export_gguf
 
-        return export_gguf(contents, target).rows()
+        return export_gguf(contents, target, arguments.gguf_type or "f16").rows()
     import torch
 
     from slimplus.hub.dense import export_dense

@@ -3,8 +3,8 @@
 A group of up to 4 bits is a row of `Q4_1` blocks: 32 weights share a scale `d` and an offset `m`, both float16, and
 stand for `d q + m`. That is the packed format's `(q - zero) scale` with `d = scale`, exactly, and `m = -scale zero`,
 rounded once. Blocks know nothing of widths: a layer of 1 to 4 bits mixed is a tensor of one type. `Q5_1` is the same
-for 5 bits; wider layers are rounded to `Q8_0`. The layout is in `quants.py` of the library gguf, and in
-https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+for 5 bits; wider layers are rounded to `Q8_0`. Matrices that are not packed are `F16`, or a smaller type. The layout is
+in `quants.py` of the library gguf, and in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
 from __future__ import annotations
@@ -54,12 +54,14 @@ class Planned:
     read: Callable[[], NDArray[Any]]
 
 
-def export_gguf(contents: CheckpointContents, file: Path) -> Exactness:
+def export_gguf(contents: CheckpointContents, file: Path, other_type: str = "f16") -> Exactness:
     """Write a GGUF file, tensor by tensor.
 
     Args:
         contents: contents of the packed checkpoint.
         file: file to write.
+        other_type: name of a type that the library's quantizers write, such as `f16` and `q8_0`, for matrices that
+            are not packed: the embedding and the head.
 
     Raises:
         InputError: if GGUF cannot hold the model, in a sentence that says what can.
@@ -67,11 +69,11 @@ def export_gguf(contents: CheckpointContents, file: Path) -> Exactness:
     """
     check_model(contents)
     exactness = Exactness()
-    planned = list(_plan(contents, exactness))
+    planned = list(_plan(contents, exactness, Type[other_type.upper()]))
     writer = gguf.GGUFWriter(file, ARCHITECTURES[contents.config["model_type"]])
     try:
         _add_metadata(writer, contents)
-        add_tokenizer(writer, contents.folder, int(contents.config["vocab_size"]))
+        exactness.add("tokenizer", *add_tokenizer(writer, contents.folder, int(contents.config["vocab_size"])))
         for tensor in planned:
             dtype = {Type.F32: np.float32, Type.F16: np.float16}.get(tensor.kind, np.uint8)
             size = int(np.prod(tensor.shape)) * np.dtype(dtype).itemsize
@@ -110,7 +112,7 @@ def check_model(contents: CheckpointContents) -> None:
             )
 
 
-def _plan(contents: CheckpointContents, exactness: Exactness) -> Iterator[Planned]:
+def _plan(contents: CheckpointContents, exactness: Exactness, other_type: Type) -> Iterator[Planned]:
     """Yield the tensors of the file, and count how exact they are."""
     stored, config = PackedTensors(contents), contents.config
     names = gguf.get_tensor_name_map(
@@ -127,17 +129,31 @@ def _plan(contents: CheckpointContents, exactness: Exactness) -> Iterator[Planne
         exactness.add("factors of positions", Type.F32.name, "yes")
         yield Planned("rope_freqs.weight", Type.F32, factors.shape, lambda: factors)
     for name, header in contents.others.items():
-        kind = Type.F32 if len(header.shape) == 1 else Type.F16
+        kind = Type.F32 if len(header.shape) == 1 else other_type
         order = _order(config, name, header.shape[0])
-        exactness.add(_noun(name), kind.name, "yes" if kind == Type.F32 or header.dtype == "F16" else "rounded once")
-        yield Planned(rename(name), kind, header.shape, partial(_other, stored, name, kind, order))
+        exact = "rounded once" if kind == Type.F16 else f"rounded to {kind.name[1]} bits"
+        exactness.add(_noun(name), kind.name, "yes" if kind == Type.F32 or header.dtype == kind.name else exact)
+        read = partial(_other, stored, name, kind, order)
+        yield Planned(rename(name), kind, _stored_shape(name, header.shape, kind), read)
     for layer in contents.layers:
         kind, order = block_type(layer), _order(config, f"{layer.name}.weight", layer.rows)
         exact = "rounded to 8 bits" if kind == Type.Q8_0 else "integers and scales; offsets rounded once"
         exactness.add(f"packed, up to {max(layer.widths)} bits", kind.name, exact)
-        shape = (layer.rows, layer.columns // BLOCK * gguf.GGML_QUANT_SIZES[kind][1])
-        read = partial(_blocks, stored, layer, kind, order)
-        yield Planned(rename(f"{layer.name}.weight"), kind, shape, read)
+        shape = _stored_shape(layer.name, (layer.rows, layer.columns), kind)
+        yield Planned(rename(f"{layer.name}.weight"), kind, shape, partial(_blocks, stored, layer, kind, order))
+
+
+def _stored_shape(name: str, shape: tuple[int, ...], kind: Type) -> tuple[int, ...]:
+    """Return the shape of the array that holds a tensor of a type: its own, or bytes of blocks in the last dimension.
+
+    Raises:
+        InputError: if its columns do not fill blocks.
+    """
+    if kind in (Type.F32, Type.F16):
+        return shape
+    if shape[-1] % BLOCK:
+        raise InputError(f"--gguf-type: {name} has {shape[-1]} columns, no multiple of {BLOCK}; leave it out")
+    return (*shape[:-1], shape[-1] // BLOCK * gguf.GGML_QUANT_SIZES[kind][1])
 
 
 def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -185,11 +201,11 @@ def _order(config: Mapping[str, Any], name: str, rows: int) -> Tensor:
 
 
 def _other(stored: PackedTensors, name: str, kind: Type, order: Tensor) -> NDArray[Any]:
-    """Return a tensor that is not packed, or raise InputError if float16 cannot hold it."""
-    tensor = stored.read(name)[order].to(torch.float32 if kind == Type.F32 else torch.float16)
-    if not tensor.isfinite().all():
+    """Return a tensor that is not packed; raise InputError if float16 cannot hold it, which blocks have for scales."""
+    tensor = stored.read(name)[order]
+    if kind != Type.F32 and not tensor.half().isfinite().all():
         raise InputError(f"GGUF: {name} holds values beyond float16; {DENSE}")
-    return tensor.numpy()
+    return gguf.quants.quantize(tensor.float().numpy(), kind)
 
 
 def _blocks(stored: PackedTensors, layer: PackedLayer, kind: Type, order: Tensor) -> NDArray[Any]:

@@ -1,9 +1,17 @@
-"""The tokenizer of a GGUF file, from the files that transformers saves."""
+"""The tokenizer of a GGUF file, from the files that transformers saves.
+
+llama.cpp knows two kinds of BPE by their names in the file:
+
+- `gpt2`: byte-level BPE. A text is split by a regular expression first; `tokenizer.ggml.pre` names it.
+- `llama`: that of SentencePiece, with bytes for unknown characters. Spaces are written as `▁`, and of all neighbours
+  that make a token together, those that make the token with the highest score are merged first.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +31,14 @@ SPLITS = {
     "ByteLevel": "gpt-2",
 }
 
+SPACE = "▁"
+SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+PREPENDED = {"type": "Prepend", "prepend": SPACE}
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+REMEDY = "`--to dense` holds it, which llama.cpp's convert_hf_to_gguf.py reads"
 
-def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocabulary: int) -> None:
+
+def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocabulary: int) -> tuple[str, str]:
     """Add the tokenizer in a folder to a GGUF file.
 
     Args:
@@ -32,9 +46,12 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocabulary: int) -> Non
         folder: folder with tokenizer.json and tokenizer_config.json.
         vocabulary: rows of the embedding; tokens that the tokenizer lacks are filled up.
 
+    Returns:
+        The kind of the tokenizer in GGUF, and how exactly llama.cpp splits as it does.
+
     Raises:
-        InputError: if there is no tokenizer, one with more tokens than the embedding has rows, or one that is no
-            byte-level BPE whose split llama.cpp knows.
+        InputError: if there is no tokenizer, one with more tokens than the embedding has rows, or one that llama.cpp
+            would not split alike.
     """
     file = folder / "tokenizer.json"
     try:
@@ -42,18 +59,30 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocabulary: int) -> Non
         model, split = tokenizer["model"], _split(tokenizer.get("pre_tokenizer") or {})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file} cannot be read ({error}); export the checkpoint again") from error
-    if model.get("type") != "BPE" or split not in SPLITS:
+    prefix = _prefixed_space(tokenizer)
+    if prefix is None and (model.get("type") != "BPE" or split not in SPLITS):
         raise InputError(
-            f"GGUF: the tokenizer ({model.get('type')} after {split or 'no split'}) is not one of the byte-level BPE "
-            "that is written; `--to dense` holds it, which llama.cpp's convert_hf_to_gguf.py reads"
+            f"GGUF: the tokenizer ({model.get('type')} after {split or 'no split'}) is none of the byte-level BPE or "
+            f"SentencePiece BPE that are written; {REMEDY}"
         )
-    tokens, types = _vocabulary(tokenizer, vocabulary)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(SPLITS[split])
+    special = gguf.SpecialVocab(folder, load_merges=prefix is None, n_vocab=vocabulary)
+    unknown = None if prefix is None else special.special_token_ids.get("unk")
+    tokens, types = _vocabulary(tokenizer, vocabulary, unknown)
+    if prefix is None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(SPLITS[split])
+    else:
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_add_space_prefix(prefix)
+        writer.add_token_scores(_scores(model, tokens, types))
+        special.add_special_token.setdefault("bos", False)  # llama.cpp adds one unless the file says otherwise
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocabulary)
     special.add_to_gguf(writer, quiet=True)
+    if prefix and tokenizer.get("pre_tokenizer"):  # Metaspace
+        return "llama", "but for one more space before a text that begins with one, or follows a special token"
+    return ("gpt2" if prefix is None else "llama"), "yes"
 
 
 def _split(pre_tokenizer: Mapping[str, Any]) -> str:
@@ -65,18 +94,74 @@ def _split(pre_tokenizer: Mapping[str, Any]) -> str:
     return patterns[0] if len(patterns) == 1 else ", ".join(step.get("type", "") for step in steps)
 
 
-def _vocabulary(tokenizer: Mapping[str, Any], size: int) -> tuple[list[str], list[gguf.TokenType]]:
-    """Return the tokens by id, and their types."""
-    by_id = {index: token for token, index in tokenizer["model"]["vocab"].items()}
+def _prefixed_space(tokenizer: Mapping[str, Any]) -> bool | None:
+    """Return whether a SentencePiece tokenizer puts a space before a text; None if it is another tokenizer."""
+    model, normalizer = tokenizer["model"], tokenizer.get("normalizer") or {}
+    steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
+    pre = tokenizer.get("pre_tokenizer") or {}
+    if model.get("type") != "BPE" or not model.get("byte_fallback") or model.get("ignore_merges"):
+        return None
+    if pre.get("type") == "Metaspace" and not steps and pre["replacement"] == SPACE and not pre.get("split", True):
+        return bool(pre["prepend_scheme"] != "never")
+    unsplit = not pre or (pre.get("type") == "Split" and pre["pattern"] == SPACES["pattern"])  # no space is left
+    if unsplit and steps and steps[-1] == SPACES and steps[:-1] in ([], [PREPENDED]):
+        return len(steps) > 1
+    return None
+
+
+def _vocabulary(tokenizer: Mapping[str, Any], size: int, unknown: int | None) -> tuple[list[str], list[gguf.TokenType]]:
+    """Return the tokens by id, and their types; `unknown` is the id of the token for what has no other."""
+    model = tokenizer["model"]
+    by_id = {index: token for token, index in model["vocab"].items()}
     added = {each["id"]: each for each in tokenizer.get("added_tokens", ())}
     by_id |= {index: each["content"] for index, each in added.items()}
     if (largest := max(by_id, default=0)) >= size:
         raise InputError(f"GGUF: the tokenizer has a token {largest}, but the embedding has only {size} rows")
-    tokens, types = [], []
-    for index in range(size):
-        tokens.append(by_id.get(index, f"[PAD{index}]"))
+
+    def kind(index: int) -> gguf.TokenType:
+        token = by_id.get(index)
+        if token is None:
+            return gguf.TokenType.UNUSED
+        if index == unknown:
+            return gguf.TokenType.UNKNOWN
         if index in added:
-            types.append(gguf.TokenType.CONTROL if added[index]["special"] else gguf.TokenType.USER_DEFINED)
-        else:
-            types.append(gguf.TokenType.NORMAL if index in by_id else gguf.TokenType.UNUSED)
-    return tokens, types
+            return gguf.TokenType.CONTROL if added[index]["special"] else gguf.TokenType.USER_DEFINED
+        return gguf.TokenType.BYTE if model.get("byte_fallback") and BYTE.fullmatch(token) else gguf.TokenType.NORMAL
+
+    return [by_id.get(index, f"[PAD{index}]") for index in range(size)], [kind(index) for index in range(size)]
+
+
+def _scores(model: Mapping[str, Any], tokens: Sequence[str], types: Sequence[gguf.TokenType]) -> list[float]:
+    """Return the score of each token: SentencePiece merges in the order of scores, tokenizer.json in that of a list.
+
+    Raises:
+        InputError: if no scores give the merges of tokenizer.json.
+    """
+    ranks: dict[str, int] = {}
+    merges, last = set(), ""
+    for left, right in _merges(model):
+        merges.add((left, right))
+        token = left + right
+        if token != last and token in ranks:
+            raise _no_scores(token)
+        ranks.setdefault(token, len(ranks))
+        last = token
+    for token, kind in zip(tokens, types, strict=True):
+        pairs = ((token[:cut], token[cut:]) for cut in range(1, len(token) if kind == gguf.TokenType.NORMAL else 0))
+        if any(pair not in merges and all(part in model["vocab"] for part in pair) for pair in pairs):
+            raise _no_scores(token)  # llama.cpp merges any two neighbours that make a token
+    return [-float(ranks.get(token, len(ranks))) for token in tokens]
+
+
+def _merges(model: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the merges of tokenizer.json, which older files write as one string."""
+    for merge in model["merges"]:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        yield left, right
+
+
+def _no_scores(token: str) -> InputError:
+    return InputError(
+        f"GGUF: tokenizer.json merges {token!r} otherwise than a SentencePiece model does, whose tokens have scores; "
+        f"{REMEDY}"
+    )

@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
+EMPTY_PARAMETER = "packed_dtype_and_device"
+"""Name of the parameter without elements of a model that has no other."""
+
 
 class SlimplusConfig(QuantizationConfigMixin):
     """The `quantization_config` of a packed checkpoint.
@@ -130,6 +133,7 @@ class SlimplusQuantizer(HfQuantizer):
         if found := not_finite(model.state_dict().items()):
             raise ValueError(f"{found}; export or download the checkpoint again")
         prepare_inference(model)
+        keep_a_parameter(model)
         return model
 
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:
@@ -149,10 +153,23 @@ class SlimplusQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Replace the packed layers of `model` by ordinary ones; `PreTrainedModel.dequantize` calls this."""
         replace_packed_layers(model, dtype or model.dtype)
+        model._parameters.pop(EMPTY_PARAMETER, None)
         for name in ("_tied_weights_keys", "resize_token_embeddings"):  # back to those of the class
             model.__dict__.pop(name, None)
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
         return model
+
+
+def keep_a_parameter(model: PreTrainedModel) -> None:
+    """Give an empty parameter to a model of which everything is packed, as in OLMo, whose norms have no weights.
+
+    transformers takes the model's dtype and device from its first parameter. This one is not saved.
+    """
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, PackedEmbedding) and not any(each.is_floating_point() for each in model.parameters()):
+        empty = torch.empty(0, dtype=embedding.dtype, device=embedding.scales.device)
+        model.register_parameter(EMPTY_PARAMETER, nn.Parameter(empty, requires_grad=False))
+        model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), EMPTY_PARAMETER}
 
 
 def _is_base(model: PreTrainedModel) -> bool:

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -107,10 +109,43 @@ def test_a_gguf_export_is_read_back(
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize(("kind", "largest"), [("q8_0", 0.0045), ("q4_0", 0.13)])
+def test_a_smaller_type_rounds_embedding_and_head_alone(
+    make_model: ModelMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, largest: float
+) -> None:
+    """The largest value of a block is 127 or 8 steps from 0; at the other end of 4 bits there are but 7."""
+    packed = save_packed(make_model("mistral", sliding_window=None), tmp_path / "packed")
+    for name, options in (("plain", []), ("small", ["--gguf-type", kind])):
+        assert main(["export", str(packed), "--to", "gguf", str(tmp_path / f"{name}.gguf"), *options]) == 0
+    assert f"2       {kind.upper()}       rounded to {kind[1]} bits" in capsys.readouterr().out
+    plain, small = (gguf.GGUFReader(tmp_path / f"{name}.gguf").tensors for name in ("plain", "small"))
+    for one, other in zip(plain, small, strict=True):
+        if one.name not in ("token_embd.weight", "output.weight"):
+            assert np.array_equal(one.data, other.data)
+            continue
+        assert other.tensor_type.name == kind.upper()
+        before = one.data.astype(np.float32)
+        error = np.abs(before - gguf.quants.dequantize(other.data, other.tensor_type)).reshape(len(before), -1, 32)
+        values = np.abs(before).reshape(error.shape).max(-1)
+        assert 0 < (error.max(-1) / values.clip(min=1e-9)).max() <= largest  # the row of the padding is 0
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        (["--to", "gguf", "--dtype", "bfloat16"], "--dtype: GGUF has types of its own; give --gguf-type"),
+        (["--to", "dense", "--gguf-type", "q8_0"], "--gguf-type is for --to gguf; give --dtype"),
+    ],
+)
+def test_an_option_of_another_format_is_refused(
+    packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], remedy: str
+) -> None:
+    assert main(["export", str(packed), str(tmp_path / "out"), *options]) == 2
+    assert remedy in capsys.readouterr().err
+
+
 def test_the_scaling_of_llama_3_1_becomes_factors_of_frequencies(make_model: ModelMaker, tmp_path: Path) -> None:
     """By its definition: long wavelengths are scaled, short ones stay, and those between are interpolated."""
-    import gguf
-
     packed = save_packed(make_model("llama"), tmp_path / "packed", (2,))
     rope = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "original_max_position_embeddings": 64}
     rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -131,8 +166,6 @@ def test_the_scaling_of_llama_3_1_becomes_factors_of_frequencies(make_model: Mod
 
 
 def test_integers_and_scales_of_blocks_are_exact() -> None:
-    import gguf
-
     from slimplus.format.affine import QuantizedWeight
     from slimplus.hub.gguf import affine_blocks
     from tests.support.layers import random_weight

@@ -28,7 +28,7 @@ FENCE = re.compile(r"^( *)```(\w+)([^\n]*)\n(.*?)^\1```$", re.MULTILINE | re.DOT
 NEWLINE = "\n"
 CONTROL = {"&&", "||", ";", "|"}
 # Programs that are none of ours: their arguments are theirs to check.
-FOREIGN = {"cd", "curl", "git", "hf", "lm_eval", "source", "vllm"}
+FOREIGN = {"cd", "curl", "git", "hf", "llama-cli", "lm_eval", "source", "vllm"}
 STARTERS = {"srun", "torchrun"}  # what follows `train.py` after them are a recipe's keys
 
 

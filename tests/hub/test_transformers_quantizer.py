@@ -22,6 +22,8 @@ from tests.support.models import ModelMaker, expected_text
 from tests.support.packed import save_packed
 
 PROMPT = "Functions are"
+EVERYTHING = ["model.embed_tokens", "lm_head"]
+"""What is packed beside the blocks where nothing of OLMo is left."""
 
 
 def test_a_padded_batch_generates_what_each_prompt_does(model: Any, tokenizer: Any) -> None:
@@ -100,6 +102,28 @@ def test_a_base_model_and_one_with_another_head_are_parts_of_the_checkpoint(
     assert torch.equal(again(tokens[:1]).logits, classifier(tokens[:1]).logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_of_which_nothing_is_left_unpacked_loads_and_generates(
+    make_model: ModelMaker, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """transformers asks a parameter for dtype and device, also of the base model."""
+    packed = save_packed(make_model("olmo"), tmp_path / "packed", outer=EVERYTHING)
+    model: Any = slimplus.load(packed, dtype=dtype)
+    assert (model.dtype, model.device) == (dtype, torch.device("cpu"))
+    assert model.num_parameters() == 0
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    written = model.generate(torch.tensor([[5, 6, 7]]), **settings)
+    base: Any = AutoModel.from_pretrained(packed, dtype=dtype)
+    assert base.dtype == dtype
+    assert torch.equal(base(written).last_hidden_state, model.model(written).last_hidden_state)
+    model.save_pretrained(tmp_path / "again")
+    again: Any = slimplus.load(tmp_path / "again", dtype=dtype)
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert torch.equal(again.generate(torch.tensor([[5, 6, 7]]), **settings), written)
+    assert slimplus.dequantize(model).num_parameters() > 0
+    assert all(parameter.numel() for parameter in model.parameters())
+
+
 def test_a_tensor_that_is_missing_in_a_part_is_named(packed: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(packed, tmp_path / "packed")
     tensors = load_file(copy / "model.safetensors")
@@ -112,7 +136,12 @@ def test_a_tensor_that_is_missing_in_a_part_is_named(packed: Path, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("model_type", "outer"),
-    [("llama", ["model.embed_tokens"]), ("opt", ["model.decoder.embed_tokens"]), ("qwen2", ["lm_head"])],
+    [
+        ("llama", ["model.embed_tokens"]),
+        ("opt", ["model.decoder.embed_tokens"]),
+        ("qwen2", ["lm_head"]),
+        ("olmo", EVERYTHING),
+    ],
 )
 def test_dequantized_models_are_ordinary_ones(
     make_model: ModelMaker, tmp_path: Path, model_type: str, outer: list[str]

@@ -45,6 +45,7 @@ TINY = {
         "num_local_experts": 5,
         "num_experts_per_tok": 2,
     },
+    "olmo": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2},
     "opt": {
         "hidden_size": 64,
         "ffn_dim": 128,
@@ -53,7 +54,7 @@ TINY = {
         "max_position_embeddings": 256,
     },
 }
-"""`model_type` → sizes. LLaMA's 160 columns leave a ragged last group of 64."""
+"""`model_type` → sizes. LLaMA's 160 columns leave a ragged last group of 64. OLMo's norms have no weights."""
 
 
 def save_tiny_model(folder: Path, model_type: str, blocks: int, sizes: dict[str, int]) -> Path:

@@ -66,8 +66,7 @@ def made(vllm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         plain = save_packed(source, folder / f"{model_type}-packed", group_size=GROUP_SIZE)
         model = slimplus.load(plain, dtype=torch.float32, keep_dense=True)
         outer = [name for name, layer in model.named_modules() if layer is model.get_input_embeddings()]
-        # OLMo's norms have no weights, and transformers asks a parameter for the device: its head stays one.
-        if not model.config.tie_word_embeddings and model_type != "olmo":
+        if not model.config.tie_word_embeddings:
             outer += [name for name, layer in model.named_modules() if layer is model.get_output_embeddings()]
         head = save_packed(source, folder / f"{model_type}-head", group_size=GROUP_SIZE, outer=outer)
         expected = {"tokens": greedy(model)}
