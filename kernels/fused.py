@@ -18,14 +18,16 @@ from slimplus.format.planes import (
     stored_scale_bits,
 )
 
-WIDTHS = (1, 2, 3, 4)
+WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)
+WIDEST = 4  # width that is multiplied for any number of tokens; wider groups are only decoded
 GROUP_SIZES = (16, 32, 64, 128, 256)
-PLANES = ("qplane1", "qplane2", "qplane4")
+PLANES = ("qplane1", "qplane2", "qplane4", "qplane8")
+TABLE_ENTRIES = 32
 FUSED = (*PLANES, "scales", "zeros", "group_index", "layer_table")
 """Names of a launch's tensors, in the order in which the kernel takes them."""
 
 ONES = {torch.float16: 0x3C003C00, torch.bfloat16: 0x3F803F80}  # the bits of two ones in an int32
-_PLANE_DTYPES = {"qplane1": torch.int16, "qplane2": torch.int32, "qplane4": torch.int32}
+_PLANE_DTYPES = {name: torch.int16 if name == "qplane1" else torch.int32 for name in PLANES}
 _PARTS = (*PLANES, "scales", "zeros", "group_index")  # tensors of each layer that a launch reads
 
 
@@ -64,11 +66,6 @@ class FusedShape:
         return sum(padded_rows(rows) // 4 + 8 for rows in self.out_features)
 
 
-def can_multiply(bit_counts: BitCounts, group_size: int) -> bool:
-    """Return whether the kernels multiply by a weight of these widths and this group size; others are dequantized."""
-    return group_size in GROUP_SIZES and max(bit_counts) <= max(WIDTHS)
-
-
 def fuse_layers(
     tensors: Sequence[Mapping[str, Tensor]],
     bit_counts: Sequence[BitCounts],
@@ -88,18 +85,18 @@ def fuse_layers(
     Returns:
         The flat tensors by the names of `FUSED`, and the shape of the launch. The tensors of each layer stay unchanged
         and in one piece, of which `split_layers` returns views; a single layer is not copied. The row of each layer in
-        `layer_table` `[layers, 16]` says where they lie.
+        `layer_table` `[layers, 32]` says where they lie.
 
     Raises:
-        ValueError: for widths above 4 bits, a group size that is not a power of two from 16 to 256, counts that do not
-            describe `in_features` columns, or scales of 8 bits in one layer and of 16 bits in another.
+        ValueError: for a group size that is not a power of two from 16 to 256, counts that do not describe
+            `in_features` columns, or scales of 8 bits in one layer and of 16 bits in another.
     """
     for counts in bit_counts:
         check_features(in_features, counts, group_size)
-        if not can_multiply(counts, group_size):
+        if group_size not in GROUP_SIZES:
             raise ValueError(
-                f"no kernel for groups of {group_size} columns with {dict(counts)} groups by width; there are kernels "
-                f"for groups of {', '.join(map(str, GROUP_SIZES))} columns and up to {max(WIDTHS)} bits"
+                f"no kernel for groups of {group_size} columns; there are kernels for groups of "
+                f"{', '.join(map(str, GROUP_SIZES))} columns"
             )
     first = tensors[0]["scales"]
     if any(layer["scales"].dtype != first.dtype for layer in tensors):
@@ -148,19 +145,19 @@ def _end_to_end(parts: Sequence[Tensor], dtype: torch.dtype | None, device: torc
 def _layer_table(
     bit_counts: Sequence[BitCounts], out_features: Sequence[int], group_size: int, scale_bits: int
 ) -> list[list[int]]:
-    """Return the row of each layer, `[layers, 16]`, that `packed_matmul_kernel` reads.
+    """Return the row of each layer, `[layers, 32]`, that `packed_matmul_kernel` reads.
 
     | entry | content |
     |---|---|
     | 0 | padded rows, in units of 16 |
     | 1 | rows |
     | 2 | first column of the layer in the output |
-    | 3-6 | starts in qplane1, qplane2, qplane4 and scales, in units of 16 elements |
-    | 7 | start in group_index |
-    | 8-11 | stored groups of up to 1, 2, 3 and 4 bits |
-    | 12, 13 | the bits of two ones in float16, and in bfloat16 |
-    | 14 | first column of the layer in the partial sums, in units of 16 |
-    | 15 | start in zeros, in units of 16 elements |
+    | 3-7 | starts in qplane1, qplane2, qplane4, qplane8 and scales, in units of 16 elements |
+    | 8 | start in group_index |
+    | 9, 10 | the bits of two ones in float16, and in bfloat16 |
+    | 11 | first column of the layer in the partial sums, in units of 16 |
+    | 12 | start in zeros, in units of 16 elements |
+    | 16-23 | stored groups of up to 1, 2, … and 8 bits |
 
     Units of 16 let the compiler prove that addresses are aligned.
     """
@@ -169,8 +166,9 @@ def _layer_table(
     for counts, rows in zip(bit_counts, out_features, strict=True):
         stops = list(accumulate(counts.get(width, 0) for width in WIDTHS))
         *sixteenths, zeros = [offset // ROW_MULTIPLE for offset in offsets.values()]
-        row = [padded_rows(rows) // ROW_MULTIPLE, rows, first_output, *sixteenths, first_group, *stops, *ONES.values()]
-        table.append([*row, first_padded, zeros])
+        row = [padded_rows(rows) // ROW_MULTIPLE, rows, first_output, *sixteenths, first_group, *ONES.values()]
+        row += [first_padded, zeros]
+        table.append([*row, *[0] * (16 - len(row)), *stops, *[0] * (TABLE_ENTRIES - 16 - len(stops))])
         for name, (shape, _) in packed_shapes(rows, counts, group_size, scale_bits).items():
             if name in offsets:
                 offsets[name] += torch.Size(shape).numel()

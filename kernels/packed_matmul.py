@@ -1,4 +1,4 @@
-"""Matrix products with packed weights of 1 to 4 bits, one launch for all the layers that read the same input.
+"""Matrix products with packed weights of 1 to 8 bits, one launch for all the layers that read the same input.
 
 The weight is the left operand of the tensor cores (`outputs.T = weight @ inputs.T`): it goes from its words to their
 registers without a buffer of 16-bit floats between (`slimplus.kernels.packed_matmul_kernel`). The same call gives the
@@ -9,7 +9,7 @@ graph.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -17,13 +17,15 @@ import triton
 from torch import Tensor
 
 from slimplus.format.planes import padded_rows
-from slimplus.kernels.fused import FUSED, ONES, FusedShape
+from slimplus.kernels.fused import FUSED, ONES, PLANES, WIDEST, FusedShape
 from slimplus.kernels.launch import LaunchConfig, bucket, default_launch, split_groups, tuned_launch
 from slimplus.kernels.occupancy import Resources, resident_programs
-from slimplus.kernels.packed_matmul_kernel import packed_matmul_kernel
+from slimplus.kernels.packed_matmul_kernel import MAX_DECODE_TOKENS, packed_matmul_kernel
 
 MAX_TOKENS = 256
 """Largest number of tokens that the kernel takes; beyond, dequantizing the whole weight and multiplying is faster."""
+MAX_WIDE_TOKENS = MAX_DECODE_TOKENS.value
+"""The same for weights with groups wider than `WIDEST`."""
 
 
 def packed_matmul(
@@ -37,7 +39,7 @@ def packed_matmul(
     """Multiply inputs by all the layers of `fused`: `inputs @ weight.T + bias`, side by side.
 
     Args:
-        inputs: `[tokens, in]`, float16 or bfloat16, at most `MAX_TOKENS` tokens.
+        inputs: `[tokens, in]`, float16 or bfloat16, at most `max_tokens` of the widths.
         fused: tensors of the layers, from `fuse_layers`, on the device of the inputs.
         shape: shape of the layers, from the same call of `fuse_layers`.
         counters: int32 zeros, `shape.counters` of them, which are zeros again after the launch. Two launches that may
@@ -54,9 +56,10 @@ def packed_matmul(
     tokens, columns = inputs.shape
     if columns != shape.in_features:
         raise ValueError(f"the inputs have {columns} columns, but the layers take {shape.in_features}")
-    if inputs.dtype not in ONES or tokens > MAX_TOKENS:
+    most = max_tokens(shape.widths)
+    if inputs.dtype not in ONES or tokens > most:
         raise ValueError(
-            f"packed_matmul takes at most {MAX_TOKENS} tokens of float16 or bfloat16, not {tokens} of {inputs.dtype}"
+            f"packed_matmul takes at most {most} tokens of float16 or bfloat16, not {tokens} of {inputs.dtype}"
         )
     if launch is None:
         arguments = (shape, inputs.dtype, fused["scales"].dtype, bias is not None)
@@ -88,6 +91,11 @@ def packed_matmul(
         num_warps=launch.num_warps,
     )
     return outputs
+
+
+def max_tokens(widths: Collection[int]) -> int:
+    """Return the largest number of tokens that the kernel takes for weights with groups of these widths."""
+    return MAX_TOKENS if max(widths) <= WIDEST else MAX_WIDE_TOKENS
 
 
 @functools.cache
@@ -157,7 +165,7 @@ def compile_kernel(
         has_bias: whether a bias is added.
         launch: launch to compile for; the kernel serves any `split_k`.
     """
-    planes = (torch.int16, torch.int32, torch.int32)
+    planes = (torch.int16, *[torch.int32] * (len(PLANES) - 1))
     return packed_matmul_kernel.warmup(
         dtype,
         *planes,

@@ -13,6 +13,7 @@ from triton.language.target_info import cuda_capability_geq
 from slimplus.kernels.unpack import (
     as_tile,
     digit_bases,
+    load_digit_words,
     load_exponents,
     load_scale,
     load_zero,
@@ -32,6 +33,7 @@ def _accumulate_width(
     plane1,
     plane2,
     plane4,
+    plane8,
     scales,
     exponents,
     zeros,
@@ -47,6 +49,7 @@ def _accumulate_width(
     skipped1,
     skipped2,
     skipped4,
+    skipped8,
     BITS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     RAGGED: tl.constexpr,
@@ -54,14 +57,16 @@ def _accumulate_width(
 ):
     """Add the product of the groups `first … last - 1`, all of BITS bits, to `sums` `[rows, tokens]`.
 
-    `skipped1`, `skipped2` and `skipped4` are the numbers of the layer's groups before these that have no bits in the
-    planes of 1, 2 and 4 bits.
+    `skipped1`, … and `skipped8` are the numbers of the layer's groups before these that have no bits in the planes of
+    1, 2, 4 and 8 bits.
     """
     CONTAINERS: tl.constexpr = GROUP_SIZE // 16
     dtype: tl.constexpr = inputs.dtype.element_ty
     # Before sm_90 the compiler does not share the sums of equal rows; larger tiles of inputs overflow the registers.
     FITS: tl.constexpr = token.shape[0] <= MAX_DECODE_TOKENS and GROUP_SIZE * token.shape[0] <= 2048
-    IN_PLACE: tl.constexpr = FITS and dtype == tl.bfloat16 and (_INTERPRETED or cuda_capability_geq(9, 0))
+    # Integers of 8 bits are no bfloat16 between 1 and 2, which has 7 bits behind the point.
+    NEW: tl.constexpr = _INTERPRETED or cuda_capability_geq(9, 0) or BITS == 8
+    IN_PLACE: tl.constexpr = dtype == tl.bfloat16 and NEW and (FITS or BITS == 8)
     inside = row < stride
     following = tl.load(group_index + first, mask=first < last, other=0)
     for group in tl.range(first, last, num_stages=STAGES):
@@ -81,6 +86,7 @@ def _accumulate_width(
         first1 = (group - skipped1) * CONTAINERS
         first2 = (group - skipped2) * CONTAINERS
         first4 = (group - skipped4) * 2 * CONTAINERS
+        first8 = (group - skipped8) * 4 * CONTAINERS
         scale = load_scale(scales, exponents, group, stride, row, inside)
         zero = load_zero(zeros + group * stride, row, inside)
         if IN_PLACE:
@@ -89,6 +95,12 @@ def _accumulate_width(
             for PLANE in tl.static_range(3):
                 if BITS >> PLANE & 1:
                     product = _subtract_bases(product, values, ones, 1 << PLANE, BITS & ((1 << PLANE) - 1))
+            if BITS & 8:
+                product = _subtract_bases(product, values, ones, 8, 0)
+                product = _subtract_bases(product, values, ones, 8, 4)
+                words = load_digit_words(plane8, first8, stride, row, inside, 8, CONTAINERS)
+                product = _multiply_digits(product, words, values, ones, 8, 0, False)
+                product = _multiply_digits(product, words, values, ones, 8, 4, True)
             if BITS & 4:
                 product = _add_digits(product, plane4, first4, values, stride, row, inside, ones, 4, BITS & 3)
             if BITS & 2:
@@ -102,11 +114,11 @@ def _accumulate_width(
                 plane1,
                 plane2,
                 plane4,
-                plane4,
+                plane8,
                 first1,
                 first2,
                 first4,
-                0,
+                first8,
                 stride,
                 row,
                 inside,
@@ -139,7 +151,14 @@ def _add_digits(
 ):
     """Add the product of a group's digits in one plane, the bits from LOWEST up, with inputs `[columns, tokens]`."""
     CONTAINERS: tl.constexpr = values.shape[0] // 16
-    pairs = unpack_digits(plane, first_word, stride, row, inside, ones, PLANE, LOWEST, False, CONTAINERS)
+    words = load_digit_words(plane, first_word, stride, row, inside, PLANE, CONTAINERS)
+    return _multiply_digits(product, words, values, ones, PLANE, LOWEST, False)
+
+
+@triton.jit
+def _multiply_digits(product, words, values, ones, PLANE: tl.constexpr, LOWEST: tl.constexpr, HIGH: tl.constexpr):
+    """Add the product of the digits in some words with inputs `[columns, tokens]`, see `unpack_digits`."""
+    pairs = unpack_digits(words, ones, PLANE, LOWEST, HIGH)
     return _dot(as_tile(pairs, tl.bfloat16, PERMUTED=True), values, product)
 
 
@@ -201,6 +220,7 @@ def packed_matmul_kernel(
     plane1,
     plane2,
     plane4,
+    plane8,
     scales,
     zeros,
     group_index,
@@ -230,44 +250,49 @@ def packed_matmul_kernel(
     first_block = 0
     blocks = 0
     for layer in tl.static_range(1, LAYERS):
-        blocks += tl.cdiv(tl.load(layer_table + (layer - 1) * 16) * 16, BLOCK_N)
+        blocks += tl.cdiv(tl.load(layer_table + (layer - 1) * 32) * 16, BLOCK_N)
         beyond = tl.program_id(0) >= blocks
-        entry = tl.where(beyond, layer_table + layer * 16, entry)
+        entry = tl.where(beyond, layer_table + layer * 32, entry)
         first_block = tl.where(beyond, blocks, first_block)
     stride = tl.load(entry) * 16
     rows = tl.load(entry + 1)
     first_output = tl.load(entry + 2)
-    first_padded = tl.load(entry + 14) * 16
+    first_padded = tl.load(entry + 11) * 16
     plane1 += tl.load(entry + 3).to(tl.int64) * 16
     plane2 += tl.load(entry + 4).to(tl.int64) * 16
     plane4 += tl.load(entry + 5).to(tl.int64) * 16
-    scales += tl.load(entry + 6).to(tl.int64) * 16
-    zeros += tl.load(entry + 15).to(tl.int64) * 16
-    group_index += tl.load(entry + 7)
-    stop1 = tl.load(entry + 8)
-    stop2 = tl.load(entry + 9)
-    stop3 = tl.load(entry + 10)
-    stop4 = tl.load(entry + 11)
-    ones = tl.load(entry + (12 if inputs.dtype.element_ty == tl.float16 else 13))
+    plane8 += tl.load(entry + 6).to(tl.int64) * 16
+    scales += tl.load(entry + 7).to(tl.int64) * 16
+    zeros += tl.load(entry + 12).to(tl.int64) * 16
+    group_index += tl.load(entry + 8)
+    ones = tl.load(entry + (9 if inputs.dtype.element_ty == tl.float16 else 10))
+    WIDE: tl.constexpr = WIDTHS >= 1 << 5
+    stop1 = tl.load(entry + 16)
+    stop2 = tl.load(entry + 17)
+    stop3 = tl.load(entry + 18)
+    stop4 = tl.load(entry + 19)
+    stop5 = tl.load(entry + 20) if WIDE else stop4
+    stop6 = tl.load(entry + 21) if WIDE else stop4
+    stop7 = tl.load(entry + 22) if WIDE else stop4
+    stop8 = tl.load(entry + 23) if WIDE else stop4
 
     row = (tl.program_id(0) - first_block) * BLOCK_N + tl.arange(0, BLOCK_N)
     token = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    exponents = load_exponents(scales, stop4, stride, row, row < stride)
+    exponents = load_exponents(scales, stop8, stride, row, row < stride)
     split_k = tl.num_programs(1)
-    first = _share(tl.program_id(1), split_k, stop2, stop3, stop4)
-    last = _share(tl.program_id(1) + 1, split_k, stop2, stop3, stop4)
+    stops = (stop1, stop2, stop3, stop4, stop5, stop6, stop7, stop8)
+    first = _share(tl.program_id(1), split_k, stops, WIDE)
+    last = _share(tl.program_id(1) + 1, split_k, stops, WIDE)
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for BITS in tl.static_range(1, 5):
+    for BITS in tl.static_range(1, 9):
         if WIDTHS >> BITS & 1:
-            start = 0 if BITS == 1 else stop1 if BITS == 2 else stop2 if BITS == 3 else stop3
-            stop = stop1 if BITS == 1 else stop2 if BITS == 2 else stop3 if BITS == 3 else stop4
-            skipped1 = stop2 - stop1 if BITS == 3 else 0
             sums = _accumulate_width(
                 sums,
                 inputs,
                 plane1,
                 plane2,
                 plane4,
+                plane8,
                 scales,
                 exponents,
                 zeros,
@@ -278,11 +303,12 @@ def packed_matmul_kernel(
                 in_features,
                 stride,
                 ones,
-                max(first, start),
-                min(last, stop),
-                skipped1,
-                stop1,
+                max(first, stops[BITS - 2] if BITS > 1 else 0),
+                min(last, stops[BITS - 1]),
+                _without_plane1(stops, BITS),
+                stop1 + (stop5 - stop3) if BITS >= 6 else stop1,
                 stop3,
+                stop7,
                 BITS,
                 GROUP_SIZE,
                 RAGGED,
@@ -325,19 +351,40 @@ def _add_parts(partials, size, row, stride, split_k):
     return total
 
 
+@triton.jit
+def _without_plane1(stops, BITS: tl.constexpr):
+    """Return the number of groups before those of BITS bits that have no bit in the plane of 1 bit."""
+    count = 0
+    if BITS >= 3:
+        count += stops[1] - stops[0]
+    if BITS >= 5:
+        count += stops[3] - stops[2]
+    if BITS >= 7:
+        count += stops[5] - stops[4]
+    return count
+
+
 _COST, _COST3, _COST4 = tl.constexpr(8), tl.constexpr(13), tl.constexpr(9)  # of a group of up to 2, 3 and 4 bits
+_COST_WIDE = tl.constexpr(16)  # of a group of 5 to 8 bits
 
 
 @triton.jit
-def _share(program, split_k, stop2, stop3, stop4):
+def _share(program, split_k, stops, WIDE: tl.constexpr):
     """Return the first group of a program; programs get shares of about the same cost, of groups that are neighbours.
 
     Groups are sorted by width, so most programs see one width, and fill their pipeline once.
     """
+    stop2, stop3, stop4, stop8 = stops[1], stops[2], stops[3], stops[7]
     before3 = stop2 * _COST
     before4 = before3 + (stop3 - stop2) * _COST3
-    cost = (before4 + (stop4 - stop3) * _COST4) * program // split_k
+    before_wide = before4 + (stop4 - stop3) * _COST4
+    total = before_wide
+    if WIDE:
+        total += (stop8 - stop4) * _COST_WIDE
+    cost = total * program // split_k
     wide = tl.where(cost < before4, stop2 + (cost - before3) // _COST3, stop3 + (cost - before4) // _COST4)
+    if WIDE:
+        wide = tl.where(cost < before_wide, wide, stop4 + (cost - before_wide) // _COST_WIDE)
     return tl.where(cost < before3, cost // _COST, wide)
 
 

@@ -34,7 +34,7 @@ from slimplus.kernels.measure import (
     random_weights,
     relative_error,
 )
-from slimplus.kernels.packed_matmul import count_slots
+from slimplus.kernels.packed_matmul import count_slots, max_tokens
 from slimplus.utils.files import write_atomic
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -127,15 +127,16 @@ def tune(
         dtype: dtype of the inputs.
         device: the GPU.
         timer: measures the seconds a call takes.
-        buckets: numbers of tokens.
+        buckets: numbers of tokens; those that the kernel does not take for these widths are left out.
     """
     first = random_weights(*shape, group_size, mix, device)
     copies = copies_beyond_cache(first.size, device)
     weights = [first, *(random_weights(*shape, group_size, mix, device) for _ in range(copies - 1))]
+    most = max_tokens(mix)
     slots = partial(count_slots, device, first.shape, dtype, first.fused["scales"].dtype, False)
     return {
         str(tokens): asdict(tune_shape(weights, tokens, dtype, timer, candidates(tokens, first.shape, slots)))
-        for tokens in tqdm(buckets, desc=shape_key(*shape, group_size))
+        for tokens in tqdm([each for each in buckets if each <= most], desc=shape_key(*shape, group_size))
     }
 
 

@@ -97,23 +97,8 @@ def unpack_group(
 
 
 @triton.jit
-def unpack_digits(
-    plane,
-    first_word,
-    stride,
-    row,
-    inside,
-    ones,
-    PLANE: tl.constexpr,
-    LOWEST: tl.constexpr,
-    HIGH: tl.constexpr,
-    CONTAINERS: tl.constexpr,
-):
-    """Unpack a group's digits in one plane where they lie: bfloat16 `base + digit * 2**LOWEST`, pairs in an int32.
-
-    A digit is what a plane holds of an integer, or half of that in the plane of 8 bits. Most digits lie within the 7
-    bits of a mantissa as they are, and a base whose exponent suits their position makes them integers without a shift,
-    which saves a third of the instructions.
+def load_digit_words(plane, first_word, stride, row, inside, PLANE: tl.constexpr, CONTAINERS: tl.constexpr):
+    """Load a group's words of one plane for `unpack_digits`: int32 `[rows, 8, CONTAINERS]`, one for each pair.
 
     Args:
         plane: the plane.
@@ -121,14 +106,8 @@ def unpack_digits(
         stride: words from one row of the plane to the next.
         row: rows of the weight, `[rows]`.
         inside: mask of the rows that exist, `[rows]`.
-        ones: two bfloat16 ones in an int32, an argument of the launch as in `unpack_group`.
         PLANE: bits of the plane, 1, 2, 4 or 8.
-        LOWEST: place of the digit's lowest bit in the integer.
-        HIGH: for the plane of 8 bits, whether the upper half of its bits is wanted.
         CONTAINERS: sixteenths of the group's columns.
-
-    Returns:
-        int32 `[rows, 8, CONTAINERS]`.
     """
     i = tl.arange(0, 8)
     words = _load_words(plane, first_word, stride, row, inside, CONTAINERS)
@@ -136,11 +115,34 @@ def unpack_digits(
         words = words.to(tl.uint16, bitcast=True).to(tl.int32)
         words |= words << 8
     PER_HALF: tl.constexpr = 8 if PLANE == 1 else 16 // PLANE
-    DIGIT: tl.constexpr = 4 if PLANE == 8 else PLANE
     words = words[:, None, :]
     for word_row in tl.static_range(1, 8 // PER_HALF):
         more = _load_words(plane, first_word + word_row * CONTAINERS, stride, row, inside, CONTAINERS)
         words = tl.where(i[None, :, None] < word_row * PER_HALF, words, more[:, None, :])
+    return words
+
+
+@triton.jit
+def unpack_digits(words, ones, PLANE: tl.constexpr, LOWEST: tl.constexpr, HIGH: tl.constexpr):
+    """Unpack a group's digits in one plane where they lie: bfloat16 `base + digit * 2**LOWEST`, pairs in an int32.
+
+    A digit is what a plane holds of an integer, or half of that in the plane of 8 bits. Most digits lie within the 7
+    bits of a mantissa as they are, and a base whose exponent suits their position makes them integers without a shift,
+    which saves a third of the instructions.
+
+    Args:
+        words: words of the plane, from `load_digit_words`.
+        ones: two bfloat16 ones in an int32, an argument of the launch as in `unpack_group`.
+        PLANE: bits of the plane, 1, 2, 4 or 8.
+        LOWEST: place of the digit's lowest bit in the integer.
+        HIGH: for the plane of 8 bits, whether the upper half of its bits is wanted.
+
+    Returns:
+        int32 `[rows, 8, CONTAINERS]`.
+    """
+    i = tl.arange(0, 8)
+    PER_HALF: tl.constexpr = 8 if PLANE == 1 else 16 // PLANE
+    DIGIT: tl.constexpr = 4 if PLANE == 8 else PLANE
     UNSHIFTED: tl.constexpr = 7 // DIGIT  # digits within a mantissa
     place = i % PER_HALF
     shift = place * PLANE + HIGH * DIGIT if PLANE >= 4 else place // UNSHIFTED * (UNSHIFTED * DIGIT)

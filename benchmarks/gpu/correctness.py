@@ -22,6 +22,7 @@ from slimplus.kernels.measure import TOLERANCE, random_weights, relative_error
 OUT_FEATURES = (272, 48, 80)
 IN_FEATURES, RAGGED = 1024, 1000
 WIDTHS = ((1, 2, 2, 3), (2,), (2, 3, 3, 4), (3,), (4,), (1,), (1, 2, 3, 4))
+WIDE = ((8,), (5, 6, 7), (2, 8))
 TOKENS = (1, 4, 8, 16, 17, 64, 256)
 SANITIZER_SECONDS = 100
 
@@ -59,18 +60,21 @@ class Checked:
 
 
 def products(visit: Visit) -> list[Checked]:
-    """Return the products to check, those of the commonest models first; two in a rehearsal."""
+    """Return the products to check, those of the commonest models first; three in a rehearsal."""
     bfloat16, float16 = torch.bfloat16, torch.float16
     if visit.rehearsal:
         return [
             Checked((1, 2, 2, 3), 32, 128, 1, bfloat16, 16),
             Checked((4,), 32, 100, 17, float16, 8),
+            Checked((5, 8), 32, 128, 1, bfloat16, 16),
         ]
     found = [
         Checked(*each, 16) for each in product(WIDTHS, (128, 64, 256), (IN_FEATURES,), TOKENS, (bfloat16, float16))
     ]
     found += [Checked(WIDTHS[0], group_size, RAGGED, each, bfloat16, 16) for group_size in (128, 64) for each in TOKENS]
-    return found + [Checked(WIDTHS[0], 128, IN_FEATURES, each, bfloat16, 8) for each in TOKENS]
+    found += [Checked(WIDTHS[0], 128, IN_FEATURES, each, bfloat16, 8) for each in TOKENS]
+    sizes = product(WIDE, (128, 64, 256), (IN_FEATURES,), [each for each in TOKENS if each <= 16], (bfloat16, float16))
+    return found + [Checked(*each, 16) for each in sizes]
 
 
 def launches(visit: Visit) -> Iterator[tuple[FusedShape, str, str, LaunchConfig]]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.cost_model import predict_lookup
 from benchmarks.gpu.machine import Visit, spread
 from benchmarks.gpu.rows import Rows
+from benchmarks.gpu.shapes import Layer, predict_layer
 from benchmarks.kernels import GROUP_SIZE
 from slimplus.kernels.measure import random_layer, relative_error, without_collection
 from slimplus.nn import PackedLinear
@@ -31,9 +34,9 @@ def run(visit: Visit, rows: Rows) -> None:
         rows.measure({"what": "compiled", "tokens": tokens}, partial(_compiled, visit, weight, inputs))
         rows.measure({"what": "replayed", "tokens": tokens}, partial(_replayed, visit, weight, inputs))
     rows.measure({"what": "vLLM's operator in a graph"}, partial(_vllm, visit))
-    for bits in (4, 8):
-        rows.measure({"what": "head", "bits": bits}, partial(_head, visit, bits))
-        rows.measure({"what": "embedding", "bits": bits}, partial(_embedding, visit, bits))
+    for bits, tokens in product((4, 8), (1,) if visit.rehearsal else (1, 16)):
+        rows.measure({"what": "head", "bits": bits, "tokens": tokens}, partial(_head, visit, bits, tokens))
+        rows.measure({"what": "embedding", "bits": bits, "tokens": tokens}, partial(_embedding, visit, bits, tokens))
 
 
 def _weight(visit: Visit) -> TritonWeight:
@@ -108,30 +111,35 @@ def _vllm(visit: Visit) -> dict[str, Any]:
     return {"equal": torch.equal(replay(), expected), "seconds": spread(visit.times([lambda: packed(inputs)]))}
 
 
-def _head(visit: Visit, bits: int) -> dict[str, Any]:
-    """Time a packed output head for one token."""
+def _head(visit: Visit, bits: int, tokens: int) -> dict[str, Any]:
+    """Time a packed output head."""
     rows, columns = REHEARSED_HEAD if visit.rehearsal else HEAD
     counts = {bits: columns // GROUP_SIZE}
     tensors = random_layer(rows, counts, GROUP_SIZE, visit.device)
+    weight, _ = TritonWeight.from_packed([tensors], [counts], [(rows, columns)], GROUP_SIZE, None)
     head = PackedLinear.from_tensors(tensors, columns, rows, GROUP_SIZE)
-    if not visit.rehearsal:
-        from slimplus.nn import prepare_inference
-
-        prepare_inference(torch.nn.ModuleDict({"lm_head": head}))
-    inputs = torch.randn(1, columns, dtype=torch.bfloat16, device=visit.device)
+    inputs = torch.randn(tokens, columns, dtype=torch.bfloat16, device=visit.device)
     exact = inputs.double() @ head.dequantize().double().T
-    seconds = spread(visit.times([lambda: head(inputs)]))
-    return {"relative_error": relative_error(head(inputs), exact), "seconds": seconds}
+    seconds = spread(visit.times([lambda: weight.linear(inputs)]))
+    layer = Layer("head", "head", (rows,), columns)
+    predicted = predict_layer(visit, layer, (bits,)) if tokens == 1 else None
+    error = relative_error(weight.linear(inputs), exact)
+    return {"relative_error": error, "seconds": seconds, "predicted": {"total": predicted}}
 
 
-def _embedding(visit: Visit, bits: int) -> dict[str, Any]:
-    """Time the lookup of one token in a packed embedding."""
+def _embedding(visit: Visit, bits: int, tokens: int) -> dict[str, Any]:
+    """Time the lookup of tokens in a packed embedding."""
     rows, columns = REHEARSED_HEAD if visit.rehearsal else HEAD
     counts = {bits: columns // GROUP_SIZE}
     with torch.device("meta"):
         embedding = PackedEmbedding(rows, columns, GROUP_SIZE, counts, torch.bfloat16)
     embedding.load_state_dict(random_layer(rows, counts, GROUP_SIZE, visit.device), assign=True)
-    token = torch.tensor([[3]], device=visit.device)
-    if not torch.equal(embedding(token)[0, 0], embedding.dequantize(torch.bfloat16)[3]):
-        raise RuntimeError("the lookup differs from the dequantized row")
-    return {"seconds": spread(visit.times([lambda: embedding(token)]))}
+    chosen = torch.randint(rows, (tokens,), device=visit.device)
+    found, expected = embedding._launch(chosen), embedding.dequantize(torch.bfloat16)[chosen]
+    # The interpreter of a rehearsal cuts off what a GPU rounds.
+    if not (torch.allclose(found, expected, rtol=2**-7) if visit.rehearsal else torch.equal(found, expected)):
+        raise RuntimeError("the lookup differs from the dequantized rows")
+    return {
+        "seconds": spread(visit.times([lambda: embedding._launch(chosen)])),
+        "predicted": {"total": predict_lookup() if tokens == 1 else None},
+    }

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from slimplus.format.affine import QuantizedWeight
 from slimplus.format.planes import ROW_MULTIPLE, check_features, count_bits, pack, packed_shapes, stored_scale_bits
+from slimplus.nn.backends.triton import packed_embedding
 from slimplus.nn.packed_linear import PackedLinear, PackedModule, dequantize_packed
 
 
@@ -67,6 +68,11 @@ class PackedEmbedding(PackedModule):
         """Shape of the weight, `[num_embeddings, embedding_dim]`."""
         return self.num_embeddings, self.embedding_dim
 
+    @property
+    def _factor(self) -> float:
+        """The scale, rounded to the dtype of the rows; a number, since a graph cannot capture the copy of a tensor."""
+        return _round(self.embed_scale, self.dtype)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight `[num_embeddings, embedding_dim]`, exact in float32, rounded once to any other dtype."""
         return self._dequantize(self.packed_tensors(), self.num_embeddings, dtype)
@@ -86,19 +92,40 @@ class PackedEmbedding(PackedModule):
     def forward(self, tokens: Tensor) -> Tensor:
         """Look up `tokens` `[...]`: their rows `[..., embedding_dim]`, bit for bit those of `dequantize` times a scale.
 
+        On a GPU the row of a token outside the vocabulary holds NaN.
+
         Raises:
             RuntimeError: for a token outside the vocabulary, on the CPU.
         """
+        rows = self._launch(tokens) if tokens.is_cuda else self._gather(tokens)
+        return rows.view(*tokens.shape, self.embedding_dim)
+
+    def _gather(self, tokens: Tensor) -> Tensor:
+        """Return the scaled rows of tokens, `[tokens, embedding_dim]`, from a small packed weight with those alone."""
         count = tokens.numel()
         padded = nn.functional.pad(tokens.flatten(), (0, -count % ROW_MULTIPLE))
         gathered = {
             name: tensor[:, : self.num_embeddings].index_select(1, padded) if tensor.dim() == 2 else tensor
             for name, tensor in self.packed_tensors().items()
         }
-        rows = self._dequantize(gathered, count, self.dtype)
-        if self.embed_scale != 1:
-            rows = rows * rows.new_tensor(self.embed_scale)
-        return rows.contiguous().view(*tokens.shape, self.embedding_dim)
+        rows = self._dequantize(gathered, count, self.dtype).contiguous()
+        return rows if self.embed_scale == 1 else rows * self._factor
+
+    def _launch(self, tokens: Tensor) -> Tensor:
+        """Return the scaled rows of tokens, `[tokens, embedding_dim]`, from one launch."""
+        packed = self.packed_tensors()
+        rows: Tensor = packed_embedding(
+            tokens.flatten(),
+            [packed[name] for name in packed_shapes(self.num_embeddings, self.bit_counts, self.group_size)],
+            list(self.bit_counts),
+            list(self.bit_counts.values()),
+            self.num_embeddings,
+            self.embedding_dim,
+            self.group_size,
+            self.dtype,
+            self._factor,
+        )
+        return rows
 
     def _apply(self, function: Any, recurse: bool = True) -> Self:
         self.dtype = function(torch.empty(0, dtype=self.dtype)).dtype  # a cast changes it as it changes a dense weight
@@ -108,6 +135,12 @@ class PackedEmbedding(PackedModule):
         """Return the sizes and widths that `repr` of the module shows."""
         widths = ", ".join(f"{count}×{width}-bit" for width, count in self.bit_counts.items())
         return f"{self.num_embeddings}, {self.embedding_dim}, group_size={self.group_size}, groups=({widths})"
+
+
+@torch.compiler.assume_constant_result
+def _round(value: float, dtype: torch.dtype) -> float:
+    """Round a number to a dtype."""
+    return float(torch.tensor(value, dtype=dtype, device="cpu"))
 
 
 class ScaledEmbedding(nn.Embedding):

@@ -18,11 +18,12 @@ pytest.importorskip("triton")
 
 from benchmarks.gpu.machine_code import MachineCode, compiling_for, disassemble
 from benchmarks.kernels import MODELS
-from slimplus.kernels.fused import WIDTHS, FusedShape
+from slimplus.kernels.fused import FusedShape
 from slimplus.kernels.launch import DEFAULTS, LaunchConfig, blocks, default_launch, split_groups
 from slimplus.kernels.occupancy import Resources, resident_programs
 from slimplus.kernels.packed_matmul import compile_kernel
 
+WIDTHS = (1, 2, 3, 4)
 ARCHITECTURES = (80, 89, 90, 100, 120)
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -139,6 +140,25 @@ def test_instructions_a_weight_of_decoding(widths: tuple[int, ...], most: float)
     for loop in code.product_loops():
         loads = [instruction.name for instruction in loop if instruction.name.startswith("LDG.")]
         assert loads == ["LDG.E.U16"]  # the index of a later group; all else is copied asynchronously
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("tokens", "widths"), [(8, (8,)), (16, (8,)), (16, (5, 6, 7))], ids=str)
+def test_wide_groups_are_decoded_without_spills(architecture: int, tokens: int, widths: tuple[int, ...]) -> None:
+    launch = default_launch(architecture, 128, tokens)
+    code = compile_product(architecture, launch, torch.bfloat16, 1, 4096, 128, widths=widths, has_bias=False)
+    counts = check(code, architecture, launch, 128, len(widths))
+    assert code.stack == code.spills == 0
+    assert max(counts) <= 6.5
+
+
+def test_groups_of_8_bits_are_bound_by_memory() -> None:
+    """In float16 as in bfloat16: an H200 takes 6 instructions a weight in the time in which it reads its byte."""
+    for dtype, most in ((torch.bfloat16, 3.4), (torch.float16, 2.3)):
+        launch = default_launch(90, 128, 1)
+        code = compile_product(90, launch, dtype, 1, 4096, 128, widths=(8,), has_bias=False)
+        (count,) = check(code, 90, launch, 128, 1)
+        assert count <= most
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,12 @@ import torch
 
 from slimplus.format.affine import QuantizedWeight, choose_qparams
 from slimplus.format.planes import count_bits, pack
-from slimplus.kernels.fused import can_multiply, fuse_layers, split_layers
+from slimplus.kernels.fused import fuse_layers, split_layers
+from slimplus.nn.backends.triton import TritonWeight
 
 pytest.importorskip("triton")
+
+from slimplus.kernels.packed_matmul import MAX_TOKENS, max_tokens
 
 
 def quantized(rows: int, columns: int, widths: list[int], group_size: int = 32) -> QuantizedWeight:
@@ -42,11 +45,18 @@ def test_a_single_weight_is_not_copied() -> None:
 
 
 def test_what_no_kernel_multiplies_is_refused() -> None:
-    assert can_multiply({1: 3, 4: 2}, 128)
-    assert not can_multiply({2: 3, 5: 1}, 128)
-    assert not can_multiply({2: 3}, 48)
+    weight = quantized(20, 96, [2, 5], group_size=48)
+    with pytest.raises(ValueError, match="no kernel for groups of 48 columns"):
+        fuse_layers([pack(weight)], [count_bits(weight.bits)], [20], 96, 48)
     weight = quantized(20, 96, [2, 5, 3])
-    with pytest.raises(ValueError, match="no kernel for groups of 32 columns"):
-        fuse_layers([pack(weight)], [count_bits(weight.bits)], [20], 96, 32)
     with pytest.raises(ValueError, match="does not describe 3 groups"):
         fuse_layers([pack(weight)], [{2: 2}], [20], 96, 32)
+
+
+@pytest.mark.parametrize(("widths", "tokens"), [((1, 4), MAX_TOKENS), ((2, 5), 16), ((8,), 16)])
+def test_wide_groups_are_multiplied_by_few_tokens(widths: tuple[int, ...], tokens: int) -> None:
+    assert max_tokens(widths) == tokens
+    assert TritonWeight.supports(tokens, widths, 64)
+    assert not TritonWeight.supports(tokens + 1, widths, 64)
+    assert not TritonWeight.supports(0, widths, 64)
+    assert not TritonWeight.supports(1, widths, 48)

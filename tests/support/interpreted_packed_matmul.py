@@ -154,6 +154,45 @@ def test_chosen_products_match_float64(
     )
 
 
+@pytest.mark.parametrize("scale_bits", SCALE_BITS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("out_features", "in_features", "group_size", "widths", "tokens"),
+    [
+        ((32,), 256, 64, (5,), 3),
+        ((32,), 256, 64, (6,), 3),
+        ((32,), 256, 64, (7,), 3),
+        ((32,), 256, 64, (8,), 3),
+        ((37, 5, 70), 1100, 64, (1, 2, 3, 4, 5, 6, 7, 8), 9),  # ragged rows, ragged last group
+        ((37,), 1000, 32, (2, 8), 1),
+        ((16,), 512, 256, (4, 8), 16),
+    ],
+)
+def test_wide_products_match_float64(
+    out_features: tuple[int, ...],
+    in_features: int,
+    group_size: int,
+    widths: tuple[int, ...],
+    tokens: int,
+    dtype: torch.dtype,
+    scale_bits: int,
+) -> None:
+    """As exact as a product with 16-bit inputs can be: the weights' integers are not rounded."""
+    case = make_case(out_features, in_features, group_size, widths, tokens, dtype, scale_bits=scale_bits)
+    for split_k in (1, 3):
+        case.check(LaunchConfig(32, 8 if tokens <= 8 else 16, split_k, 4, 2))
+    exact = case.inputs.double() @ torch.cat([weight.dequantize() for weight in case.weights]).double().T
+    found = case.multiply(LaunchConfig(32, 16, 1, 4, 2))
+    step = {torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype]  # of the output, which the interpreter cuts off
+    assert torch.linalg.norm(found.double() - exact) <= 1.2 * step * torch.linalg.norm(exact)
+
+
+def test_wide_products_are_those_of_few_tokens() -> None:
+    case = make_case(tokens=17, widths=(2, 5))
+    with pytest.raises(ValueError, match="at most 16 tokens of float16 or bfloat16, not 17"):
+        case.multiply(SMALL)
+
+
 def test_chosen_launches_match_float64() -> None:
     """Without a launch given, whatever the number of tokens."""
     for tokens in (1, 8, 9, 16, 17, 33, 256):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from slimplus.format.planes import BitCounts, packed_shapes
-from slimplus.kernels.fused import FUSED, FusedShape, can_multiply, fuse_layers, split_layers
+from slimplus.kernels.fused import FUSED, GROUP_SIZES, FusedShape, fuse_layers, split_layers
 from slimplus.kernels.launch import BUCKETS
 
 OLDEST = (8, 0)  # compute capability: on older tensor cores the kernels would spill their registers
@@ -41,9 +41,9 @@ class TritonWeight:
     @staticmethod
     def supports(rows: int, widths: Collection[int], group_size: int) -> bool:
         """Return whether the kernels multiply `rows` rows of input by groups of these widths and size."""
-        from slimplus.kernels.packed_matmul import MAX_TOKENS  # Triton, which a machine without a GPU may lack
+        from slimplus.kernels.packed_matmul import max_tokens  # Triton, which a machine without a GPU may lack
 
-        return 0 < rows <= MAX_TOKENS and can_multiply(dict.fromkeys(widths, 1), group_size)
+        return group_size in GROUP_SIZES and 0 < rows <= max_tokens(widths)
 
     @classmethod
     def from_packed(
@@ -84,7 +84,8 @@ class TritonWeight:
     def warm_up(self, dtype: torch.dtype) -> None:
         """Compile the kernel for inputs of `dtype` with any number of rows, so that none is compiled while serving."""
         for tokens in BUCKETS:
-            self.linear(torch.zeros(tokens, self.in_features, dtype=dtype, device=self.counters.device))
+            if self.supports(tokens, self.widths, self.group_size):
+                self.linear(torch.zeros(tokens, self.in_features, dtype=dtype, device=self.counters.device))
 
     def _idle_counters(self) -> Tensor:
         """Return counters that no launch on another stream uses at the same time.
@@ -189,3 +190,51 @@ def _(
     bias: Tensor | None,
 ) -> Tensor:
     return inputs.new_empty(inputs.shape[0], out_features)
+
+
+@torch.library.custom_op("slimplus::packed_embedding", mutates_args=())
+def packed_embedding(
+    tokens: Tensor,
+    tensors: Sequence[Tensor],
+    widths: Sequence[int],
+    counts: Sequence[int],
+    vocabulary: int,
+    embedding_dim: int,
+    group_size: int,
+    dtype: torch.dtype,
+    factor: float,
+) -> Tensor:
+    """Look up rows of a packed embedding on a GPU, `[tokens, embedding_dim]`.
+
+    Args:
+        tokens: `[tokens]`.
+        tensors: tensors of the packed format, in the order of `packed_shapes`.
+        widths: widths that occur in the weight.
+        counts: number of groups of each of them.
+        vocabulary: rows of the weight.
+        embedding_dim: columns of the weight.
+        group_size: columns a group.
+        dtype: dtype of the rows.
+        factor: a factor on the rounded rows.
+    """
+    from slimplus.kernels.packed_embedding import packed_embedding as launch  # Triton, as above
+
+    bit_counts = dict(zip(widths, counts, strict=True))
+    packed = dict(zip(packed_shapes(vocabulary, bit_counts, group_size), tensors, strict=True))
+    with torch.cuda.device_of(tokens):
+        return launch(tokens, packed, bit_counts, vocabulary, embedding_dim, group_size, dtype, factor)
+
+
+@packed_embedding.register_fake
+def _(
+    tokens: Tensor,
+    tensors: Sequence[Tensor],
+    widths: Sequence[int],
+    counts: Sequence[int],
+    vocabulary: int,
+    embedding_dim: int,
+    group_size: int,
+    dtype: torch.dtype,
+    factor: float,
+) -> Tensor:
+    return tokens.new_empty(tokens.shape[0], embedding_dim, dtype=dtype)
