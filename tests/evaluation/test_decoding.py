@@ -16,7 +16,7 @@ from transformers import StaticCache
 from transformers.generation import BaseStreamer
 
 import slimplus
-from slimplus.evaluation import decoding
+from slimplus.evaluation import decoding, graph_steps
 from slimplus.evaluation.decoding import GraphDecoder
 from tests.support.models import ModelMaker
 from tests.support.packed import save_packed
@@ -85,13 +85,13 @@ def test_a_chunk_beyond_the_end_changes_nothing(loaded: Any, monkeypatch: pytest
     expected = written(loaded.generate, "padded", [999])
     ends = expected[:, 9].unique().tolist()
     expected = written(loaded.generate, "padded", ends)
-    begin = decoding._Arrivals.__init__
+    begin = graph_steps.Arrivals.__init__
 
     def late(self: Any, *arguments: Any) -> None:
         begin(self, *arguments)
         self.ahead = 1
 
-    monkeypatch.setattr(decoding._Arrivals, "__init__", late)
+    monkeypatch.setattr(graph_steps.Arrivals, "__init__", late)
     streamer = Columns()
     assert torch.equal(written(GraphDecoder(loaded).generate, "padded", ends, streamer=streamer), expected)
     assert len(streamer.given) == 1 + expected.shape[1] - PADDED.shape[1]
@@ -125,7 +125,7 @@ class Graph:
 def pretend_a_gpu(monkeypatch: pytest.MonkeyPatch, failure: str | None = None) -> None:
     """Lets a CPU capture steps, or fail to; while one is captured nothing is computed."""
     capturing: list[Graph] = []
-    step, start = decoding._Steps._step, decoding._Steps.__init__
+    step, start = graph_steps.Steps._step, graph_steps.Steps.__init__
 
     @contextmanager
     def capture(graph: Graph) -> Iterator[None]:
@@ -150,8 +150,8 @@ def pretend_a_gpu(monkeypatch: pytest.MonkeyPatch, failure: str | None = None) -
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
-    monkeypatch.setattr(decoding._Steps, "_step", captured_step)
-    monkeypatch.setattr(decoding._Steps, "__init__", on_gpu)
+    monkeypatch.setattr(graph_steps.Steps, "_step", captured_step)
+    monkeypatch.setattr(graph_steps.Steps, "__init__", on_gpu)
 
 
 def test_the_first_step_is_launched_and_the_others_are_replayed(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +187,8 @@ def test_a_graph_is_stale_when_the_weights_have_moved(packed_folder: Path) -> No
     steps = decoder._steps
     assert steps is not None
     assert not steps.is_stale()  # there is no graph
-    steps.graph, steps._read, steps._weights = object(), decoding._addresses(model), list(decoding._weights(model))  # type: ignore[assignment]
+    steps.graph = Graph()  # type: ignore[assignment]
+    steps._read, steps._weights = graph_steps._addresses(model), list(graph_steps._weights(model))
     assert not steps.is_stale()
     model.model.layers[0].self_attn.q_proj.forget()
     assert steps.is_stale()
@@ -215,6 +216,15 @@ def test_what_the_loop_does_not_know_generate_does(loaded: Any, option: dict[str
     assert torch.equal(
         written(decoder.generate, "one", [999], **option), written(loaded.generate, "one", [999], **option)
     )
+    assert decoder._steps is None
+
+
+def test_a_cache_of_the_caller_is_filled(loaded: Any) -> None:
+    expected = written(loaded.generate, "one", [999])
+    cache = StaticCache(config=loaded.config, max_cache_len=64)
+    decoder = GraphDecoder(loaded)
+    assert torch.equal(written(decoder.generate, "one", [999], past_key_values=cache), expected)
+    assert int(cache.get_seq_length()) == expected.shape[1] - 1
     assert decoder._steps is None
 
 
