@@ -62,7 +62,7 @@ def kernels(visit: Visit) -> Iterator[Kernel]:
 
 def _wanted(visit: Visit) -> Iterator[Kernel]:
     bfloat16, float16 = "bfloat16", "float16"
-    for layer in layers(visit):
+    for layer in layers(visit)[: 1 if visit.rehearsal else None]:
         for widths in mixes(visit).values():
             for tokens in (8,) if visit.rehearsal else BUCKETS:
                 launch = default_launch(visit.capability, GROUP_SIZE, tokens)

@@ -152,14 +152,15 @@ class Steps:
         """Write the next token, and capture the step for those after it."""
         from slimplus.kernels.measure import without_collection
 
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # what a graph cannot capture, such as compiling a kernel, happens here
+        current, other = torch.cuda.current_stream(), torch.cuda.Stream()
+        other.wait_stream(current)
+        with torch.cuda.stream(other):  # what a graph cannot capture, such as compiling a kernel, happens here
             self._step()
-        torch.cuda.current_stream().wait_stream(stream)
+        current.wait_stream(other)
         graph = torch.cuda.CUDAGraph()
         try:
-            with without_collection(), torch.cuda.graph(graph):
+            # A capture that fails leaves its own stream as the current one.
+            with torch.cuda.stream(current), without_collection(), torch.cuda.graph(graph):
                 self._step()
         except RuntimeError as error:
             self.capturable = False
