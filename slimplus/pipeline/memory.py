@@ -203,15 +203,18 @@ def fits_on_device(weights: int, device: torch.device) -> bool:
 
 
 def check_tasks(weights: int, recipe: Recipe, device: torch.device) -> None:
-    """Check that the full-precision model can do the tasks of a recipe on this machine.
+    """Check that the full-precision model can do the tasks of a recipe on the job's device.
 
     Raises:
         InputError: if it is too large.
     """
-    if recipe.evaluation.tasks and not has_room(weights, device):
+    is_gpu = device.type == "cuda"
+    fits = fits_on_device(weights, device) if is_gpu else has_room(weights, device)
+    if recipe.evaluation.tasks and not fits:
+        where = "device" if is_gpu else "machine"
         raise InputError(
-            f"evaluation.tasks: the full-precision model takes {format_bytes(weights)}, more than this machine has "
-            "free; leave them out, and run `slimplus evaluate` on a larger machine"
+            f"evaluation.tasks: the full-precision model takes {format_bytes(weights)}, more than this {where} has "
+            f"free; leave them out, and run `slimplus evaluate` on a larger {where}"
         )
 
 

@@ -123,8 +123,12 @@ def test_a_whole_model_is_used_where_it_has_room(monkeypatch: pytest.MonkeyPatch
         assert has_room(100, CPU) == (free == 200)
     check_tasks(100, recipe, CPU)
     check_tasks(200, recipe_of(), CPU)
-    with pytest.raises(InputError, match=r"evaluation.tasks: the full-precision model takes 0.2 kB, more than this"):
+    with pytest.raises(
+        InputError, match=r"evaluation.tasks: the full-precision model takes 0.2 kB, more than this mach"
+    ):
         check_tasks(200, recipe, CPU)
+    with pytest.raises(InputError, match=r"0.1 kB, more than this device has free.* on a larger device"):
+        check_tasks(100, recipe, gpu)  # main memory has room, but tasks run on the job's device
 
 
 def test_a_model_larger_than_the_machine_is_quantized_without_its_answers(
