@@ -1,6 +1,6 @@
 """What llama.cpp makes of an exported checkpoint, beside what slimplus computes: benchmarks/results/gguf_export.json.
 
-    python -m benchmarks.gguf_export PACKED_OR_RUN [--threads N] [--windows N]
+    python -m benchmarks.gguf_export PACKED_OR_RUN [--threads N] [--windows N] [--library TEXT]
 
 1. The checkpoint is exported to a temporary GGUF file.
 2. transformers and llama.cpp read it. On windows of the offline evaluation text, their predictions are compared with
@@ -9,7 +9,8 @@
 4. Both are timed, on the same number of threads, slimplus in bfloat16.
 
 llama.cpp comes through its Python bindings: `pip install llama-cpp-python==0.3.36` builds it, with CMake and a C++
-compiler. LLAMA_CPP_LIB_PATH names a folder with a libllama built elsewhere.
+compiler. LLAMA_CPP_LIB_PATH names a folder with a libllama that was built elsewhere. Speeds are worth something on a
+machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -125,7 +127,7 @@ def load_llama(file: Path, threads: int, **settings: Any) -> Any:
 
 
 def measure(packed: Path, file: Path, threads: int, count: int) -> dict[str, Any]:
-    """Return all figures of a packed checkpoint and the GGUF file that was made from it."""
+    """Return what llama.cpp and transformers compute with a GGUF file, beside the checkpoint that it was made from."""
     torch.set_num_threads(threads)
     tokenizer = AutoTokenizer.from_pretrained(packed)
     text = load_text("offline", "evaluation")[: 8 * LENGTH * (count + 1)]
@@ -148,12 +150,6 @@ def measure(packed: Path, file: Path, threads: int, count: int) -> dict[str, Any
         theirs = list(islice(greedy(other, given), GREEDY))
         equal = next((i for i, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]), GREEDY)
         figures["greedy_tokens_equal"][prompt] = equal
-    del model, other
-    figures["threads"] = threads
-    figures["speed"] = {
-        "slimplus": speed(time_slimplus, packed, threads),
-        "llama.cpp": speed(time_llama, file, threads),
-    }
     return figures
 
 
@@ -163,15 +159,24 @@ def main() -> None:
     parser.add_argument("path", type=Path, help="run directory, or folder of a packed checkpoint")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--windows", type=int, default=8, help=f"windows of {LENGTH} tokens")
+    parser.add_argument(
+        "--library", default="that of the bindings", help="what LLAMA_CPP_LIB_PATH holds, for the results"
+    )
     given = parser.parse_args()
     packed = given.path / "packed" if (given.path / "packed").is_dir() else given.path
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "model.gguf")
         if command(["export", str(packed), "--to", "gguf", str(file)]):
             raise SystemExit(1)
-        figures = measure(packed, file, given.threads, given.windows)
-    versions = {package: package_version(package) for package in ("gguf", BINDINGS)}
-    result = {"machine": describe_machine() | versions, "checkpoint": given.path.name} | figures
+        versions = {package: package_version(package) for package in ("gguf", BINDINGS)}
+        result = {"machine": describe_machine() | versions, "llama.cpp": given.library, "checkpoint": given.path.name}
+        result |= measure(packed, file, given.threads, given.windows)
+        write_atomic(RESULTS, json.dumps(result, indent=2) + "\n")
+        result |= {"threads": given.threads, "load_average_before": os.getloadavg()[0]}
+        result["speed"] = {
+            "slimplus": speed(time_slimplus, packed, given.threads),
+            "llama.cpp": speed(time_llama, file, given.threads),
+        }
     write_atomic(RESULTS, json.dumps(result, indent=2) + "\n")
 
 

@@ -4,9 +4,9 @@
 
 Each model of `MODELS`, all of them unless some are named, is quantized with fractional zero points and with integer
 ones. The fractional ones are then also rounded to integers without training. Results go to
-benchmarks/results/zero_points.json, where rows of other models stay as they are.
+benchmarks/results/zero_points.json row by row, where rows of other models stay as they are.
 
-What WORK_FOLDER holds is not made again.
+What WORK_FOLDER holds is not made again, and a killed run goes on. SmolLM2 takes hours on two cores.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ SMOLLM2 = (
     *("data.samples=8", "data.sequence_length=256", "training.epochs=2"),
     *("data.evaluation.windows=8", "data.evaluation.sequence_length=256"),
 )
-MODELS = {"small llama": (SMALL, (2, 3, 4), (0, 1, 2)), "SmolLM2-135M-Instruct": (SMOLLM2, (2,), (0,))}
+MODELS = {"small llama": (SMALL, (2, 3, 4), (0, 1, 2)), "SmolLM2-135M-Instruct": (SMOLLM2, (2, 3, 4), (0, 1, 2))}
 """Name → keys of the recipe, average bits, and seeds."""
 
 
@@ -62,11 +62,12 @@ def main(work: Path, models: list[str]) -> None:
     """Quantize the models, and write the results."""
     work.mkdir(parents=True, exist_ok=True)
     kept = json.loads(RESULTS.read_text())["rows"] if RESULTS.is_file() else []
-    rows = [row for row in kept if row["model"] not in models]
+    rows = {(row["model"], row["bits"], row["seed"]): row for row in kept}
     for name in models:
-        rows += rows_of(work, name)
-        result = {"machine": describe_machine(), "commit": commit(), "sizes": SIZES, "rows": rows}
-        write_atomic(RESULTS, json.dumps(result, indent=2) + "\n")
+        for row in rows_of(work, name):
+            rows[name, row["bits"], row["seed"]] = row
+            result = {"machine": describe_machine(), "sizes": SIZES, "rows": list(rows.values())}
+            write_atomic(RESULTS, json.dumps(result, indent=2) + "\n")
 
 
 def rows_of(work: Path, name: str) -> Iterator[dict[str, Any]]:
@@ -76,6 +77,7 @@ def rows_of(work: Path, name: str) -> Iterator[dict[str, Any]]:
     for bits in widths:
         for seed in seeds:
             row: dict[str, Any] = {"model": name, "bits": bits, "seed": seed, "keys": [*COMMON, *keys]}
+            row["commit"] = commit()
             for kind in ("fractional", "integer"):
                 folder = work / f"{name.partition(' ')[0]}_{bits}_{seed}_{kind}"
                 own = [f"quantization.bits={bits}", f"seed={seed}", f"quantization.zero_points={kind}"]

@@ -69,7 +69,7 @@ def export_gguf(contents: CheckpointContents, file: Path, other_type: str = "f16
     """
     check_model(contents)
     exactness = Exactness()
-    planned = list(_plan(contents, exactness, Type[other_type.upper()]))
+    planned = list(_plan(contents, exactness, gguf.GGMLQuantizationType[other_type.upper()]))
     writer = gguf.GGUFWriter(file, ARCHITECTURES[contents.config["model_type"]])
     try:
         _add_metadata(writer, contents)

@@ -101,8 +101,9 @@ def _prefixed_space(tokenizer: Mapping[str, Any]) -> bool | None:
     pre = tokenizer.get("pre_tokenizer") or {}
     if model.get("type") != "BPE" or not model.get("byte_fallback") or model.get("ignore_merges"):
         return None
-    if pre.get("type") == "Metaspace" and not steps and pre["replacement"] == SPACE and not pre.get("split", True):
-        return bool(pre["prepend_scheme"] != "never")
+    unsplit = pre.get("type") == "Metaspace" and pre.get("replacement") == SPACE and pre.get("split") is False
+    if unsplit and not steps:
+        return bool(pre.get("prepend_scheme") != "never")
     unsplit = not pre or (pre.get("type") == "Split" and pre["pattern"] == SPACES["pattern"])  # no space is left
     if unsplit and steps and steps[-1] == SPACES and steps[:-1] in ([], [PREPENDED]):
         return len(steps) > 1

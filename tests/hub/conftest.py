@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support.models import ModelMaker
 from tests.support.runs import run
+from tests.support.vllm_stand_ins import import_plugin
+
+
+@pytest.fixture
+def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    yield from import_plugin(monkeypatch)
 
 
 @pytest.fixture

@@ -34,12 +34,10 @@ GEMMA = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPre
 def trained(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tokenizer.json of a SentencePiece model, with the kinds of tokens of LLaMA's."""
     folder = tmp_path_factory.mktemp("sentencepiece")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text_file.read_text().splitlines()),
-        model_writer=(model := io.BytesIO()),
-        **{"model_type": "bpe", "vocab_size": SIZE, "byte_fallback": True, "minloglevel": 2},
-        **{"remove_extra_whitespaces": False, "normalization_rule_name": "identity"},
-    )
+    settings: Any = {"model_type": "bpe", "vocab_size": SIZE, "byte_fallback": True, "minloglevel": 2}
+    settings |= {"remove_extra_whitespaces": False, "normalization_rule_name": "identity"}
+    lines, model = text_file.read_text().splitlines(), io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **settings)
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     LlamaTokenizer.from_pretrained(folder).save_pretrained(folder)
     return folder
@@ -74,10 +72,11 @@ def field(file: Path, name: str) -> Any:
 
 def as_sentencepiece(file: Path) -> sentencepiece.SentencePieceProcessor:
     """The SentencePiece model that a GGUF file holds; its types of tokens have the numbers of GGUF's."""
-    proto = sentencepiece_model_pb2.ModelProto()
+    library: Any = sentencepiece_model_pb2
+    proto = library.ModelProto()
     for token, score, kind in zip(*(field(file, name) for name in ("tokens", "scores", "token_type")), strict=True):
         proto.pieces.add(piece=token, score=score, type=kind)
-    proto.trainer_spec.model_type = sentencepiece_model_pb2.TrainerSpec.BPE
+    proto.trainer_spec.model_type = library.TrainerSpec.BPE
     proto.trainer_spec.byte_fallback = True
     proto.normalizer_spec.add_dummy_prefix = field(file, "add_space_prefix")
     proto.normalizer_spec.remove_extra_whitespaces = False

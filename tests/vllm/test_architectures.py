@@ -165,3 +165,20 @@ def test_two_workers_of_vllm_give_the_tokens_of_one(
     )
     assert answer.get("tokens", answer) == one["head"]
     assert adapted.get("tokens", adapted) == one["lora"]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_two_stages_of_a_pipeline_give_the_tokens_of_one(
+    model_type: str, made: dict[str, dict[str, Any]], serve: Callable[..., Answers]
+) -> None:
+    """As `vllm serve --pipeline-parallel-size 2` starts them: half of the blocks each, embedding and head packed.
+
+    Only where vLLM compiles the model: its CPU build allocates what stages hand over while it warms the compiler up.
+    """
+    engine = FLOAT32 | {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp", "enforce_eager": False}
+    (answer,) = serve(
+        [job(made[model_type]["head_path"], engine)],
+        VLLM_CPU_OMP_THREADS_BIND="0|1",
+        VLLM_ENABLE_V1_MULTIPROCESSING="1",
+    )
+    assert answer.get("tokens", answer) == made[model_type]["head"]
