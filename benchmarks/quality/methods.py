@@ -53,6 +53,7 @@ METHODS = {
     "slimplus, plain squared error": _method("qat", "model", "training.loss.error=mse"),
     "slimplus, error after the norm": _method("qat", "model", "training.loss.error=after_norm"),
     "slimplus, AdamW": _method("qat", "model", "training.optimizer=adamw"),
+    "slimplus, errors of inputs made up for": _method("qat", "model", "quantization.error_propagation=1"),
     "slimplus, only the grid": _method("slimllm_plus", "model"),
     "slimplus, end to end, scales only": Method(("end_to_end.zero_points=false",), SLIMPLUS),
     "slimplus, end to end, norms frozen": Method(("end_to_end.norm_learning_rate=0",), SLIMPLUS),

@@ -7,7 +7,8 @@ and quantizes it; the result goes to all ranks.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from copy import deepcopy
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from slimplus.blockwise.data import BlockData, search_windows
 from slimplus.blockwise.stacks import StackSums
 from slimplus.format.affine import QuantizedWeight, group_count, uniform_bits
+from slimplus.quantization.error_propagation import PairedAccumulator, compensated_weight
 from slimplus.quantization.gptq import RoundedWeight
 from slimplus.quantization.linear import QuantizationConfig, round_weight
 from slimplus.quantization.salience import (
@@ -56,11 +58,13 @@ class _Measured:
         hessians: Hessians that this rank owns, `[in, in]`, by the first layer that reads the same input.
         inverses: their inverses.
         tokens: expert's layer → number of tokens that all ranks sent to it.
+        cross: the cross products `C` of the same inputs, `[in, in]`, where the weights make up for earlier errors.
     """
 
     hessians: dict[str, Tensor]
     inverses: dict[str, InverseHessian]
     tokens: dict[str, int]
+    cross: dict[str, Tensor] = field(default_factory=dict)
 
 
 def quantize_block(
@@ -93,8 +97,12 @@ def quantize_block(
         bits = {
             name: uniform_bits(layer.in_features, config.group_size, config.bits) for name, layer in data.layers.items()
         }
-    parts = []
-    for chunk in data.chunks:
+    parts: list[BlockResult] = []
+    chunks = data.chunks
+    if config.error_propagation:
+        data, parts = _round_in_order(data, bits, config)
+        measured, (_, *chunks) = None, chunks
+    for chunk in chunks:
         if measured is None or len(data.chunks) > 1:
             measured = None
             measured = _measure(data, chunk, config)
@@ -102,12 +110,36 @@ def quantize_block(
     return _joined(parts, divergence)
 
 
+def _round_in_order(
+    data: BlockData, bits: Mapping[str, Tensor], config: QuantizationConfig
+) -> tuple[BlockData, list[BlockResult]]:
+    """Quantize the layers that are no expert's in the order in which the block runs them.
+
+    Each is measured behind its quantized predecessors, and makes up for what they did to its inputs.
+
+    Returns:
+        The block with the quantized layers in place, and the results.
+    """
+    assert data.full_hidden is not None
+    full = replace(data, hidden=data.full_hidden)
+    data = replace(data, block=deepcopy(data.block))
+    unpaired = set(data.chunks[0]).difference(*data.readers)
+    parts = []
+    for names in [*full.readers, *([name] for name in data.layers if name in unpaired)]:
+        paired = names[0] not in unpaired
+        measured = _measure_pairs(data, full, names[0], config) if paired else _measure(data, names, config)
+        parts.append(_round(data, names, measured, bits, config))
+        for name, weight in parts[-1].weights.items():
+            data.layers[name].weight.data = weight.dequantize()
+    return data, parts
+
+
 def _joined(parts: Sequence[BlockResult], divergence: dict[str, list[float]]) -> BlockResult:
     """Return the results of the parts of a block as one."""
     first, *others = parts
     for other in others:
-        for field in fields(first):
-            getattr(first, field.name).update(getattr(other, field.name))
+        for part in fields(first):
+            getattr(first, part.name).update(getattr(other, part.name))
     return replace(first, divergence=divergence)
 
 
@@ -119,8 +151,10 @@ def _round(
     for name in names:
         if name in data.own_layers:
             leader = data.leader[name]
-            hessian, inverse = measured.hessians[leader], measured.inverses[leader]
-            own[name] = round_weight(data.layers[name].weight, bits[name], hessian, inverse, config)
+            weight, hessian, inverse = data.layers[name].weight, measured.hessians[leader], measured.inverses[leader]
+            if leader in measured.cross:
+                weight = compensated_weight(weight, measured.cross[leader], inverse, config.error_propagation)
+            own[name] = round_weight(weight, bits[name], hessian, inverse, config)
     shared = {name: _broadcast_result(data, name, bits[name], own.get(name), config) for name in names}
     inverses = measured.inverses
     percdamp = _figure(data, names, {name: inverse.percdamp for name, inverse in inverses.items()})
@@ -157,6 +191,20 @@ def _measure(data: BlockData, names: Sequence[str], config: QuantizationConfig) 
             stack = sums.shared_by(name)
             hessians[name] = accumulator.hessian if stack is None else shrunk_hessian(accumulator, stack)
     return _Measured(hessians, _invert(hessians, config), tokens)
+
+
+def _measure_pairs(data: BlockData, full: BlockData, leader: str, config: QuantizationConfig) -> _Measured:
+    """Return what this rank learns of the inputs of one layer, and of what they are in full precision."""
+    device = data.runner.device
+    sums = PairedAccumulator(data.layers[leader].in_features, device)
+    data.capture_pairs(full, leader, sums.add_pair)
+    sums.tokens = int(data.ranks.sum(torch.tensor(sums.tokens, dtype=torch.int64, device=device)))
+    for total in (sums.total, sums.cross):
+        data.ranks.sum_on(data.owner[leader], total)
+    if leader not in data.own_layers:
+        return _Measured({}, {}, {})
+    hessians = {leader: sums.hessian}
+    return _Measured(hessians, _invert(hessians, config), {}, {leader: sums.cross_product})
 
 
 def _invert(hessians: Mapping[str, Tensor], config: QuantizationConfig) -> dict[str, InverseHessian]:

@@ -20,6 +20,8 @@ HESSIAN_ELEMENT = 8  # bytes of float64
 
 InputHook = Callable[[Tensor], None]
 """`(input of a layer) -> None`."""
+PairHook = Callable[[Tensor, Tensor], None]
+"""`(input of a layer in full precision, its input behind quantized layers) -> None`."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class BlockData:
         arguments: the block's other arguments.
         runner: the runner of blocks on this process's device.
         ranks: the processes that quantize the block together.
+        full_hidden: what the block reads behind full-precision blocks, in the shape of `hidden`, where it is needed.
     """
 
     block: nn.Module
@@ -39,6 +42,7 @@ class BlockData:
     arguments: BlockArguments
     runner: BlockRunner
     ranks: Ranks = Ranks()
+    full_hidden: Tensor | None = None
 
     @cached_property
     def layers(self) -> dict[str, nn.Linear]:
@@ -64,22 +68,29 @@ class BlockData:
                 handle.remove()
 
     @cached_property
-    def leader(self) -> dict[str, str]:
-        """Layer → the first layer that reads the same tensor (q, k and v; gate and up): they share one Hessian.
+    def readers(self) -> list[list[str]]:
+        """Layers that read the same tensor (q, k and v; gate and up), in the order in which the block runs them.
 
-        A layer with a number in its name, as an expert's, shares none: whether the first window reaches it differs
+        Layers with a number in their name, as an expert's, are left out: whether the first window reaches them differs
         from rank to rank.
         """
         seen: dict[str, Tensor] = {}
-        leader = {name: name for name in self.layers}
 
         def note(name: str, inputs: Tensor) -> None:
             seen[name] = inputs  # kept alive, so that no other tensor gets its address
-            leader[name] = next(other for other, tensor in seen.items() if tensor is inputs)
 
         unnumbered = [name for name in self.layers if not any(part.isdigit() for part in name.split("."))]
         self.capture_inputs({name: partial(note, name) for name in unnumbered}, windows=1)
-        return leader
+        readers: dict[int, list[str]] = {}
+        for name, inputs in seen.items():
+            readers.setdefault(id(inputs), []).append(name)
+        return list(readers.values())
+
+    @cached_property
+    def leader(self) -> dict[str, str]:
+        """Layer → the first layer that reads the same tensor: they share one Hessian; others lead themselves."""
+        leader = {name: name for name in self.layers}
+        return leader | {name: names[0] for names in self.readers for name in names}
 
     @cached_property
     def stack(self) -> dict[str, str]:
@@ -118,6 +129,27 @@ class BlockData:
     def own_layers(self) -> dict[str, nn.Linear]:
         """The layers that this rank quantizes."""
         return {name: layer for name, layer in self.layers.items() if self.owner[name] == self.ranks.rank}
+
+    def capture_pairs(self, full: BlockData, name: str, hook: PairHook) -> None:
+        """Run two states of a block side by side, and call `hook` with the inputs of one of their layers.
+
+        Args:
+            full: the block in full precision, on what the full-precision blocks before it give.
+            name: the layer.
+            hook: function that takes the layer's inputs in `full` and here, `[windows, sequence_length, in]`.
+        """
+        expected: list[Tensor] = []
+        handles = [
+            full.layers[name].register_forward_pre_hook(lambda _, inputs: expected.append(inputs[0])),
+            self.layers[name].register_forward_pre_hook(lambda _, inputs: hook(expected.pop(), inputs[0])),
+        ]
+        try:
+            runs = [data.runner.outputs(data.block, data.hidden, data.arguments) for data in (full, self)]
+            for _ in zip(*runs, strict=True):
+                pass  # the hooks have seen what counts
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def search_windows(ranks: Ranks, share: Tensor) -> int:

@@ -83,6 +83,8 @@ class BlockTask:
         bits: layer → widths of its groups, or None if the quantizer finds them.
         context: what the loss needs to know of the block's place in the model.
         checkpoints: checkpoints of the block's training.
+        full_hidden: this rank's inputs of the block that the full-precision blocks before it give, where calibration
+            makes up for the difference.
     """
 
     block: nn.Module
@@ -94,6 +96,7 @@ class BlockTask:
     bits: Mapping[str, Tensor] | None
     context: LossContext
     checkpoints: TrainingCheckpoints
+    full_hidden: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,7 @@ class BlockQuantizer:
 
     def _calibrate(self, task: BlockTask) -> BlockResult:
         """Find the widths if the task gives none, and quantize the block without training."""
-        data = BlockData(task.block, task.hidden, task.arguments, self.runner, self.ranks)
+        data = BlockData(task.block, task.hidden, task.arguments, self.runner, self.ranks, task.full_hidden)
         bits = task.bits
         try:
             if bits is None and self.quantization.allocation == "block":

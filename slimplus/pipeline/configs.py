@@ -63,6 +63,7 @@ def block_quantizer(
             quantization.scale_bits,
             quantization.zero_points == "integer",
             quantization.per_layer,
+            quantization.error_propagation,
         ),
         quantizer=QuantizerConfig(per_weight, recipe.training.width_rates),
         reconstruction=_reconstruction(recipe.training, per_weight, _compiles(recipe, weights, fabric.device)),

@@ -92,7 +92,8 @@ def memory_needs(model: PreTrainedModel, recipe: Recipe, precision: str) -> Need
 def _windows_kept(recipe: Recipe, blocks: int) -> int:
     """Return of how many windows hidden states are kept at once, those of different blocks counted apart."""
     quantization, data = recipe.quantization, recipe.data
-    kept = (STATES if quantization.trains else UNTRAINED_STATES) * data.samples
+    needs_targets = quantization.trains or quantization.error_propagation
+    kept = (STATES if needs_targets else UNTRAINED_STATES) * data.samples
     searched = min(max(SEARCH_TOKENS // data.sequence_length, 1), data.samples)
     return max(kept, (blocks + 1) * searched) if recipe.measures_sensitivity else kept
 

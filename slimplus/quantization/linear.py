@@ -39,6 +39,8 @@ class QuantizationConfig:
         integer_zero_points: whether zero points are integers, `0 … 2**bits - 1`, and not on the finer grid of the
             packed format.
         per_layer: whether the allocation `block` gives all groups of a layer one width.
+        error_propagation: share of the error in a layer's inputs, left by the quantized layers before it, that its
+            weights make up for (`slimplus.quantization.error_propagation`).
     """
 
     method: Method
@@ -50,6 +52,7 @@ class QuantizationConfig:
     scale_bits: int = 16
     integer_zero_points: bool = False
     per_layer: bool = False
+    error_propagation: float = 0.0
 
     @property
     def calibrates(self) -> bool:

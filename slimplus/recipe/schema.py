@@ -47,6 +47,13 @@ class QuantizationSection(Section):
         "a head tied to the embedding needs embedding_bits as well, and the two are then stored apart",
     )
     percdamp: Number = Field(0.01, gt=0, le=1, description="Hessian damping, as a part of the mean of its diagonal")
+    error_propagation: Number = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the error in a layer's inputs, left by the quantized layers before it, that its weights "
+        "make up for (QEP)",
+    )
     allocation: str | None = Field(
         None,
         min_length=1,
@@ -89,6 +96,8 @@ class QuantizationSection(Section):
                 f"quantization.bits: expected 2 to 7 with quantization.allocation=slimllm, got {self.bits}, because "
                 "groups get bits-1 to bits+1 and the packed format holds 1 to 8"
             )
+        if self.error_propagation and self.method == "rtn":
+            raise ValueError("quantization.error_propagation: rounding to nearest reads no inputs; give another method")
         rising = sorted(set(self.widths)) == self.widths and len(self.widths) > 1
         if not rising or not all(1 <= width <= 8 for width in self.widths):
             raise ValueError(f"quantization.widths: expected two or more rising widths from 1 to 8, got {self.widths}")

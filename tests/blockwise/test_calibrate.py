@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from slimplus.blockwise.swap import (
-    packed_block,
-)
+from slimplus.blockwise.calibrate import quantize_block
+from slimplus.blockwise.data import BlockData
+from slimplus.blockwise.swap import packed_block
 from slimplus.models.architectures import find_linears
 from slimplus.models.streaming import BlockInputs
-from tests.support.blocks import RUNNER, block_error, quantize_first_block
+from slimplus.quantization.linear import QuantizationConfig
+from slimplus.training.losses import normalized_error
+from tests.support.blocks import GROUP_SIZE, RUNNER, block_error, quantize_first_block
 
 
 def test_each_method_is_better_than_the_one_before(block_and_inputs: tuple[nn.Module, BlockInputs]) -> None:
@@ -35,3 +37,23 @@ def test_calibration_leaves_the_block_alone(block_and_inputs: tuple[nn.Module, B
     for mine, theirs in zip(original.parameters(), untouched.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     assert not any(module._forward_pre_hooks for module in original.modules())
+
+
+def test_layers_make_up_for_the_error_of_their_inputs(block_and_inputs: tuple[nn.Module, BlockInputs]) -> None:
+    """The error of the block's output against the full-precision block's on the inputs that it should have."""
+    block, inputs = block_and_inputs
+    original, arguments = RUNNER.load(block), inputs.arguments[0]
+    torch.manual_seed(0)
+    hidden = inputs.hidden + 0.3 * inputs.hidden.std() * torch.randn_like(inputs.hidden)
+    data = BlockData(original, hidden, arguments, RUNNER, full_hidden=inputs.hidden)
+    target = RUNNER.run(original, inputs.hidden, arguments)
+    errors = []
+    for strength in (0.0, 0.5, 1.0):
+        config = QuantizationConfig("gptq", 4, GROUP_SIZE, error_propagation=strength)
+        result = quantize_block(data, config)
+        assert list(result.weights) == list(find_linears(block))
+        packed = RUNNER.load(packed_block(block, result.weights))
+        errors.append(float(normalized_error(RUNNER.run(packed, hidden, arguments), target)))
+    assert errors[2] < errors[1] < errors[0]
+    untouched = RUNNER.load(block)
+    assert all(torch.equal(mine, own) for mine, own in zip(original.parameters(), untouched.parameters(), strict=True))

@@ -19,7 +19,7 @@ from slimplus.distributed.ranks import Ranks
 from slimplus.distributed.strategies import launch
 from slimplus.models.loading import ModelSource
 from slimplus.models.streaming import BlockRunner, StreamedModel
-from slimplus.quantization.linear import Method, QuantizationConfig
+from slimplus.quantization.linear import Method, QuantizationConfig, Search
 from slimplus.utils.errors import InputError
 from tests.support.models import ModelMaker
 
@@ -108,9 +108,9 @@ def test_rows_of_all_ranks_come_back_in_order(count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3, 6])
-@pytest.mark.parametrize("method", ["rtn", "slimllm"])
+@pytest.mark.parametrize(("method", "strength"), [("rtn", 0.0), ("slimllm", 0.0), ("slimllm", 1.0)])
 def test_a_block_is_quantized_alike_by_any_number_of_ranks(
-    make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch, method: Method, count: int
+    make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch, method: Method, strength: float, count: int
 ) -> None:
     """The search looks at 5 of 12 windows: an uneven share, and with 6 ranks none for the last."""
     monkeypatch.setattr(data, "SEARCH_TOKENS", 5 * 32)
@@ -118,12 +118,14 @@ def test_a_block_is_quantized_alike_by_any_number_of_ranks(
     streamed = StreamedModel(ModelSource(str(make_model("llama"))).model(), runner)
     tokens = torch.randint(1, 250, (12, 32), generator=torch.Generator().manual_seed(0))
     inputs = streamed.block_inputs(tokens)
-    config = QuantizationConfig(method, 2, 16, allocation="slimllm" if method == "slimllm" else "uniform")
+    search: Search = "slimllm" if method == "slimllm" else "uniform"
+    config = QuantizationConfig(method, 2, 16, allocation=search, error_propagation=strength)
+    full = inputs.hidden + 0.1 * torch.randn(inputs.hidden.shape, generator=torch.Generator().manual_seed(1))
     meeting = Meeting(count)
 
     def quantize(ranks: Ranks) -> BlockResult:
-        own = inputs.hidden[ranks.rank :: ranks.count]
-        return quantize_block(BlockData(blocks.pop(), own, inputs.arguments[0], runner, ranks), config)
+        own, own_full = (states[ranks.rank :: ranks.count] for states in (inputs.hidden, full))
+        return quantize_block(BlockData(blocks.pop(), own, inputs.arguments[0], runner, ranks, own_full), config)
 
     blocks = [runner.load(streamed.blocks[0]) for _ in range(count + 1)]  # hooks are not to be shared
     alone = quantize(Ranks())

@@ -159,6 +159,10 @@ def test_whatever_is_typed_gives_a_recipe_or_a_recipe_error(key: str, text: str)
         ("quantization.widths=[2]", "quantization.widths: expected two or more rising widths from 1 to 8, got [2]"),
         ("quantization.widths=[2,3]", "quantization.widths: only quantization.allocation=block and model choose from"),
         (
+            "quantization={method: rtn, bits: 2, error_propagation: 1}",
+            "quantization.error_propagation: rounding to nearest reads no inputs; give another method",
+        ),
+        (
             "quantization.per_layer=true",
             "quantization.per_layer: needs quantization.allocation=model, block or uniform; slimllm gives each group",
         ),

@@ -41,6 +41,7 @@ def test_paper_recipes_hold_the_papers_settings(name: str, bits: int) -> None:
         "zero_points": "fractional",
         "scale_bits": 16,
         "percdamp": 0.01,
+        "error_propagation": 0.0,
         "embedding_bits": None,
         "head_bits": None,
         "allocation": None,

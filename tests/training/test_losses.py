@@ -42,3 +42,19 @@ def test_the_loss_behind_a_norm_and_with_channel_weights() -> None:
     channels[3] = 2.0
     one = reconstruction_loss(OUTPUTS, TARGETS, LossConfig("mse"), channels=channels)
     torch.testing.assert_close(one, 2 * (OUTPUTS - TARGETS)[..., 3].square().mean() / 16)
+
+
+def test_a_token_that_is_massive_in_the_quantized_block_alone_does_not_rule_the_loss() -> None:
+    """Its error is bounded by its own energy, and its gradient still leads back."""
+    target = torch.ones(1, 4, 8)
+    output = 1.1 * target
+    output[0, 0] *= 1e4
+    output.requires_grad_()
+    error = normalized_error(output, target)
+    error.backward()
+    assert error.item() == pytest.approx((4 + 3 * 0.01) / 4, rel=1e-3)
+    assert output.grad is not None
+    assert (output.grad > 0).all()
+    assert output.grad[0, 0].sum() < output.grad[0, 1].sum()
+    twice = 2 * target  # up to there, errors are what they are
+    assert normalized_error(twice, target) == 1

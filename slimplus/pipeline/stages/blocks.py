@@ -48,13 +48,15 @@ def quantize_blocks(job: Job) -> None:
         for index, block in job.model.stream(job.progress.track):
             arguments = all_arguments[index]
             original = job.runner.load(block)
-            targets = job.runner.run(original, full, arguments) if job.quantizer.trains else full
+            needs_targets = job.quantizer.trains or job.settings.error_propagation
+            targets = job.runner.run(original, full, arguments) if needs_targets else full
             if (stored := _stored_block(job, index, parent_hash)) is not None:
                 packed = load_packed_block(block, stored, job.settings.group_size)
                 parent_hash = lineage(parent_hash, stored)
                 job.progress.discount()
             else:
-                weights, record = job.quantizer(_task(job, index, original, arguments, quantized, targets, parent_hash))
+                task = _task(job, index, original, arguments, full, quantized, targets, parent_hash)
+                weights, record = job.quantizer(task)
                 packed = packed_block(block, weights)
                 parent_hash = _save_block(job, index, packed_tensors(packed), record, parent_hash)
             quantized = job.runner.run(job.runner.load(packed), quantized, arguments)
@@ -66,11 +68,23 @@ def _task(
     index: int,
     original: nn.Module,
     arguments: BlockArguments,
+    full: Tensor,
     hidden: Tensor,
     targets: Tensor,
     parent_hash: str,
 ) -> BlockTask:
-    """Return what the quantizer of blocks needs for the block `original`, of which `hidden` are the inputs."""
+    """Return what the quantizer of blocks needs for the block `original`.
+
+    Args:
+        job: the job.
+        index: number of the block.
+        original: the full-precision block.
+        arguments: its other arguments.
+        full: its inputs behind full-precision blocks.
+        hidden: its inputs behind quantized blocks.
+        targets: its outputs for `full`.
+        parent_hash: hash of the blocks before it.
+    """
     needs_auxiliary = job.quantizer.trains and job.quantizer.reconstruction.loss.auxiliary > 0
     return BlockTask(
         block=original,
@@ -82,6 +96,7 @@ def _task(
         bits=_given_bits(job, index),
         context=_loss_context(job, index),
         checkpoints=job.run.block_checkpoints(index, parent_hash),
+        full_hidden=full if job.settings.error_propagation else None,
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from slimplus.utils.errors import InputError
 from tests.support.models import ModelMaker
 from tests.support.recipes import QAT, TUNED, Arguments
-from tests.support.runs import measured_run, packed_weights
+from tests.support.runs import measured_run, packed_weights, run
 
 SLOW = ("training.learning_rate=1e-3", "training.element_learning_rate=1e-5")  # random weights leave little to learn
 
@@ -29,7 +29,10 @@ def test_blocks_get_better_by_training(arguments: Arguments, tmp_path: Path, par
     [
         ("training.optimizer=adamw_8bit", "training.parametrization=weights", "training.patience=1", *SLOW),
         ("training.loss.error=after_norm", "training.loss.leave_out=0.05", "training.loss.auxiliary=0.5"),
-        ("training.loss.salient_channels=true", "training.width_rates={1: 0.5, 3: 2.0}"),
+        (
+            *("training.loss.salient_channels=true", "training.width_rates={1: 0.5, 3: 2.0}"),
+            "quantization.error_propagation=0.5",
+        ),
     ],
 )
 def test_choices_of_training_go_together(arguments: Arguments, tmp_path: Path, keys: tuple[str, ...]) -> None:
@@ -39,6 +42,17 @@ def test_choices_of_training_go_together(arguments: Arguments, tmp_path: Path, k
     for block in metrics["blocks"]:
         kept = [event for event in block["events"] if event.endswith("the calibrated quantizers are kept")]
         assert (block["loss"] <= block["calibrated_loss"]) is not bool(kept)
+
+
+def test_weights_make_up_for_errors_without_training_too(arguments: Arguments, tmp_path: Path) -> None:
+    """The first layers of the first block have none to make up for."""
+    gptq = ("quantization.method=gptq", "quantization.bits=3")
+    run(arguments(tmp_path / "plain", *gptq))
+    run(arguments(tmp_path / "made_up_for", *gptq, "quantization.error_propagation=1"))
+    plain, made_up_for = packed_weights(tmp_path / "plain"), packed_weights(tmp_path / "made_up_for")
+    changed = {name.rsplit(".", 1)[0] for name, tensor in plain.items() if not torch.equal(tensor, made_up_for[name])}
+    layers = {name.rsplit(".", 1)[0] for name in plain if name.endswith("scales")}
+    assert layers - changed == {f"model.layers.0.self_attn.{part}_proj" for part in "qkv"}
 
 
 def test_norms_behind_the_blocks(arguments: Arguments, make_model: ModelMaker, tmp_path: Path) -> None:
