@@ -73,6 +73,7 @@ VARIANTS = {
     "WikiText-2 and self": Variant({WIKITEXT: 1, "self": 1}),
     "mix and self": Variant({MIX: 1, "self": 1}),
     "mix and self, after the mix": Variant({MIX: 1, "self": 1}, MIX, PREFIX),
+    "Python docs and self": Variant({PYTHON: 1, "self": 1}),
     "WikiText-2, mix and self": Variant({WIKITEXT: 1, MIX: 1, "self": 1}),
 }
 
