@@ -35,13 +35,15 @@ from slimplus.blockwise.quantizer import QuantizerConfig
 from slimplus.blockwise.swap import fake_quantized_block
 from slimplus.distributed.preemption import Preemption
 from slimplus.distributed.strategies import launch
+from slimplus.models.block_arguments import call_block
 from slimplus.models.streaming import BlockRunner, StreamedModel
 from slimplus.nn.fake_quantized import LARGEST_OFFSET
 from slimplus.quantization.linear import QuantizationConfig
 from slimplus.training.checkpoints import TrainingCheckpoints
+from slimplus.training.compiled import CompiledCall
 from slimplus.training.fit import Fit, FitConfig
 from slimplus.training.optimizers import SignSGD
-from slimplus.training.reconstruction import BlockReconstruction, ReconstructionConfig
+from slimplus.training.reconstruction import BlockReconstruction, LossContext, ReconstructionConfig
 from slimplus.utils.files import write_atomic
 from slimplus.utils.machine import describe_machine, peak_resident_bytes
 from slimplus.utils.manifest import Manifest
@@ -181,8 +183,9 @@ def train_slimplus(model: LlamaForCausalLM, tokens: Tensor, epochs: int, precisi
         result = quantize_block(BlockData(original, inputs.hidden, arguments, runner), config)
         block = fake_quantized_block(original, result, QuantizerConfig("rounding", {}))
     del model, streamed, original, result
-    training = ReconstructionConfig(epochs, len(tokens) // STEPS_AN_EPOCH, optimizer="sign_sgd", compile=not plain)
-    module = BlockReconstruction(block, arguments, training, precision)
+    training = ReconstructionConfig(epochs, len(tokens) // STEPS_AN_EPOCH, optimizer="sign_sgd")
+    call = call_block if plain else CompiledCall()
+    module = BlockReconstruction(block, arguments, training, precision, LossContext(), call)
     if plain:
         plain_loop(module, inputs.hidden, targets)
         return

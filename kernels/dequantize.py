@@ -21,6 +21,56 @@ ROWS = 64  # rows of the weight that a program handles
 SCRATCH_BYTES = 1 << 25  # of a dequantized slice, which fits the L2 cache of a GPU that serves models
 
 
+@triton.jit
+def dequantize_group(
+    plane1,
+    plane2,
+    plane4,
+    plane8,
+    first1,
+    first2,
+    first4,
+    first8,
+    scales,
+    zeros,
+    group,
+    groups,
+    stride,
+    row,
+    inside,
+    ones,
+    BITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+):
+    """Return the weights of one group in some rows, `[rows, GROUP_SIZE]`, float32.
+
+    `scales` and `zeros` are tensors of the packed format, `group` is the group's place among the `groups` stored there;
+    the other arguments are those of `unpack_group`.
+    """
+    pairs = unpack_group(
+        plane1,
+        plane2,
+        plane4,
+        plane8,
+        first1,
+        first2,
+        first4,
+        first8,
+        stride,
+        row,
+        inside,
+        ones,
+        BITS,
+        GROUP_SIZE,
+        tl.float16,
+    )
+    exponents = load_exponents(scales, groups, stride, row, inside)
+    scale = load_scale(scales, exponents, group, stride, row, inside) * (1 << BITS)
+    zero = tl.load(zeros + group * stride + row, mask=inside, other=0).to(tl.float32) * (1 / 256)
+    # Only the product is rounded, exactly as level * scale is: its factors differ from these by powers of two.
+    return (as_tile(pairs, tl.float16).to(tl.float32) - (1 + zero)[:, None]) * scale[:, None]
+
+
 _NOT_SPECIALIZED = ["first_group", "first1", "first2", "first4", "first8", "first_row", "out_features", "ones"]
 
 
@@ -55,7 +105,7 @@ def _dequantize_kernel(
     row = first_row + local_row
     inside = row < stride
     CONTAINERS: tl.constexpr = GROUP_SIZE // 16
-    pairs = unpack_group(
+    weight = dequantize_group(
         plane1,
         plane2,
         plane4,
@@ -64,23 +114,21 @@ def _dequantize_kernel(
         first2 + member * CONTAINERS,
         first4 + member * 2 * CONTAINERS,
         first8 + member * 4 * CONTAINERS,
+        scales,
+        zeros,
+        group,
+        groups,
         stride,
         row,
         inside,
         ones,
         BITS,
         GROUP_SIZE,
-        tl.float16,
     )
-    exponents = load_exponents(scales, groups, stride, row, inside)
-    scale = load_scale(scales, exponents, group, stride, row, inside) * (1 << BITS)
-    zero = tl.load(zeros + group * stride + row, mask=inside, other=0).to(tl.float32) * (1 / 256)
-    # Only the product is rounded, exactly as level * scale is: its factors differ from these by powers of two.
-    level = (as_tile(pairs, tl.float16).to(tl.float32) - (1 + zero)[:, None]) * scale[:, None]
     column = tl.load(group_index + group).to(tl.int32) * GROUP_SIZE + tl.arange(0, GROUP_SIZE)
     exists = (row < out_features)[:, None] & (column < in_features)[None, :]
     place = local_row[:, None].to(tl.int64) * in_features + column[None, :]
-    tl.store(out + place, level.to(out.dtype.element_ty), exists)
+    tl.store(out + place, weight.to(out.dtype.element_ty), exists)
 
 
 def dequantize(

@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slimplus.kernels.dequantize import PLANES
+from slimplus.kernels.dequantize import PLANES, dequantize_group
 from slimplus.kernels.fused import ONES, WIDTHS
-from slimplus.kernels.unpack import as_tile, load_exponents, load_scale, unpack_group
 
 TOKENS = 16  # tokens that a program handles
 
@@ -57,9 +56,6 @@ def packed_embedding_kernel(
     token = tl.load(tokens + place, mask=place < count, other=-1)
     inside = (token >= 0) & (token < vocabulary)
     row = tl.where(inside, token, 0).to(tl.int32)
-    exponents = load_exponents(scales, groups, stride, row, inside)
-    scale = load_scale(scales, exponents, group, stride, row, inside)
-    zero = tl.load(zeros + group * stride + row, mask=inside, other=0).to(tl.float32) * (1 / 256)
     first_column = tl.load(group_index + group).to(tl.int32) * GROUP_SIZE
     stops = (0, stop1, stop2, stop3, stop4, stop5, stop6, stop7, groups)
     C: tl.constexpr = GROUP_SIZE // 16
@@ -67,7 +63,7 @@ def packed_embedding_kernel(
         if WIDTHS >> BITS & 1:
             has_width = (group >= stops[BITS - 1]) & (group < stops[BITS])
             if has_width:
-                pairs = unpack_group(
+                value = dequantize_group(
                     plane1,
                     plane2,
                     plane4,
@@ -76,18 +72,19 @@ def packed_embedding_kernel(
                     (group - _missing(stops, BITS, 2)) * C,
                     (group - _missing(stops, BITS, 4)) * 2 * C,
                     (group - _missing(stops, BITS, 8)) * 4 * C,
+                    scales,
+                    zeros,
+                    group,
+                    groups,
                     stride,
                     row,
                     inside,
                     ones,
                     BITS,
                     GROUP_SIZE,
-                    tl.float16,
                 )
-                # Only the product is rounded, exactly as level * scale is.
-                level = as_tile(pairs, tl.float16).to(tl.float32) - (1 + zero)[:, None]
-                level = tl.where(inside[:, None], level, float("nan"))  # a row that is not there must not look like one
-                value = (level * (scale * (1 << BITS))[:, None]).to(out.dtype.element_ty)
+                value = tl.where(inside[:, None], value, float("nan"))  # a row that is not there must not look like one
+                value = value.to(out.dtype.element_ty)
                 if SCALED:
                     value = (value.to(tl.float32) * factor).to(out.dtype.element_ty)
                 column = first_column + tl.arange(0, GROUP_SIZE)

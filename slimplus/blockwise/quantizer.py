@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -19,7 +19,7 @@ from slimplus.distributed.preemption import Preemption
 from slimplus.distributed.ranks import Ranks
 from slimplus.format.affine import QuantizedWeight, lost_to_storage
 from slimplus.models.architectures import expert_stacks, find_linears
-from slimplus.models.block_arguments import BlockArguments
+from slimplus.models.block_arguments import BlockArguments, BlockCall, call_block
 from slimplus.models.precision import with_remedy
 from slimplus.models.streaming import BlockRunner
 from slimplus.nn import (
@@ -31,7 +31,7 @@ from slimplus.nn import (
 )
 from slimplus.quantization.linear import QuantizationConfig
 from slimplus.training.checkpoints import TrainingCheckpoints
-from slimplus.training.compiled import can_compile
+from slimplus.training.compiled import CompiledCall, can_compile
 from slimplus.training.fit import Fit, FitConfig, Report, ignore
 from slimplus.training.reconstruction import BlockReconstruction, LossContext, ReconstructionConfig
 from slimplus.utils.errors import InputError
@@ -116,6 +116,7 @@ class BlockQuantizer:
         fabric: the processes of the job.
         preemption: the handler of this process's signals.
         report: function that is told of training steps.
+        compiled: call of a block as compiled code, for its training, or None to call blocks as they are.
     """
 
     quantization: QuantizationConfig
@@ -126,6 +127,7 @@ class BlockQuantizer:
     fabric: Fabric
     preemption: Preemption
     report: Report = ignore
+    compiled: CompiledCall | None = None
 
     @property
     def trains(self) -> bool:
@@ -192,9 +194,10 @@ class BlockQuantizer:
         module = BlockReconstruction(
             fake_quantized_block(task.block, result, self.quantizer),
             task.arguments,
-            replace(self.reconstruction, compile=self._compiles(task.block)),
+            self.reconstruction,
             self.runner.precision,
             task.context,
+            self._training_call(task.block),
         )
         batches = (task.hidden, task.targets) + (() if task.auxiliary is None else (task.auxiliary,))
         if task.arguments.by_window:
@@ -209,13 +212,14 @@ class BlockQuantizer:
             record["events"].append("training ended above the calibrated loss; the calibrated quantizers are kept")
         return result.weights
 
-    def _compiles(self, block: nn.Module) -> bool:
-        """Return whether the block is trained as compiled code: if the settings ask for it, and it can be.
+    def _training_call(self, block: nn.Module) -> BlockCall:
+        """Return how the training calls the block: as compiled code, if the settings ask for it and it can be.
 
         The experts of a token are chosen in Python, and ZeRO 3 gathers parameters there.
         """
         traceable = not expert_stacks(block) and self.fit.strategy != "deepspeed_stage_3"
-        return self.reconstruction.compile and traceable and can_compile(self.runner.device)
+        can = self.compiled is not None and traceable and can_compile(self.runner.device)
+        return self.compiled if self.compiled is not None and can else call_block
 
 
 def expert_tokens(block: nn.Module, tokens: Mapping[str, int]) -> dict[str, list[int]]:

@@ -17,6 +17,7 @@ from slimplus.models.streaming import BlockRunner
 from slimplus.quantization.linear import QuantizationConfig
 from slimplus.recipe.evaluation import EvaluationSection, EvaluationTextSection
 from slimplus.recipe.schema import EndToEndSection, LossSection, Recipe, TrainingSection
+from slimplus.training.compiled import CompiledCall
 from slimplus.training.end_to_end import EndToEndConfig
 from slimplus.training.fit import FitConfig, Report
 from slimplus.training.losses import LossConfig
@@ -66,7 +67,7 @@ def block_quantizer(
             quantization.error_propagation,
         ),
         quantizer=QuantizerConfig(per_weight, recipe.training.width_rates),
-        reconstruction=_reconstruction(recipe.training, per_weight, _compiles(recipe, weights, fabric.device)),
+        reconstruction=_reconstruction(recipe.training, per_weight),
         fit=FitConfig(
             trainer.devices,
             trainer.num_nodes,
@@ -81,10 +82,11 @@ def block_quantizer(
         fabric=fabric,
         preemption=preemption,
         report=report,
+        compiled=CompiledCall() if _compiles(recipe, weights, fabric.device) else None,
     )
 
 
-def _reconstruction(training: TrainingSection, per_weight: str | None, compiles: bool) -> ReconstructionConfig:
+def _reconstruction(training: TrainingSection, per_weight: str | None) -> ReconstructionConfig:
     """Return the configuration of a block's training, with `auto` and null resolved."""
     default_optimizer: Name = "sign_sgd" if per_weight == "rounding" else "adamw"
     optimizer = default_optimizer if training.optimizer == "auto" else training.optimizer
@@ -107,7 +109,6 @@ def _reconstruction(training: TrainingSection, per_weight: str | None, compiles:
         weight_decay=training.weight_decay,
         patience=training.patience,
         loss=_loss(training.loss),
-        compile=compiles,
     )
 
 

@@ -43,6 +43,7 @@ from slimplus.recipe.preflight import check_shares
 from slimplus.recipe.schema import Recipe
 from slimplus.run_dir.directory import RunDirectory
 from slimplus.run_dir.fingerprint import differences, fingerprint, library_versions
+from slimplus.training.loggers import check_trackers
 from slimplus.utils.progress import FILE, Progress
 from slimplus.utils.units import GIGABYTE
 
@@ -93,6 +94,8 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption, progress: Pr
     check_shares(recipe, fabric.world_size)
     run = RunDirectory(recipe.run_dir)
     run.open()
+    if fabric.is_global_zero:
+        check_trackers(recipe.trainer.logger, run.logs)
     before = _begun_with(run)
     runner = _block_runner(recipe, fabric, before.get("trainer.precision"))
     source = _pinned_source(recipe, before.get("model.path", ""))

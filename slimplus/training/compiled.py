@@ -27,17 +27,18 @@ def compiled_call() -> BlockCall:
 
 
 class CompiledCall:
-    """Call of a block as compiled code; what cannot be compiled runs as it is, after a warning."""
+    """Call of blocks as compiled code; a kind of block that cannot be compiled runs as it is, after one warning."""
 
-    _fails = False
+    def __init__(self) -> None:
+        self._failed: set[type[nn.Module]] = set()
 
     def __call__(self, block: nn.Module, hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
         """Return what `call_block` returns for these arguments."""
-        if not self._fails:
+        if type(block) not in self._failed:
             try:
                 return compiled_call()(block, hidden, arguments)
             except TorchDynamoException as error:
-                self._fails = True
+                self._failed.add(type(block))
                 _warn(error)
         return call_block(block, hidden, arguments)
 

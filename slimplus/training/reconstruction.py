@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimplus.models.block_arguments import BlockArguments, Windows, call_block, run_block
+from slimplus.models.block_arguments import BlockArguments, BlockCall, Windows, call_block, run_block
 from slimplus.models.precision import autocast
 from slimplus.nn import FakeQuantizedLinear
 from slimplus.nn.fake_quantized import LARGEST_OFFSET
-from slimplus.training.compiled import CompiledCall
 from slimplus.training.losses import LossConfig, reconstruction_loss
 from slimplus.training.module import QuantizerTraining, TrainingConfig
 from slimplus.training.optimizers import ParameterKind, RateConfig
@@ -27,12 +26,10 @@ class ReconstructionConfig(TrainingConfig):
         per_weight: learning rate of the parameters that each weight has of its own: the offset of its rounding, or the
             weight itself.
         loss: the loss.
-        compile: whether training steps run the block as compiled code.
     """
 
     per_weight: RateConfig = field(default_factory=RateConfig)
     loss: LossConfig = field(default_factory=LossConfig)
-    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +61,7 @@ class BlockReconstruction(QuantizerTraining):
         config: settings of the training.
         precision: Lightning's name of the precision to autocast to.
         context: facts of the block's place in the model.
+        call: how training steps call the block: as it is, or as compiled code.
     """
 
     config: ReconstructionConfig
@@ -75,16 +73,17 @@ class BlockReconstruction(QuantizerTraining):
         config: ReconstructionConfig,
         precision: str,
         context: LossContext = LossContext(),
+        call: BlockCall = call_block,
     ) -> None:
         super().__init__(config, precision)
         self.block, self.arguments = block, arguments
-        self._compiled_call = CompiledCall() if config.compile else call_block
+        self._call = call
         # The tuple hides the norm from PyTorch, which would make it a part of this module.
         self._context: tuple[LossContext] = (context,)
 
     def forward(self, hidden: Tensor, windows: Windows = ()) -> Tensor:
         """Return the quantized block's output for inputs `[windows, sequence_length, hidden]`, in the same shape."""
-        call = self._compiled_call if torch.is_grad_enabled() else call_block  # losses are told of other batches
+        call = self._call if torch.is_grad_enabled() else call_block  # losses are told of other batches
         with autocast(self.device, self.precision_name):
             return run_block(self.block, hidden.float(), self.arguments, windows, call)
 
