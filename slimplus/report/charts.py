@@ -18,7 +18,7 @@ from slimplus.utils.units import format_bytes
 
 SERIES = ("#2a78d6", "#eb6834", "#1baf7a", "#eda100", "#e87ba4", "#008300", "#4a3aa7", "#e34948")
 """Colours of runs and parts, in this order: apart from each other for colour-blind readers as well."""
-RAMP = [[0.0, "#b7d3f6"], [0.35, "#5598e7"], [0.7, "#256abf"], [1.0, "#0d366b"]]
+RAMP = [[0.0, "#e3eefc"], [0.35, "#9dc4f3"], [0.65, "#2f74c8"], [1.0, "#0d366b"]]
 """Colours from low to high, of one hue."""
 DEPTHS = [[0.0, "#1baf7a"], [0.5, "#2a78d6"], [1.0, "#8a63d2"]]
 """Colours of blocks from the first to the last, which can be seen on a light and on a dark page."""
