@@ -131,9 +131,13 @@ def _sentences(error: ErrorDetails, document: dict[str, Any]) -> Iterator[str]:
 
 
 def recipe_names() -> list[str]:
-    """Return the names of the recipes that come with the package."""
-    entries = importlib.resources.files("slimplus.recipes").iterdir()
-    return sorted(entry.name.removesuffix(".yaml") for entry in entries if entry.name.endswith(".yaml"))
+    """Return the names of the recipes that come with the package, those of methods last."""
+    recipes = importlib.resources.files("slimplus.recipes")
+    return [*_recipes_in(recipes), *(f"methods/{name}" for name in _recipes_in(recipes / "methods"))]
+
+
+def _recipes_in(folder: Traversable) -> list[str]:
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def recipe_file(name: str) -> Traversable:

@@ -16,16 +16,17 @@ LARGE = (
     *("llama3_1_8b_2bit", "llama3_1_70b_2bit", "mistral_7b_2bit", "qwen3_8b_2bit", "qwen3_30b_a3b_2bit"),
     "gemma3_12b_2bit",
 )
+METHODS = ("rtn", "gptq", "qep", "slimllm", "slimllm_plus", "omniquant", "signround", "efficientqat", "peqa")
 
 
-def test_the_recipes_are_those_of_the_paper_the_demos_and_models_that_people_use() -> None:
-    assert set(recipe_names()) == {*PAPER, *SMALL, *LARGE}
+def test_the_recipes_are_those_of_the_paper_the_demos_models_that_people_use_and_methods() -> None:
+    assert set(recipe_names()) == {*PAPER, *SMALL, *LARGE, *(f"methods/{name}" for name in METHODS)}
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_is_valid_and_its_header_is_its_command(name: str) -> None:
     recipe = load_recipe([f"recipe={name}"])
-    assert recipe.run_dir == f"runs/{name}"
+    assert recipe.run_dir == f"runs/{name.removeprefix('methods/')}"
     command, about = recipe_file(name).read_text(encoding="utf-8").splitlines()[:2]
     assert command == f"# python train.py recipe={name}"
     assert about.startswith("# ")
@@ -96,3 +97,11 @@ def test_large_models_get_the_method_that_measured_best() -> None:
         assert (settings.method, settings.allocation, settings.bits) == (best.method, best.allocation, best.bits)
         assert recipe.training.parametrization == "rounding"
         assert recipe.end_to_end.epochs > 0
+
+
+def test_methods_compare_at_equal_text_bits_and_steps() -> None:
+    recipes = [load_recipe([f"recipe=methods/{name}"]) for name in METHODS]
+    assert len({(str(recipe.model), str(recipe.data)) for recipe in recipes}) == 1
+    assert {(recipe.quantization.bits, recipe.quantization.group_size) for recipe in recipes} == {(2, 64)}
+    trained = [recipe.training for recipe in recipes if recipe.quantization.trains]
+    assert {(training.epochs, training.batch_size) for training in trained} == {(8, 1)}
