@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.calibration_text import FULL, MIX, PYTHON, VARIANTS, WIKITEXT, find_texts, table
+from benchmarks.calibration_text import FULL, MIX, PYTHON, RESULTS, VARIANTS, WIKITEXT, find_texts, table
 from slimplus.recipe.parsing import load_recipe
 from slimplus.utils.errors import InputError
 from tests.support.models import ModelMaker
@@ -93,3 +93,10 @@ def test_rows_are_measured_once(folder: Path, text_file: Path, tmp_path: Path, m
     assert all(list(row["perplexity"]) == ["code", "tales", WIKITEXT, PYTHON] for row in rows)
     assert all(row["machine"]["torch"] and row["machine"]["commit"] for row in rows)
     assert len(done.stdout.splitlines()) == 4, "and no run"
+
+
+def test_the_documentation_shows_the_measured_rows() -> None:
+    rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
+    (full,) = [row["perplexity"] for row in rows if row["calibration"] == FULL]
+    page = (ROOT / "docs" / "calibration_text.md").read_text(encoding="utf-8")
+    assert table(rows, full, ["multilingual", "technical", "tiny"]) in page
