@@ -58,7 +58,7 @@ def test_the_wheel_holds_every_module_and_recipe_and_nothing_else(wheel: Path) -
     expected = {str(file.relative_to(ROOT)) for file in (ROOT / "slimplus").rglob("*.py")}
     expected |= {f"slimplus/{file.relative_to(ROOT)}" for file in (ROOT / "kernels").rglob("*.py")}
     expected |= {f"slimplus/{file.relative_to(ROOT)}" for file in (ROOT / "kernels/configs").glob("*.json")}
-    expected |= {f"slimplus/{file.relative_to(ROOT)}" for file in (ROOT / "recipes").glob("*.yaml")}
+    expected |= {f"slimplus/{file.relative_to(ROOT)}" for file in (ROOT / "recipes").rglob("*.yaml")}
     expected |= {str(file.relative_to(ROOT)) for file in (ROOT / "slimplus/report/templates").iterdir()}
     expected |= {"slimplus/kernels/configs/gpu.json", "slimplus/py.typed"}
     assert names == expected | {f"slimplus-{slimplus.__version__}.data/purelib/slimplus.pth"}

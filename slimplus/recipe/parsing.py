@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import importlib.resources
 import importlib.util
-import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
@@ -137,6 +136,7 @@ def recipe_names() -> list[str]:
 
 
 def _recipes_in(folder: Traversable) -> list[str]:
+    """Return the names of the recipes in a folder, sorted."""
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
@@ -230,7 +230,8 @@ def resolve_recipe(
         document = source.model_dump()
     else:
         document = _read_document(recipe_file(source))
-        document.setdefault("run_dir", f"runs/{re.sub(r'[.]ya?ml$', '', Path(source).name)}")
+        name = Path(source).stem if source.endswith((".yaml", ".yml")) else source
+        document.setdefault("run_dir", f"runs/{name}")
     for section, key in _SHORTHANDS.items():
         *parents, name = section.split(".")
         parent: Any = document

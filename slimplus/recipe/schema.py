@@ -166,9 +166,9 @@ class TrainingSection(Section):
     )
     element_learning_rate: Number | None = Field(
         None,
-        gt=0,
+        ge=0,
         description="peak learning rate of each weight's rounding offset, in steps of its scale, or of the weight; "
-        "null is 2 / training steps for sign_sgd, else 3e-4",
+        "null is 2 / training steps for sign_sgd, else 3e-4; 0 freezes them",
     )
     element_schedule: Literal["auto", "constant", "linear", "cosine"] = Field(
         "auto", description="how element_learning_rate falls to zero; auto is linear for sign_sgd, else cosine"

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from transformers import AutoConfig
 
 from benchmarks.recipes import needs
 from slimplus.models.loading import build_on_meta
+from slimplus.pipeline.plan import dry_run
 from slimplus.recipe.parsing import load_recipe, recipe_file, recipe_names
+from tests.support.recipes import Arguments
+from tests.support.runs import measured_run
 
 PAPER = {"llama7b_2bit": 2, "llama7b_3bit": 3, "llama2_7b_2bit": 2, "llama3_8b_2bit": 2, "opt_1.3b_2bit": 2}
 
@@ -26,7 +31,7 @@ def test_the_recipes_are_those_of_the_paper_the_demos_models_that_people_use_and
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_is_valid_and_its_header_is_its_command(name: str) -> None:
     recipe = load_recipe([f"recipe={name}"])
-    assert recipe.run_dir == f"runs/{name.removeprefix('methods/')}"
+    assert recipe.run_dir == f"runs/{name}"
     command, about = recipe_file(name).read_text(encoding="utf-8").splitlines()[:2]
     assert command == f"# python train.py recipe={name}"
     assert about.startswith("# ")
@@ -105,3 +110,23 @@ def test_methods_compare_at_equal_text_bits_and_steps() -> None:
     assert {(recipe.quantization.bits, recipe.quantization.group_size) for recipe in recipes} == {(2, 64)}
     trained = [recipe.training for recipe in recipes if recipe.quantization.trains]
     assert {(training.epochs, training.batch_size) for training in trained} == {(8, 1)}
+
+
+def _of_tiny_model(name: str, arguments: Arguments, folder: Path) -> list[str]:
+    """The arguments of a small run that keep the method's own keys."""
+    own = ("recipe=", "quantization.method=", "quantization.allocation=", "training.learning_rate=", "end_to_end.")
+    return [f"recipe=methods/{name}", *(each for each in arguments(folder) if not each.startswith(own))]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_a_plan(name: str, arguments: Arguments, tmp_path: Path) -> None:
+    plan = dry_run(load_recipe([*_of_tiny_model(name, arguments, tmp_path), "dry_run=true"]))
+    assert "average bits               2.000" in plan
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_runs_to_its_end(name: str, arguments: Arguments, tmp_path: Path) -> None:
+    metrics = measured_run(_of_tiny_model(name, arguments, tmp_path))
+    assert metrics["average_bits"] == 2
+    assert 0 < metrics["perplexity"]["quantized"] < 1e4  # a random model's is near its vocabulary's size

@@ -20,6 +20,7 @@ from slimplus.distributed.strategies import launch
 from slimplus.format.affine import QuantizedWeight
 from slimplus.models.block_arguments import run_block
 from slimplus.models.streaming import BlockInputs
+from slimplus.nn.fake_quantized import TrainedWeightLinear
 from slimplus.training.checkpoints import TrainingCheckpoints
 from slimplus.training.fit import Fit, FitConfig
 from slimplus.training.losses import normalized_error
@@ -130,3 +131,20 @@ def test_small_gradients_survive_float16(
     module.training_step((hidden, run_block(original, hidden, arguments)), 0).backward()
     gradients = [p.grad for p in module.parameters() if p.requires_grad]
     assert all(g is not None and g.isfinite().all() and (g != 0).float().mean() > 0.9 for g in gradients)
+
+
+def test_an_element_rate_of_zero_rounds_the_calibrated_weights_to_the_trained_grid(
+    block_and_inputs: tuple[nn.Module, BlockInputs], tmp_path: Path
+) -> None:
+    config = ReconstructionConfig(4, 2, grid=RateConfig(1e-2, "cosine"), per_weight=RateConfig(0.0, "cosine"))
+    original, trained = _fit(block_and_inputs, tmp_path, per_weight="weights", config=config)
+    rounded = quantize_first_block(block_and_inputs, "slimllm")[1]
+    block = fake_quantized_block(original, rounded, QuantizerConfig("weights", {}))
+    calibrated = trained_weights(block)
+    assert any(not torch.equal(trained[name].integers, calibrated[name].integers) for name in calibrated)
+    for name, weight in trained.items():  # the integers are those of the untouched weights on the grid as it ends
+        layer = block.get_submodule(name)
+        assert isinstance(layer, TrainedWeightLinear)
+        with torch.no_grad():
+            expected = layer.rounded(weight.scale[..., None], weight.zero_point[..., None]).flatten(1)
+        assert torch.equal(weight.integers, expected[:, : layer.in_features].to(torch.uint8))
