@@ -97,7 +97,7 @@ def _vllm(visit: Visit) -> dict[str, Any]:
     """Capture what vLLM's operator calls, if vLLM is installed."""
     if importlib.util.find_spec("vllm") is None:
         return {"skipped": "vLLM is not installed"}
-    from slimplus.hub.vllm_layers import PackedLinears
+    from slimplus.hub.engine_layers import PackedLinears
 
     counts = {1: 8, 2: 16, 3: 8}
     layers = [

@@ -20,16 +20,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 
 from slimplus.hub.checks import check_quantization
 from slimplus.hub.contents import METHOD
-from slimplus.hub.vllm_layers import (
-    PackedLinearMethod,
-    PackedVocabularyMethod,
-    StoredLayer,
-    TiedHeadMethod,
-    stored_layers,
-)
-
-FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
-"""What layers of vLLM hold where its model does not say it."""
+from slimplus.hub.engine_layers import FUSED, StoredLayer, stored_layers
+from slimplus.hub.vllm_layers import PackedLinearMethod, PackedVocabularyMethod, TiedHeadMethod
 
 REORDERED = {"bloom"}
 """Model types whose model in vLLM moves the rows of q, k and v along the first dimension of whatever tensor it gets."""
