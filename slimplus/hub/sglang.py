@@ -109,8 +109,8 @@ class PackedConfig(QuantizationConfig):
             return UnquantizedLinearMethod()
         if packed != names:
             raise ValueError(
-                f"{prefix}: of {', '.join(names)} only {', '.join(packed)} is packed, but SGLang multiplies them in one "
-                "layer; quantize all of them or none"
+                f"{prefix}: of {', '.join(names)} only {', '.join(packed)} is packed, but SGLang multiplies them in "
+                "one layer; quantize all of them or none"
             )
         return PackedLinearMethod([self.layers[name] for name in names])
 
