@@ -23,7 +23,7 @@ def layers_of(**rows: int) -> dict[str, PackedLinear]:
     }
 
 
-def config_of(layers: Mapping[str, nn.Module]) -> Any:
+def config_of(layers: dict[str, PackedLinear]) -> Any:
     from sglang.srt.layers.quantization import get_quantization_config
     from sglang.srt.plugins import load_plugins
 
