@@ -43,7 +43,7 @@ from slimplus.training.checkpoints import TrainingCheckpoints
 from slimplus.training.compiled import CompiledCall
 from slimplus.training.fit import Fit, FitConfig
 from slimplus.training.optimizers import SignSGD
-from slimplus.training.reconstruction import BlockReconstruction, LossContext, ReconstructionConfig
+from slimplus.training.reconstruction import BlockReconstruction, ReconstructionConfig
 from slimplus.utils.files import write_atomic
 from slimplus.utils.machine import describe_machine, peak_resident_bytes
 from slimplus.utils.manifest import Manifest
@@ -185,7 +185,7 @@ def train_slimplus(model: LlamaForCausalLM, tokens: Tensor, epochs: int, precisi
     del model, streamed, original, result
     training = ReconstructionConfig(epochs, len(tokens) // STEPS_AN_EPOCH, optimizer="sign_sgd")
     call = call_block if plain else CompiledCall()
-    module = BlockReconstruction(block, arguments, training, precision, LossContext(), call)
+    module = BlockReconstruction(block, arguments, training, precision, call=call)
     if plain:
         plain_loop(module, inputs.hidden, targets)
         return

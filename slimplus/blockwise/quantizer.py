@@ -218,8 +218,9 @@ class BlockQuantizer:
         The experts of a token are chosen in Python, and ZeRO 3 gathers parameters there.
         """
         traceable = not expert_stacks(block) and self.fit.strategy != "deepspeed_stage_3"
-        can = self.compiled is not None and traceable and can_compile(self.runner.device)
-        return self.compiled if self.compiled is not None and can else call_block
+        if self.compiled is None or not traceable or not can_compile(self.runner.device):
+            return call_block
+        return self.compiled
 
 
 def expert_tokens(block: nn.Module, tokens: Mapping[str, int]) -> dict[str, list[int]]:

@@ -7,14 +7,16 @@ parallelism, each rank keeps its rows or columns (`slimplus.format.slicing`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from slimplus.format.planes import BitCounts, packed_shapes
 from slimplus.format.slicing import slice_columns, slice_rows
+from slimplus.hub.checks import check_quantization
 from slimplus.nn import PackedLinear
 from slimplus.nn.fusion import FusedLinears
 
@@ -105,6 +107,47 @@ class LoadedPart:
         return PackedLinear.from_tensors(self.tensors, len(self.columns), out_features, self.group_size)
 
 
+class PartLoader:
+    """Loader of packed layers through empty parameters of an engine's layer, for whose names the engine finds tensors.
+
+    Args:
+        stored: layers of the checkpoint that the engine's layer holds, in the engine's order.
+    """
+
+    def __init__(self, stored: Sequence[StoredLayer]) -> None:
+        self._names = list(dict.fromkeys(name for one in stored for name in one.tensors))
+        self._parts: list[LoadedPart] = []
+
+    def expect(self, layer: nn.Module, parts: Sequence[LoadedPart]) -> None:
+        """Give `layer` an empty parameter for each name of a tensor, whose loader collects what this rank keeps."""
+        self._parts = list(parts)
+        for name in self._names:
+            parameter = nn.Parameter(torch.empty(0), requires_grad=False)
+            parameter.weight_loader = self._loader(name)  # type: ignore[attr-defined] # the engines' convention
+            layer.register_parameter(name, parameter)
+
+    def _loader(self, name: str) -> Any:
+        """Return the function that the engine calls with each tensor of the checkpoint for the parameter `name`."""
+
+        def load(parameter: Tensor, loaded: Tensor, shard_id: int | str | None = None) -> None:
+            position = SHARD_IDS[shard_id] if isinstance(shard_id, str) else shard_id or 0
+            self._parts[position].add(name, loaded, parameter.device)
+
+        return load
+
+    def take(self, layer: nn.Module) -> list[PackedLinear]:
+        """Return the packed layers of all parts, and remove the empty parameters from `layer`.
+
+        Raises:
+            ValueError: naming a tensor that the checkpoint lacks, or the one that is wrong.
+        """
+        modules = [part.module() for part in self._parts]
+        for name in self._names:
+            delattr(layer, name)
+        self._parts = []
+        return modules
+
+
 def rows_of_rank(
     stored_rows: Sequence[int], own_rows: Sequence[int], rank: int, ranks: int, replicas: int
 ) -> list[list[range]] | None:
@@ -133,6 +176,14 @@ def rows_of_rank(
     return [[part] for part in ranges] if shares else [ranges]
 
 
+def unshared_rows(stored: Sequence[StoredLayer], own_rows: Sequence[int], ranks: int, engine: str) -> ValueError:
+    """Return the error that says that `rows_of_rank` found no rows for an engine's layer."""
+    return ValueError(
+        f"{stored[0].name}: {engine} wants {own_rows} rows on each of {ranks} ranks, which the checkpoint's "
+        f"{[one.shape[0] for one in stored]} rows do not make; choose another --tensor-parallel-size"
+    )
+
+
 class PackedLinears(nn.Module):
     """Packed layers that read the same input, with their outputs side by side.
 
@@ -155,11 +206,52 @@ class PackedLinears(nn.Module):
         return torch.cat([layer(inputs) for layer in self.layers], dim=-1)
 
 
-def stored_layers(
-    modules: Mapping[str, BitCounts], shapes: Mapping[str, Sequence[int]], group_size: int, scale_bits: int
-) -> dict[str, StoredLayer]:
-    """Return the packed layers of a checkpoint by name, as its `quantization_config` describes them."""
-    return {
-        name: StoredLayer(name, (int(shapes[name][0]), int(shapes[name][1])), counts, group_size, scale_bits)
-        for name, counts in modules.items()
-    }
+def stored_layers(config: Mapping[str, Any], engine: str) -> dict[str, StoredLayer]:
+    """Return the packed layers of a checkpoint by name.
+
+    Args:
+        config: the `quantization_config` of config.json.
+        engine: name of the engine, for the error.
+
+    Raises:
+        ValueError: naming the key that is missing or wrong, or an expert, which no engine takes packed.
+    """
+    check_quantization(config)
+    if expert := next((name for name in config["modules"] if name.rpartition(".")[2].isdigit()), None):
+        raise ValueError(f"{expert}: {engine} takes no packed experts; serve what `slimplus export --to dense` writes")
+    group_size, scale_bits = int(config["group_size"]), int(config.get("scale_bits", 16))
+    layers = {}
+    for name, counts in config["modules"].items():
+        rows, columns = map(int, config["shapes"][name])
+        bit_counts = {int(width): int(count) for width, count in counts.items()}
+        layers[name] = StoredLayer(name, (rows, columns), bit_counts, group_size, scale_bits)
+    return layers
+
+
+def is_outside(name: str) -> bool:
+    """Return whether a layer lies outside the blocks, in whose names there is a number: an embedding or a head."""
+    return not any(part.isdigit() for part in name.split("."))
+
+
+def names_in(prefix: str, layers: Container[str], fused: Mapping[str, list[str]], engine: str) -> list[str]:
+    """Return the names of the packed layers that an engine's linear layer holds; none if it is to be the engine's own.
+
+    Args:
+        prefix: the engine's name of the layer.
+        layers: names of the packed layers.
+        fused: own name of an engine's layer → own names of the layers that it holds, where the model says it.
+        engine: name of the engine, for the error.
+
+    Raises:
+        ValueError: naming the layer, if only some of what it holds is packed.
+    """
+    parent, dot, own = prefix.rpartition(".")
+    parts = [own] if prefix in layers else fused.get(own, FUSED.get(own, [own]))
+    names = [f"{parent}{dot}{name}" for name in parts]
+    packed = [name for name in names if name in layers]
+    if packed and packed != names:
+        raise ValueError(
+            f"{prefix}: of {', '.join(names)} only {', '.join(packed)} is packed, but {engine} multiplies them in one "
+            "layer; quantize all of them or none"
+        )
+    return packed

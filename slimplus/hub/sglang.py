@@ -18,16 +18,17 @@ from sglang.srt.layers.quantization.base_config import LinearMethodBase, Quantiz
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from torch import Tensor, nn
 
-from slimplus.hub.checks import check_quantization
 from slimplus.hub.contents import METHOD
 from slimplus.hub.engine_layers import (
-    FUSED,
-    SHARD_IDS,
     LoadedPart,
     PackedLinears,
+    PartLoader,
     StoredLayer,
+    is_outside,
+    names_in,
     rows_of_rank,
     stored_layers,
+    unshared_rows,
 )
 
 
@@ -74,23 +75,12 @@ class PackedConfig(QuantizationConfig):
             ValueError: naming the key that is missing or wrong, or a layer that SGLang does not take packed: an expert,
                 or one outside the blocks, which is an embedding or a head.
         """
-        check_quantization(config)
-        for name in config["modules"]:
-            if name.rpartition(".")[2].isdigit():
-                raise ValueError(
-                    f"{name}: SGLang takes no packed experts; serve what `slimplus export --to dense` writes"
-                )
-            if not any(part.isdigit() for part in name.split(".")):
-                raise ValueError(
-                    f"{name}: SGLang takes no packed embedding or head; quantize with quantization.embedding_bits=null "
-                    "quantization.head_bits=null"
-                )
-        modules = {
-            name: {int(width): int(count) for width, count in counts.items()}
-            for name, counts in config["modules"].items()
-        }
-        scale_bits = int(config.get("scale_bits", 16))
-        layers = stored_layers(modules, config["shapes"], int(config["group_size"]), scale_bits)
+        layers = stored_layers(config, "SGLang")
+        if outside := next(filter(is_outside, layers), None):
+            raise ValueError(
+                f"{outside}: SGLang takes no packed embedding or head; quantize with quantization.embedding_bits=null "
+                "quantization.head_bits=null"
+            )
         return cls(layers, config.get("packed_modules_mapping") or {})
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
@@ -101,18 +91,8 @@ class PackedConfig(QuantizationConfig):
         """
         if not isinstance(layer, LinearBase):
             return None
-        parent, dot, own = prefix.rpartition(".")
-        parts = [own] if prefix in self.layers else self.packed_modules_mapping.get(own, FUSED.get(own, [own]))
-        names = [f"{parent}{dot}{name}" for name in parts]
-        packed = [name for name in names if name in self.layers]
-        if not packed:
-            return UnquantizedLinearMethod()
-        if packed != names:
-            raise ValueError(
-                f"{prefix}: of {', '.join(names)} only {', '.join(packed)} is packed, but SGLang multiplies them in "
-                "one layer; quantize all of them or none"
-            )
-        return PackedLinearMethod([self.layers[name] for name in names])
+        names = names_in(prefix, self.layers, self.packed_modules_mapping, "SGLang")
+        return PackedLinearMethod([self.layers[name] for name in names]) if names else UnquantizedLinearMethod()
 
 
 class PackedLinearMethod(LinearMethodBase):
@@ -124,7 +104,7 @@ class PackedLinearMethod(LinearMethodBase):
 
     def __init__(self, stored: list[StoredLayer]) -> None:
         self.stored = tuple(stored)
-        self._parts: list[LoadedPart] = []
+        self.loader = PartLoader(stored)
         self._dtype = torch.bfloat16
 
     def create_weights(
@@ -157,34 +137,16 @@ class PackedLinearMethod(LinearMethodBase):
         replicas = getattr(layer, "num_kv_head_replicas", 1)
         rows = rows_of_rank(stored_rows, output_partition_sizes, rank, ranks, replicas) if same_group else None
         if rows is None:
-            raise ValueError(
-                f"{self.stored[0].name}: SGLang wants {output_partition_sizes} rows on each of {ranks} ranks, which "
-                f"the checkpoint's {stored_rows} rows do not make; choose another --tensor-parallel-size"
-            )
+            raise unshared_rows(self.stored, output_partition_sizes, ranks, "SGLang")
         first = rank * input_size_per_partition if input_size_per_partition != input_size else 0
         columns = range(first, first + input_size_per_partition)
-        self._parts = [LoadedPart(one, own, columns) for one, own in zip(self.stored, rows, strict=True)]
+        parts = [LoadedPart(one, own, columns) for one, own in zip(self.stored, rows, strict=True)]
+        self.loader.expect(layer, parts)
         self._dtype = params_dtype
-        for name in sorted({name for one in self.stored for name in one.tensors}):
-            parameter = nn.Parameter(torch.empty(0), requires_grad=False)
-            parameter.weight_loader = self._loader(name)  # type: ignore[attr-defined] # SGLang's convention
-            layer.register_parameter(name, parameter)
-
-    def _loader(self, name: str) -> Any:
-        """Return the function that SGLang calls with each tensor of the checkpoint for the parameter `name`."""
-
-        def load(parameter: Tensor, loaded: Tensor, shard_id: int | str | None = None) -> None:
-            position = SHARD_IDS[shard_id] if isinstance(shard_id, str) else shard_id or 0
-            self._parts[position].add(name, loaded, parameter.device)
-
-        return load
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Make packed layers of the tensors that were loaded, and remove the empty parameters."""
-        layer.packed = PackedLinears([part.module() for part in self._parts], self._dtype)
-        for name in {name for one in self.stored for name in one.tensors}:
-            delattr(layer, name)
-        self._parts = []
+        layer.packed = PackedLinears(self.loader.take(layer), self._dtype)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Multiply `x` `[..., in]` by the packed layers, `[..., sum of out]`."""

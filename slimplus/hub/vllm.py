@@ -18,9 +18,8 @@ from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, regist
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from slimplus.hub.checks import check_quantization
 from slimplus.hub.contents import METHOD
-from slimplus.hub.engine_layers import FUSED, StoredLayer, stored_layers
+from slimplus.hub.engine_layers import StoredLayer, is_outside, names_in, stored_layers
 from slimplus.hub.vllm_layers import PackedLinearMethod, PackedVocabularyMethod, TiedHeadMethod
 
 REORDERED = {"bloom"}
@@ -64,15 +63,7 @@ class PackedConfig(QuantizationConfig):
         Raises:
             ValueError: naming the key that is missing or wrong, or an expert, which vLLM does not take packed.
         """
-        check_quantization(config)
-        if expert := next((name for name in config["modules"] if name.rpartition(".")[2].isdigit()), None):
-            raise ValueError(f"{expert}: vLLM takes no packed experts; serve what `slimplus export --to dense` writes")
-        modules = {
-            name: {int(width): int(count) for width, count in counts.items()}
-            for name, counts in config["modules"].items()
-        }
-        scale_bits = int(config.get("scale_bits", 16))
-        return cls(stored_layers(modules, config["shapes"], int(config["group_size"]), scale_bits))
+        return cls(stored_layers(config, "vLLM"))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename the packed layers for a model of vLLM that names its layers otherwise than transformers does."""
@@ -95,19 +86,9 @@ class PackedConfig(QuantizationConfig):
                 f"{prefix}: vLLM's {_model_type()} reorders rows before they are loaded, and would mix up packed ones; "
                 "serve what `slimplus export --to dense` writes"
             )
-        parent, dot, own = prefix.rpartition(".")
-        parts = [own] if prefix in self.layers else self.packed_modules_mapping.get(own, FUSED.get(own, [own]))
-        names = [f"{parent}{dot}{name}" for name in parts]
-        packed = [name for name in names if name in self.layers]
-        if not packed:
-            return UnquantizedLinearMethod()
-        if packed != names:
-            raise ValueError(
-                f"{prefix}: of {', '.join(names)} only {', '.join(packed)} is packed, but vLLM multiplies them in one "
-                "layer; quantize all of them or none"
-            )
+        names = names_in(prefix, self.layers, self.packed_modules_mapping, "vLLM")
         self._given.update(names)
-        return PackedLinearMethod([self.layers[name] for name in names])
+        return PackedLinearMethod([self.layers[name] for name in names]) if names else UnquantizedLinearMethod()
 
     def _vocabulary_method(self, layer: Any, prefix: str) -> Any:
         is_head = isinstance(layer, ParallelLMHead)
@@ -125,8 +106,8 @@ class PackedConfig(QuantizationConfig):
         return names[0] if len(names) == 1 else None
 
     def _outside(self) -> list[str]:
-        """Return the names of the packed layers outside the blocks, whose names hold a number."""
-        return [name for name in self.layers if not any(part.isdigit() for part in name.split("."))]
+        """Return the names of the packed layers outside the blocks."""
+        return [name for name in self.layers if is_outside(name)]
 
     def get_checkpoint_weight_mapper(self) -> Any:
         """Return vLLM's own mapper; it is asked for when the model stands and before tensors are loaded.

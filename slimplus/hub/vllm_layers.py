@@ -12,7 +12,7 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import LinearMethodBase
 
 from slimplus.format.planes import count_bits, stored_scale_bits
-from slimplus.hub.engine_layers import SHARD_IDS, LoadedPart, PackedLinears, StoredLayer, rows_of_rank
+from slimplus.hub.engine_layers import LoadedPart, PackedLinears, PartLoader, StoredLayer, rows_of_rank, unshared_rows
 from slimplus.nn import PackedLinear
 from slimplus.nn.packed_embedding import PackedEmbedding, TiedHead
 from slimplus.nn.packed_linear import WeightDescription
@@ -28,37 +28,16 @@ class PackedMethod(LinearMethodBase):
     def __init__(self, stored: Sequence[StoredLayer]) -> None:
         self.stored = tuple(stored)
         self.name = f"{METHOD_PREFIX}{stored[0].name}"
-        self._parts: list[LoadedPart] = []
+        self.loader = PartLoader(stored)
         self._dtype = torch.bfloat16
 
     def _prepare(self, layer: nn.Module, parts: Sequence[LoadedPart], dtype: torch.dtype) -> None:
-        """Give `layer` an empty parameter for each name of a tensor, by whose loader vLLM hands the tensors over."""
-        self._parts, self._dtype = list(parts), dtype
-        dimensions = {name: len(shape) for one in self.stored for name, (shape, _) in one.tensors.items()}
-        for name, dimension in dimensions.items():
-            parameter = nn.Parameter(torch.empty(0), requires_grad=False)
-            parameter.weight_loader = self._loader(name)  # type: ignore[attr-defined] # vLLM's convention
-            if dimension == 2:
-                parameter.output_dim = 1  # type: ignore[attr-defined] # by which some models permute rows
-            layer.register_parameter(name, parameter)
+        """Have `layer` take the tensors of these parts, and apply them where vLLM's operators find it by name."""
+        self._dtype = dtype
+        self.loader.expect(layer, parts)
+        for name in {name for one in self.stored for name, (shape, _) in one.tensors.items() if len(shape) == 2}:
+            layer.get_parameter(name).output_dim = 1  # type: ignore[attr-defined] # by which some models permute rows
         get_current_vllm_config().compilation_config.static_forward_context[self.name] = layer
-
-    def _loader(self, name: str) -> Any:
-        """Return the function that vLLM calls with each tensor of the checkpoint for the parameter `name`."""
-
-        def load(parameter: Tensor, loaded: Tensor, shard_id: int | str | None = None) -> None:
-            position = SHARD_IDS[shard_id] if isinstance(shard_id, str) else shard_id or 0
-            self._parts[position].add(name, loaded, parameter.device)
-
-        return load
-
-    def _take_modules(self, layer: nn.Module) -> list[PackedLinear]:
-        """Return the packed layers of all parts, and remove the empty parameters from `layer`."""
-        modules = [part.module() for part in self._parts]
-        for name in {name for one in self.stored for name in one.tensors}:
-            delattr(layer, name)
-        self._parts = []
-        return modules
 
 
 METHOD_PREFIX = "slimplus:"
@@ -103,17 +82,13 @@ class PackedLinearMethod(PackedMethod):
             getattr(layer, "num_kv_head_replicas", 1),
         )
         if rows is None:
-            raise ValueError(
-                f"{self.stored[0].name}: vLLM wants {output_partition_sizes} rows on each of {layer.tp_size} ranks, "
-                f"which the checkpoint's {[one.shape[0] for one in self.stored]} rows do not make; choose another "
-                "--tensor-parallel-size"
-            )
+            raise unshared_rows(self.stored, output_partition_sizes, layer.tp_size, "vLLM")
         parts = [LoadedPart(one, own, columns) for one, own in zip(self.stored, rows, strict=True)]
         self._prepare(layer, parts, params_dtype)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Make packed layers of the tensors that were loaded."""
-        layer.packed = PackedLinears(self._take_modules(layer), self._dtype)
+        layer.packed = PackedLinears(self.loader.take(layer), self._dtype)
         layer.qweight = layer.packed.layers[0].qweight  # by which vLLM's LoRA layers find the device
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -152,7 +127,7 @@ class PackedVocabularyMethod(PackedMethod):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Make a packed embedding or a packed head, or both, of the tensors that were loaded."""
-        (packed,) = self._take_modules(layer)
+        (packed,) = self.loader.take(layer)
         layer.weight = WeightDescription(torch.Size(packed.shape), self._dtype, packed.scales.device)
         if self.is_head:
             layer.head = PackedLinears([packed], self._dtype)

@@ -88,9 +88,10 @@ def _mlflow_uri(logs: Path) -> str:
 
     Without either, MLflow would choose plain files, which its present versions refuse to write.
     """
-    if "MLFLOW_TRACKING_URI" not in os.environ:
-        logs.mkdir(parents=True, exist_ok=True)
-    return os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{logs.resolve()}/mlflow.db")
+    if (given := os.environ.get("MLFLOW_TRACKING_URI")) is not None:
+        return given
+    logs.mkdir(parents=True, exist_ok=True)  # a database is not created in a folder that is not there
+    return f"sqlite:///{logs.resolve()}/mlflow.db"
 
 
 def finish_loggers(loggers: Sequence[Logger]) -> None:

@@ -18,7 +18,7 @@ from slimplus.models.streaming import BlockInputs, StreamedModel
 from slimplus.nn import FakeQuantizedLinear
 from slimplus.training import compiled
 from slimplus.training.compiled import CompiledCall, can_compile
-from slimplus.training.reconstruction import BlockReconstruction, LossContext, ReconstructionConfig
+from slimplus.training.reconstruction import BlockReconstruction, ReconstructionConfig
 from tests.support.blocks import RUNNER, quantize_first_block
 
 BlockAndInputs = tuple[nn.Module, BlockInputs]
@@ -41,7 +41,7 @@ def _module(
 ) -> BlockReconstruction:
     original, result = quantize_first_block(found, "slimllm")
     block = fake_quantized_block(original, result, QuantizerConfig(per_weight, {2: 0.5}))
-    return BlockReconstruction(block, found[1].arguments[0], ReconstructionConfig(1, 1), precision, LossContext(), call)
+    return BlockReconstruction(block, found[1].arguments[0], ReconstructionConfig(1, 1), precision, call=call)
 
 
 def _step(module: BlockReconstruction, batch: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
