@@ -7,7 +7,7 @@ import json
 import logging
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +25,11 @@ PAPER = ("piqa", "arc_easy", "arc_challenge", "boolq", "hellaswag", "winogrande"
 """Tasks of the tables of SliM-LLM (https://arxiv.org/abs/2405.14917), without examples in the prompt."""
 
 TASK_FILES = (".yaml", ".yml")
+CHARACTERS, CHOICES = 4, 4  # of a token of English, and of an example of multiple choice, about
+
+
+def _ignore(answered: int, asked: int) -> None:
+    """Take a report of answered requests, and tell nobody."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,18 @@ class LoadedTasks:
     config: TaskConfig
     loaded: dict[str, dict[str, Any]]
     fingerprint: str
+
+    @property
+    def tokens(self) -> float:
+        """Tokens that a model reads for them, about: to tell how long it takes, and nothing else."""
+        total = 0.0
+        for task in self.loaded["tasks"].values():
+            examples = list(task.eval_docs)
+            asked = min(len(examples), self.config.limit or len(examples))
+            characters = sum(len(json.dumps(example, default=str)) for example in examples[:asked])
+            prompts = CHOICES if task.OUTPUT_TYPE == "multiple_choice" else 1
+            total += prompts * (1 + task.get_config("num_fewshot")) * characters / CHARACTERS
+        return total
 
 
 def load_tasks(config: TaskConfig) -> LoadedTasks:
@@ -154,7 +171,12 @@ def _update(digest: Any, task: Any) -> None:
         digest.update(json.dumps(example, sort_keys=True, default=str).encode())
 
 
-def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: LoadedTasks) -> list[dict[str, Any]]:
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: LoadedTasks,
+    told: Callable[[int, int], None] = _ignore,
+) -> list[dict[str, Any]]:
     """Return the scores of a model, a row for each metric of each task and group.
 
     A row holds `task`, `part_of` (the group that the task belongs to, or None), `metric`, `num_fewshot`, `examples`,
@@ -164,15 +186,17 @@ def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Loa
         model: the model, on its device.
         tokenizer: its tokenizer.
         tasks: what is asked.
+        told: function that is told how many requests are answered, and how many there are as far as is known.
 
     Raises:
         InputError: if a task cannot be asked, such as one that runs code that a model writes.
     """
     from lm_eval.evaluator import evaluate
-    from lm_eval.models.huggingface import HFLM
+
+    from slimplus.evaluation.harness_model import CountedModel
 
     config = tasks.config
-    asked = HFLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=config.batch_size)
+    asked = CountedModel(told, pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size)
     try:
         with isolate_rng():
             _seed()

@@ -27,6 +27,8 @@ from slimplus.training.reconstruction import ReconstructionConfig
 # Weights times steps of their training from which compiled code pays on a CPU: it saves a thread about 8 ns for each,
 # and the compiler takes half a minute, or a few seconds where its cache holds the code.
 COMPILED_FROM = 1e10
+ASK_FULL_PRECISION, ASK_PACKED = "full_precision_answers", "packed_answers"  # stages
+WRITTEN = 20.0  # tokens that are read at once in the time that one token is written in
 WARMUP = 4  # steps over which the rates rise, since Adam's first moments come from a few batches
 
 
@@ -159,24 +161,32 @@ def end_to_end_config(section: EndToEndSection) -> EndToEndConfig:
     )
 
 
-def expected_work(recipe: Recipe) -> dict[str, float]:
+def expected_work(recipe: Recipe, task_tokens: float) -> dict[str, float]:
     """Return the stages of a run in their order, each with the work that it is expected to be.
 
-    The unit is one token through all blocks, forwards. The factors are those of SmolLM2-135M on one core, for which
-    benchmarks/results/quality.json has the seconds of each stage; they make an estimate, and decide nothing.
+    The unit is one token through all blocks, forwards; a token that a model writes counts as `WRITTEN`. The factors are
+    those of SmolLM2-135M on one core, for which benchmarks/results/quality.json has the seconds of each stage; they
+    make an estimate, and decide nothing.
+
+    Args:
+        recipe: the recipe.
+        task_tokens: tokens that a model reads for `evaluation.tasks`.
     """
     data, quantization = recipe.data, recipe.quantization
     calibration = data.samples * data.sequence_length
     evaluation = sum(text.windows * text.sequence_length for text in recipe.evaluation_texts.values())
     own = sum(source.weight for source in data.calibration.sources if source.path == SELF)
     share = own / sum(source.weight for source in data.calibration.sources)
+    questions = 1.5 * task_tokens + WRITTEN * len(recipe.evaluation.prompts) * recipe.evaluation.new_tokens
     training = 3 * recipe.training.epochs if quantization.trains else 0
     return {
         "calibration_text": 3.0 * share * calibration,
         "full_precision": 1.5 * evaluation,
+        ASK_FULL_PRECISION: questions,
         "sensitivity": 5.0 * calibration if recipe.measures_sensitivity else 0.0,
         "blocks": (10.0 + training) * calibration,
         "end_to_end": 5.0 * recipe.end_to_end.epochs * calibration,
         "export": 0.0,
         "packed": 1.5 * evaluation,
+        ASK_PACKED: questions,
     }

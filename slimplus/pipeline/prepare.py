@@ -124,7 +124,7 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption, progress: Pr
     for key, text in zip(recipe.evaluation_texts, held_out, strict=True):
         check_ids(text.tokens, rows, tokenizer, f"{key}.path")
     progress = progress or Progress(shows=False)
-    progress.open(run.root / FILE, expected_work(recipe))
+    progress.open(run.root / FILE, expected_work(recipe, tasks.tokens if tasks else 0))
     metrics = start_metrics(recipe, run, fabric, held_out, tasks, runner.precision, identity, events, progress)
     if allocation is not None:
         note_average(metrics, recipe, allocation, skeleton)

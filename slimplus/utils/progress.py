@@ -191,9 +191,13 @@ class Progress:
     def track(self, items: Sequence[Item], unit: str = "block") -> Iterator[Item]:
         """Yield the parts of a stage, and say which one is at work."""
         for number, item in enumerate(items, start=1):
-            self._change(State(self._state.stage, unit, number, len(items)), PART_SECONDS)
+            self.reach(number, len(items), unit)
             yield item
         self._state = replace(self._state, part=len(items) + 1)
+
+    def reach(self, part: int, parts: int, unit: str) -> None:
+        """Say which part of the stage is at work, where the parts are not at hand as items."""
+        self._change(State(self._state.stage, unit, part, parts), PART_SECONDS)
 
     def discount(self) -> None:
         """Leave the present part of the stage out of the estimate of the time that is left: it was found."""

@@ -55,7 +55,19 @@ def test_the_scores_are_those_of_the_models_own_probabilities(folder: Path, make
     assert (accuracy["examples"], accuracy["num_fewshot"]) == (len(QUESTIONS), 0)
     assert rows["local_page", "bits_per_byte"]["value"] > 0
     limited = load_tasks(TaskConfig([str(folder / "choice.yaml")], limit=2))
-    assert {row["examples"] for row in score(model, tokenizer, limited)} == {2}
+    told: list[tuple[int, int]] = []
+    assert {row["examples"] for row in score(model, tokenizer, limited, lambda *count: told.append(count))} == {2}
+    requests = sum(len(choices) for _, choices, _ in QUESTIONS[:2])
+    assert told == [(answered, requests) for answered in range(1, requests + 1)]
+
+
+def test_the_tokens_to_read_are_counted_as_far_as_they_are_asked(folder: Path) -> None:
+    choice = str(folder / "choice.yaml")
+    every, two, shown = (
+        load_tasks(TaskConfig([choice], **given)).tokens for given in ({}, {"limit": 2}, {"num_fewshot": 2})
+    )
+    assert 0 < two < every
+    assert shown == 3 * every
 
 
 def test_the_fingerprint_is_of_what_is_asked(folder: Path, tmp_path: Path) -> None:

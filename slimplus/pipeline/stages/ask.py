@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -15,6 +16,7 @@ from slimplus.evaluation.answers import answer, degeneration, figures
 from slimplus.evaluation.tasks import LoadedTasks, score
 from slimplus.hub.checkpoint import load
 from slimplus.models.loading import build_on_meta
+from slimplus.pipeline.configs import ASK_FULL_PRECISION, ASK_PACKED
 from slimplus.pipeline.job import Job
 from slimplus.pipeline.memory import fits_on_device, has_room
 from slimplus.pipeline.stages.evaluate import GENERATION_ERRORS
@@ -58,7 +60,7 @@ def _ask(job: Job, name: str, make: Callable[[], PreTrainedModel]) -> None:
     if not (tasks or prompts):
         return
     job.release_model()
-    with job.metrics.stage("full_precision" if name == "full" else "packed"):
+    with job.metrics.stage(ASK_FULL_PRECISION if name == "full" else ASK_PACKED):
         if job.fabric.is_global_zero:
             model = make().eval()
             fits = fits_on_device(model.get_memory_footprint(), job.runner.device)
@@ -77,7 +79,8 @@ def _score(job: Job, name: str, model: PreTrainedModel, tasks: LoadedTasks) -> N
             f"evaluation.tasks: the model takes {format_bytes(model.get_memory_footprint())}, more than the device has "
             "free; leave them out, and run `slimplus evaluate` on a larger device"
         )
-    job.metrics["tasks"]["scores"][name] = score(model, job.tokenizer, tasks)
+    told = partial(job.progress.reach, unit="request")
+    job.metrics["tasks"]["scores"][name] = score(model, job.tokenizer, tasks, told)
     job.metrics.checkpoint()
 
 

@@ -47,6 +47,7 @@ def test_both_models_are_asked(asked: tuple[Path, list[str]]) -> None:
         assert len(metrics["generation"][name]["answers"]) == 2
         assert metrics["generation"][name]["length"] <= 8
     assert metrics["tasks"]["scores"]["full"] != metrics["tasks"]["scores"]["quantized"]
+    assert {"full_precision_answers", "packed_answers"} <= metrics["seconds"].keys()
 
 
 def test_scores_and_answers_stand_in_the_summary_the_report_and_the_card(asked: tuple[Path, list[str]]) -> None:
