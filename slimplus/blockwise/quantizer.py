@@ -17,7 +17,7 @@ from slimplus.blockwise.sensitivity import allocate_block
 from slimplus.blockwise.swap import fake_quantized_block, trained_weights
 from slimplus.distributed.preemption import Preemption
 from slimplus.distributed.ranks import Ranks
-from slimplus.format.affine import QuantizedWeight, lost_to_storage
+from slimplus.format.affine import QuantizedWeight, grid_positions, lost_to_storage
 from slimplus.models.architectures import expert_stacks, find_linears
 from slimplus.models.block_arguments import BlockArguments, BlockCall, call_block
 from slimplus.models.precision import with_remedy
@@ -44,26 +44,31 @@ class QuantizerConfig:
     Attributes:
         per_weight: what is learned for each weight besides the grid: its rounding, its value, or nothing.
         width_rates: width → factor on the learning rates.
+        start: where a weight's training starts on the calibrated grid: at its `calibrated` integer, as error
+            compensation left it, or at its own place, rounded to `nearest`.
     """
 
     per_weight: Literal["rounding", "weights"] | None
     width_rates: Mapping[int, float]
+    start: Literal["calibrated", "nearest"] = "calibrated"
 
-    def __call__(self, weight: QuantizedWeight, bias: Tensor | None, remainder: Tensor) -> FakeQuantizedLinear:
+    def __call__(self, weight: QuantizedWeight, layer: nn.Linear, remainder: Tensor) -> FakeQuantizedLinear:
         """Return a linear layer with a learnable quantizer.
 
         Args:
-            weight: the quantized weight `[out, in]` that the quantizer starts from.
-            bias: the layer's bias, `[out]`.
+            weight: the quantized weight `[out, in]`, as it was calibrated.
+            layer: the layer in full precision.
             remainder: what rounding left of each weight, `[out, in]`, see `RoundedWeight`.
         """
-        integer = weight.integer_zero_points
+        integer, bias = weight.integer_zero_points, layer.bias
+        if self.start == "nearest":
+            remainder = grid_positions(layer.weight, weight) - weight.integers
         match self.per_weight:
             case None:
                 return (ScaledLinear if integer else FakeQuantizedLinear)(weight, bias, self.width_rates)
             case "rounding":
-                layer = ScaledRoundingLinear if integer else LearnedRoundingLinear
-                return layer(weight, bias, self.width_rates, remainder)
+                rounding = ScaledRoundingLinear if integer else LearnedRoundingLinear
+                return rounding(weight, bias, self.width_rates, remainder)
             case "weights":
                 return TrainedWeightLinear(weight, bias, self.width_rates, remainder)
 

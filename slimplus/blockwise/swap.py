@@ -12,15 +12,15 @@ from slimplus.format.affine import QuantizedWeight
 from slimplus.models.architectures import find_linears
 from slimplus.nn import FakeQuantizedLinear, PackedLinear
 
-MakeQuantizer = Callable[[QuantizedWeight, Tensor | None, Tensor], FakeQuantizedLinear]
-"""`(weight, bias [out], remainder [out, in]) -> layer`."""
+MakeQuantizer = Callable[[QuantizedWeight, nn.Linear, Tensor], FakeQuantizedLinear]
+"""`(quantized weight, full-precision layer, remainder [out, in]) -> layer`."""
 
 
 def fake_quantized_block(block: nn.Module, result: BlockResult, make: MakeQuantizer) -> nn.Module:
     """Return a copy of a block whose linear layers have learnable quantizers; nothing else requires a gradient."""
     copy = deepcopy(block).requires_grad_(False)
     for name, layer in find_linears(copy).items():
-        copy.set_submodule(name, make(result.weights[name], layer.bias, result.remainders[name]))
+        copy.set_submodule(name, make(result.weights[name], layer, result.remainders[name]))
     return copy
 
 

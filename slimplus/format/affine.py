@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 MAX_BITS = 8
+HALF = 0.499  # of a step: a little less than half, so that a level plus it rounds to the level
 SMALLEST_SCALE = 2.0**-20  # representable in float16 with a few bits of precision left
 SCALE_BITS = (8, 16)
 LLOYD_ROUNDS = 4  # the scale of normal weights then changes by less than 1 % a round
@@ -177,6 +178,19 @@ def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: Tensor, gr
         per_column(t, group_size, columns) for t in (scale, zero_point, (2**bits - 1).to(weight.dtype))
     )
     return nearest_integers(weight, scale, zero_point, largest).to(torch.uint8)
+
+
+def grid_positions(weight: Tensor, quantized: QuantizedWeight) -> Tensor:
+    """Return where the weights `[out, in]` lie on the grid of their quantized form, in steps from level 0, `[out, in]`.
+
+    Those beyond an end of the grid get a place a little less than half a step beyond it.
+    """
+    size, columns = quantized.group_size, weight.shape[1]
+    scale, zero_point, largest = (
+        per_column(values, size, columns)
+        for values in (quantized.scale, quantized.zero_point, (2**quantized.bits - 1).to(quantized.scale))
+    )
+    return torch.minimum((weight / scale + zero_point).clamp(min=-HALF), largest + HALF)
 
 
 def dequantize(integers: Tensor, scale: Tensor, zero_point: Tensor, group_size: int) -> Tensor:

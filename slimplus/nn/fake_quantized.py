@@ -96,6 +96,9 @@ class FakeQuantizedLinear(nn.Module):
         """The parameters with a value for each weight, each `[out, groups, group_size]`."""
         return []
 
+    def begin(self) -> None:
+        """Say that the training begins: what was asked of the layer before was asked of the calibrated weight."""
+
     def qparams(self) -> tuple[Tensor, Tensor]:
         """Return the scale and zero point `[out, groups]` as they will be stored, differentiable in the shifts."""
         steps = (2**self.bits - 1).to(self.scale.dtype)
@@ -165,10 +168,14 @@ class ScaledLinear(FakeQuantizedLinear):
 
 
 class _RoundingLinear(FakeQuantizedLinear):
-    """Base of the layers that round at every step, by a trained `change` of each weight."""
+    """Base of the layers that round at every step, by a trained `change` of each weight.
+
+    Where remainders are larger than half a step, the weights are the calibrated ones until `begin`.
+    """
 
     largest: Tensor
     position: Tensor
+    calibrated: Tensor | None
 
     def __init__(
         self,
@@ -180,6 +187,8 @@ class _RoundingLinear(FakeQuantizedLinear):
         super().__init__(weight, bias, width_rates)
         self.rated = bool(width_rates)
         self.register_buffer("position", self.integers + self.grouped(remainder), persistent=False)
+        leaves_integers = bool((remainder.abs() > LARGEST_OFFSET).any())
+        self.register_buffer("calibrated", self.integers if leaves_integers else None, persistent=False)
         del self.integers
         self.register_buffer("largest", (2**self.bits - 1)[:, None].to(self.scale.dtype), persistent=False)
         self.change = nn.Parameter(torch.zeros_like(self.position))
@@ -193,6 +202,9 @@ class _RoundingLinear(FakeQuantizedLinear):
         """Factor on the change of each group's weights, `[groups, 1]`, or None if all are 1."""
         return self.rates[:, None] if self.rated else None
 
+    def begin(self) -> None:
+        self.calibrated = None
+
     def place(self, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Return each weight's position on the grid before it is rounded, in steps from level 0.
 
@@ -200,7 +212,18 @@ class _RoundingLinear(FakeQuantizedLinear):
         """
         raise NotImplementedError
 
+    def nearest(self, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Return the levels nearest to `place`; the arguments are those of `levels`."""
+        raise NotImplementedError
+
+    def levels(self, scale: Tensor, zero_point: Tensor) -> Tensor:
+        if self.calibrated is not None:
+            return frozen_levels(self.calibrated, scale, zero_point)
+        return self.nearest(scale, zero_point)
+
     def rounded(self, scale: Tensor, zero_point: Tensor) -> Tensor:
+        if self.calibrated is not None:
+            return self.calibrated
         return rounded_to_grid(self.place(scale, zero_point), self.largest)[0]
 
 
@@ -225,7 +248,7 @@ class LearnedRoundingLinear(_RoundingLinear):
         """Return each weight's calibrated position plus its offset, in steps from level 0."""
         return offset_position(self.position, self.change, self.factors)
 
-    def levels(self, scale: Tensor, zero_point: Tensor) -> Tensor:  # noqa: D102
+    def nearest(self, scale: Tensor, zero_point: Tensor) -> Tensor:  # noqa: D102
         return offset_levels(self.position, self.change, self.factors, self.largest, scale, zero_point)
 
 
@@ -263,5 +286,5 @@ class TrainedWeightLinear(_RoundingLinear):
         """Return each trained weight's position on the grid, in steps from level 0."""
         return weight_position(self.start, self.change, self.factors, scale, zero_point)
 
-    def levels(self, scale: Tensor, zero_point: Tensor) -> Tensor:  # noqa: D102
+    def nearest(self, scale: Tensor, zero_point: Tensor) -> Tensor:  # noqa: D102
         return weight_levels(self.start, self.change, self.factors, self.largest, scale, zero_point)

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slimplus.format.affine import QuantizedWeight, nearest_integers, storable_scale, storable_zero_point
+from slimplus.format.affine import HALF, QuantizedWeight, nearest_integers, storable_scale, storable_zero_point
 from slimplus.quantization.salience import InverseHessian
-
-HALF = 0.499  # a little less than half, so that integer + remainder rounds to the integer
 
 QParamsChooser = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 """Chooses a grid: `(tile [out, columns], salience [out, columns], bits) -> scale [out], zero_point [out]`."""

@@ -151,6 +151,11 @@ class TrainingSection(Section):
     parametrization: Literal["rounding", "weights"] = Field(
         "rounding", description="what method=qat trains besides the grid: the rounding of each weight, or the weights"
     )
+    start: Literal["calibrated", "nearest"] = Field(
+        "calibrated",
+        description="where method=qat starts: at the calibrated integers, or at those nearest to the weights on the "
+        "calibrated grid",
+    )
     optimizer: Literal["auto", "sign_sgd", "adamw", "adamw_8bit"] = Field(
         "auto",
         description="auto is sign_sgd for parametrization=rounding, else adamw; adamw_8bit is bitsandbytes'",

@@ -35,7 +35,7 @@ LATER_KEYS = (
     *("data.calibration.column", "data.bos", "data.separator", "data.generation.prefix_tokens", "data.generation.chat"),
     *("data.generation.temperature", "data.generation.seed", "data.generation.batch_size"),
     *("model.allow_unpacked", "quantization.zero_points", "quantization.per_layer"),
-    "quantization.error_propagation",
+    *("quantization.error_propagation", "training.start"),
 )
 LIBRARIES = ("torch", "transformers", "lightning", "deepspeed", "safetensors", "tokenizers")
 LARGEST_WHOLE = 2**26  # bytes; larger files are hashed by samples

@@ -167,8 +167,9 @@ class Fit:
                 for the parts of a step that the recipe gives.
         """
         module, recipe = self.module, self.module.config
-        initial = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
         calibrated_loss, loss_scale = self._evaluate(), module.loss_scale
+        module.begin()
+        initial = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
         first = Attempt(self.checkpoints.parent_hash, recipe.accumulate_grad_batches)
         share = recipe.batch_size // self.fabric.world_size
         attempt, found = self.checkpoints.begin(first, self.fabric, share)

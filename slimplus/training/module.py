@@ -73,6 +73,9 @@ class QuantizerTraining(L.LightningModule):
         """
         raise NotImplementedError
 
+    def begin(self) -> None:
+        """Say that the training begins: the loss before is that of the calibrated quantizers."""
+
     def kinds(self) -> list[ParameterKind]:
         """Return the trained parameters, grouped by how they learn."""
         raise NotImplementedError

@@ -99,6 +99,12 @@ class BlockReconstruction(QuantizerTraining):
             error = error + config.auxiliary * reconstruction_loss(output, other, config, context.norm, channels)
         return error
 
+    def begin(self) -> None:
+        """Let the layers go from the calibrated weights to where their training starts."""
+        for module in self.block.modules():
+            if isinstance(module, FakeQuantizedLinear):
+                module.begin()
+
     def kinds(self) -> list[ParameterKind]:
         """Return the parameters of single weights and those of the grids."""
         layers = [module for module in self.block.modules() if isinstance(module, FakeQuantizedLinear)]

@@ -14,9 +14,11 @@ from slimplus.format.affine import (
     binary_qparams,
     choose_qparams,
     dequantize,
+    grid_positions,
     lost_to_storage,
     nearest_integers,
     one_sided_qparams,
+    per_column,
     quantize,
     storable_scale,
     storable_zero_point,
@@ -77,6 +79,22 @@ def test_rounding_error_is_at_most_half_a_step(bits: int) -> None:
         assert torch.equal(error.amax(1) > scale[:, 0] / 2, torch.ones(8, dtype=torch.bool))
     else:
         assert (error <= scale / 2 + 1e-6).all()
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_the_position_on_a_grid_rounds_to_the_nearest_integer(bits: int) -> None:
+    torch.manual_seed(bits)
+    weight = torch.randn(4, 40)
+    widths = torch.full((3,), bits)
+    scale, zero_point = choose_qparams(weight, widths, 16)
+    integers = quantize(weight, scale, zero_point, widths, 16)
+    quantized = QuantizedWeight(integers, scale, zero_point, widths, 16)
+    beyond = 3 * weight  # some of it lies beyond the ends of the grid
+    position = grid_positions(beyond, quantized)
+    expected = quantize(beyond, scale, zero_point, widths, 16)
+    assert torch.equal(position.round().to(torch.uint8), expected)
+    inside = (beyond / per_column(scale, 16, 40) + per_column(zero_point, 16, 40) - position).abs() < 1e-6
+    assert 0.1 < inside.float().mean() < 1
 
 
 def test_binary_levels_are_the_mean_plus_and_minus_the_mean_magnitude() -> None:

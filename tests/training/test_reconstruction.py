@@ -17,7 +17,8 @@ from slimplus.blockwise.swap import (
 )
 from slimplus.distributed.preemption import Preemption
 from slimplus.distributed.strategies import launch
-from slimplus.format.affine import QuantizedWeight
+from slimplus.format.affine import QuantizedWeight, grid_positions
+from slimplus.models.architectures import find_linears
 from slimplus.models.block_arguments import run_block
 from slimplus.models.streaming import BlockInputs
 from slimplus.nn.fake_quantized import TrainedWeightLinear
@@ -148,3 +149,23 @@ def test_an_element_rate_of_zero_rounds_the_calibrated_weights_to_the_trained_gr
         with torch.no_grad():
             expected = layer.rounded(weight.scale[..., None], weight.zero_point[..., None]).flatten(1)
         assert torch.equal(weight.integers, expected[:, : layer.in_features].to(torch.uint8))
+
+
+@pytest.mark.parametrize("per_weight", ["rounding", "weights"])
+def test_training_may_start_at_the_levels_nearest_to_the_weights(
+    block_and_inputs: tuple[nn.Module, BlockInputs], per_weight: Literal["rounding", "weights"]
+) -> None:
+    """And the loss before it, which it is held against, stays that of the calibrated weights."""
+    original, result = quantize_first_block(block_and_inputs, "slimllm")
+    block = fake_quantized_block(original, result, QuantizerConfig(per_weight, {}, "nearest"))
+    module = BlockReconstruction(block, block_and_inputs[1].arguments[0], ReconstructionConfig(1, 1), "32-true")
+    calibrated = trained_weights(block)
+    assert all(torch.equal(weight.integers, result.weights[name].integers) for name, weight in calibrated.items())
+    module.begin()
+    started = trained_weights(block)
+    assert any(not torch.equal(weight.integers, calibrated[name].integers) for name, weight in started.items())
+    for name, weight in started.items():
+        grid = result.weights[name]
+        expected = grid_positions(find_linears(original)[name].weight, grid).round().to(torch.uint8)
+        assert (weight.integers != expected).float().mean() < 1e-3  # the weights that lie half-way
+        assert torch.equal(weight.scale, grid.scale)
