@@ -28,7 +28,10 @@ def test_blocks_get_better_by_training(arguments: Arguments, tmp_path: Path, par
     "keys",
     [
         ("training.optimizer=adamw_8bit", "training.parametrization=weights", "training.patience=1", *SLOW),
-        ("training.loss.error=after_norm", "training.loss.leave_out=0.05", "training.loss.auxiliary=0.5"),
+        (
+            *("training.loss.error=after_norm", "training.loss.leave_out=0.05", "training.loss.auxiliary=0.5"),
+            "training.start=nearest",
+        ),
         (
             *("training.loss.salient_channels=true", "training.width_rates={1: 0.5, 3: 2.0}"),
             "quantization.error_propagation=0.5",
