@@ -61,16 +61,13 @@ class QuantizerConfig:
             remainder: what rounding left of each weight, `[out, in]`, see `RoundedWeight`.
         """
         integer, bias = weight.integer_zero_points, layer.bias
+        if self.per_weight is None:
+            return (ScaledLinear if integer else FakeQuantizedLinear)(weight, bias, self.width_rates)
         if self.start == "nearest":
             remainder = grid_positions(layer.weight, weight) - weight.integers
-        match self.per_weight:
-            case None:
-                return (ScaledLinear if integer else FakeQuantizedLinear)(weight, bias, self.width_rates)
-            case "rounding":
-                rounding = ScaledRoundingLinear if integer else LearnedRoundingLinear
-                return rounding(weight, bias, self.width_rates, remainder)
-            case "weights":
-                return TrainedWeightLinear(weight, bias, self.width_rates, remainder)
+        rounding = ScaledRoundingLinear if integer else LearnedRoundingLinear
+        kind = rounding if self.per_weight == "rounding" else TrainedWeightLinear
+        return kind(weight, bias, self.width_rates, remainder)
 
 
 @dataclass(frozen=True)

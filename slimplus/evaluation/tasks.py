@@ -7,11 +7,11 @@ import json
 import logging
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from slimplus.utils.errors import InputError, named_first_line
+
+if TYPE_CHECKING:
+    from slimplus.evaluation.harness_model import Told
 
 PAPER = ("piqa", "arc_easy", "arc_challenge", "boolq", "hellaswag", "winogrande")
 """Tasks of the tables of SliM-LLM (https://arxiv.org/abs/2405.14917), without examples in the prompt."""
@@ -57,23 +60,13 @@ class LoadedTasks:
         config: what is asked.
         loaded: `tasks`, `groups` and `group_map` as the harness has loaded them, by name.
         fingerprint: SHA-256 over what is asked, in hexadecimal.
+        tokens: number of tokens that a model reads for them, about: to tell how long it takes, and nothing else.
     """
 
     config: TaskConfig
     loaded: dict[str, dict[str, Any]]
     fingerprint: str
-
-    @property
-    def tokens(self) -> float:
-        """Tokens that a model reads for them, about: to tell how long it takes, and nothing else."""
-        total = 0.0
-        for task in self.loaded["tasks"].values():
-            examples = list(task.eval_docs)
-            asked = min(len(examples), self.config.limit or len(examples))
-            characters = sum(len(json.dumps(example, default=str)) for example in examples[:asked])
-            prompts = CHOICES if task.OUTPUT_TYPE == "multiple_choice" else 1
-            total += prompts * (1 + task.get_config("num_fewshot")) * characters / CHARACTERS
-        return total
+    tokens: float
 
 
 def load_tasks(config: TaskConfig) -> LoadedTasks:
@@ -99,11 +92,14 @@ def load_tasks(config: TaskConfig) -> LoadedTasks:
             found = _load(manager, name)
         loaded = {kind: loaded[kind] | found[kind] for kind in loaded}
     digest = hashlib.sha256(json.dumps(asdict(config)).encode())
+    tokens = 0.0
     for name, task in sorted(loaded["tasks"].items()):
         _set_examples(task, config.num_fewshot)
+        examples = [json.dumps(example, sort_keys=True, default=str) for example in task.eval_docs]
         digest.update(name.encode())
-        _update(digest, task)
-    return LoadedTasks(config, loaded, digest.hexdigest())
+        _update(digest, task, examples)
+        tokens += _tokens(task, examples[: config.limit])
+    return LoadedTasks(config, loaded, digest.hexdigest(), tokens)
 
 
 def _seed() -> None:
@@ -163,19 +159,25 @@ def _load(manager: Any, name: str) -> dict[str, dict[str, Any]]:
         raise InputError(f"evaluation.tasks: {name} cannot be loaded ({named_first_line(error)}); {remedy}") from error
 
 
-def _update(digest: Any, task: Any) -> None:
+def _update(digest: Any, task: Any, examples: Sequence[str]) -> None:
     """Hash what is asked of a task: its configuration and its examples."""
     config = json.dumps(task.dump_config(), sort_keys=True, default=str)
     digest.update(re.sub(r" at 0x[0-9a-f]+", "", config).encode())  # addresses of functions differ from start to start
-    for example in task.eval_docs:
-        digest.update(json.dumps(example, sort_keys=True, default=str).encode())
+    for example in examples:
+        digest.update(example.encode())
+
+
+def _tokens(task: Any, examples: Sequence[str]) -> float:
+    """Return the number of tokens that a model reads for some examples of a task, about."""
+    prompts = CHOICES if task.OUTPUT_TYPE == "multiple_choice" else 1
+    return prompts * (1 + task.get_config("num_fewshot")) * sum(map(len, examples)) / CHARACTERS
 
 
 def score(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: LoadedTasks,
-    told: Callable[[int, int], None] = _ignore,
+    told: Told = _ignore,
 ) -> list[dict[str, Any]]:
     """Return the scores of a model, a row for each metric of each task and group.
 

@@ -171,13 +171,20 @@ def nearest_integers(
     return rounded.clamp_(0, largest) if isinstance(largest, int) else rounded.clamp_(min=0).minimum(largest)
 
 
+def _grid_of_columns(
+    weight: Tensor, scale: Tensor, zero_point: Tensor, bits: Tensor, group_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the scale, the zero point and the largest integer for each column of a weight `[out, in]`."""
+    scale, zero_point, largest = (
+        per_column(values, group_size, weight.shape[1])
+        for values in (scale, zero_point, (2**bits - 1).to(weight.device, weight.dtype))
+    )
+    return scale, zero_point, largest
+
+
 def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: Tensor, group_size: int) -> Tensor:
     """Return the integers `[out, in]`, uint8, whose levels are nearest to `weight`."""
-    columns = weight.shape[1]
-    scale, zero_point, largest = (
-        per_column(t, group_size, columns) for t in (scale, zero_point, (2**bits - 1).to(weight.dtype))
-    )
-    return nearest_integers(weight, scale, zero_point, largest).to(torch.uint8)
+    return nearest_integers(weight, *_grid_of_columns(weight, scale, zero_point, bits, group_size)).to(torch.uint8)
 
 
 def grid_positions(weight: Tensor, quantized: QuantizedWeight) -> Tensor:
@@ -185,11 +192,8 @@ def grid_positions(weight: Tensor, quantized: QuantizedWeight) -> Tensor:
 
     Those beyond an end of the grid get a place a little less than half a step beyond it.
     """
-    size, columns = quantized.group_size, weight.shape[1]
-    scale, zero_point, largest = (
-        per_column(values, size, columns)
-        for values in (quantized.scale, quantized.zero_point, (2**quantized.bits - 1).to(quantized.scale))
-    )
+    grid = quantized.scale, quantized.zero_point, quantized.bits, quantized.group_size
+    scale, zero_point, largest = _grid_of_columns(weight, *grid)
     return torch.minimum((weight / scale + zero_point).clamp(min=-HALF), largest + HALF)
 
 
