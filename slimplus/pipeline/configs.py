@@ -16,7 +16,8 @@ from slimplus.evaluation.texts import TextConfig
 from slimplus.models.streaming import BlockRunner
 from slimplus.quantization.linear import QuantizationConfig
 from slimplus.recipe.evaluation import EvaluationSection, EvaluationTextSection
-from slimplus.recipe.schema import EndToEndSection, LossSection, Recipe, TrainingSection
+from slimplus.recipe.schema import Recipe
+from slimplus.recipe.training import EndToEndSection, LossSection, TrainingSection
 from slimplus.training.compiled import CompiledCall
 from slimplus.training.end_to_end import EndToEndConfig
 from slimplus.training.fit import FitConfig, Report
@@ -28,6 +29,7 @@ from slimplus.training.reconstruction import ReconstructionConfig
 # and the compiler takes half a minute, or a few seconds where its cache holds the code.
 COMPILED_FROM = 1e10
 ASK_FULL_PRECISION, ASK_PACKED = "full_precision_answers", "packed_answers"  # stages
+TEACH = "full_precision_states"  # stage
 WRITTEN = 20.0  # tokens that are read at once in the time that one token is written in
 WARMUP = 4  # steps over which the rates rise, since Adam's first moments come from a few batches
 
@@ -174,18 +176,20 @@ def expected_work(recipe: Recipe, task_tokens: float) -> dict[str, float]:
     """
     data, quantization = recipe.data, recipe.quantization
     calibration = data.samples * data.sequence_length
+    trained = recipe.end_to_end_windows * data.sequence_length
     evaluation = sum(text.windows * text.sequence_length for text in recipe.evaluation_texts.values())
     own = sum(source.weight for source in data.calibration.sources if source.path == SELF)
     share = own / sum(source.weight for source in data.calibration.sources)
     questions = 1.5 * task_tokens + WRITTEN * len(recipe.evaluation.prompts) * recipe.evaluation.new_tokens
     training = 3 * recipe.training.epochs if quantization.trains else 0
     return {
-        "calibration_text": 3.0 * share * calibration,
+        "calibration_text": 3.0 * share * (calibration + (trained if recipe.end_to_end.tokens else 0)),
         "full_precision": 1.5 * evaluation,
         ASK_FULL_PRECISION: questions,
         "sensitivity": 5.0 * calibration if recipe.measures_sensitivity else 0.0,
         "blocks": (10.0 + training) * calibration,
-        "end_to_end": 5.0 * recipe.end_to_end.epochs * calibration,
+        TEACH: 1.0 * trained if recipe.end_to_end.reads_states else 0.0,
+        "end_to_end": 5.0 * recipe.end_to_end.epochs * trained,
         "export": 0.0,
         "packed": 1.5 * evaluation,
         ASK_PACKED: questions,

@@ -38,7 +38,8 @@ class Job:
         runner: the runner of blocks on this process's device.
         source: where the full-precision model comes from.
         tokenizer: the model's tokenizer.
-        calibration: windows that the model is calibrated and trained on.
+        calibration: windows that blocks are calibrated and trained on.
+        end_to_end: windows that the whole model is trained on.
         evaluation_texts: texts that perplexity is measured on; the first is that of data.evaluation.
         tasks: tasks of lm-eval on the first process, if the recipe has any.
         settings: how weights are quantized.
@@ -61,6 +62,7 @@ class Job:
     source: ModelSource
     tokenizer: PreTrainedTokenizerBase
     calibration: Windows
+    end_to_end: Windows
     evaluation_texts: list[EvaluationText]
     tasks: LoadedTasks | None
     settings: QuantizationConfig

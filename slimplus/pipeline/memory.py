@@ -27,6 +27,7 @@ BLOCK_COPIES = 5
 LOGITS_COPIES = 4  # float32 tensors of a window's logits: the model's, and the probabilities in the metric
 # Sets of hidden states at once: the inputs of the block in full precision and of the quantized one, and their outputs.
 STATES, UNTRAINED_STATES = 4, 3
+TAUGHT_STATES = 3  # the same, while the full-precision model's states are made for the end-to-end training
 # End-to-end training, in bytes for each group of each row: scale, zero point and two shifts; what autograd keeps of
 # them; for each shift that is trained its gradient and its first value, and the optimizer's moments.
 GRID, AUTOGRAD, TRAINED = 4 * FLOAT32, 8 * FLOAT32, 2 * FLOAT32
@@ -94,6 +95,8 @@ def _windows_kept(recipe: Recipe, blocks: int) -> int:
     quantization, data = recipe.quantization, recipe.data
     needs_targets = quantization.trains or quantization.error_propagation
     kept = (STATES if needs_targets else UNTRAINED_STATES) * data.samples
+    if recipe.end_to_end.reads_states:
+        kept = max(kept, TAUGHT_STATES * recipe.end_to_end_windows)
     searched = min(max(SEARCH_TOKENS // data.sequence_length, 1), data.samples)
     return max(kept, (blocks + 1) * searched) if recipe.measures_sensitivity else kept
 
@@ -160,7 +163,9 @@ def check_needs(needs: Needs, recipe: Recipe, device: torch.device) -> None:
     Raises:
         InputError: naming what is short, and the key that helps.
     """
-    windows = f"the blocks' inputs of {recipe.data.samples:,} windows (data.samples, data.sequence_length)"
+    asked = "data.samples" if recipe.end_to_end.tokens is None else "data.samples, end_to_end.tokens"
+    most = max(recipe.data.samples, recipe.end_to_end_windows)
+    windows = f"the blocks' inputs of {most:,} windows ({asked}, data.sequence_length)"
     available = available_bytes()
     if available is not None and needs.states_in_memory > available:
         part = "" if recipe.data.cache_gigabytes is None else " of the main memory that data.cache_gigabytes gives them"

@@ -37,8 +37,8 @@ from slimplus.pipeline.known_figures import note_average, start_metrics
 from slimplus.pipeline.memory import cache_folder, check_needs, check_tasks, memory_needs
 from slimplus.pipeline.model_checks import check_shapes, given_allocation
 from slimplus.pipeline.self_check import self_check
-from slimplus.pipeline.self_text import check_memory, self_text
-from slimplus.pipeline.texts import calibration_texts, characters_limit, evaluation_texts, windows_to_calibrate
+from slimplus.pipeline.self_text import check_memory
+from slimplus.pipeline.texts import draws, evaluation_texts
 from slimplus.recipe.preflight import check_shares
 from slimplus.recipe.schema import Recipe
 from slimplus.run_dir.directory import RunDirectory
@@ -108,11 +108,11 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption, progress: Pr
     check_tasks(source.whole_bytes(skeleton), recipe, fabric.device)
     bits = _embedding_and_head_bits(recipe, source, skeleton)
     tokenizer = source.tokenizer()
-    own = self_text(recipe, tokenizer, source, runner.precision, run.tokens, characters_limit(recipe))
-    if own is not None and not own.is_complete:
+    drawn = draws(recipe, tokenizer, source, runner.precision, run.tokens)
+    to_write = [draw.own for draw in drawn if draw.own is not None and not draw.own.is_complete]
+    for own in to_write:
         check_memory(own, skeleton, fabric.device, recipe.trainer.devices)
-    texts = calibration_texts(recipe, tokenizer, own)
-    identity = fingerprint(recipe, texts_identity(texts), tokenizer, source, config, runner.precision)
+    identity = fingerprint(recipe, texts_identity(drawn[0].texts), tokenizer, source, config, runner.precision)
     tasks = load_tasks(task_config(recipe.evaluation)) if recipe.evaluation.tasks else None
     blocks = len(find_blocks(skeleton))
     events = _check_and_repair(run, recipe, identity, blocks) if fabric.is_global_zero else []
@@ -130,13 +130,14 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption, progress: Pr
         note_average(metrics, recipe, allocation, skeleton)
     weights = sum(layer.weight.numel() for layer in quantized_linears(skeleton).values())
     quantizer = block_quantizer(recipe, fabric, runner, weights, run.logs, preemption, progress.step)
-    if own is not None and not own.is_complete:
+    for own in to_write:
         with metrics.stage("calibration_text"):
             own.write(source, run, fabric.device, quantizer.ranks, progress)
         fabric.barrier()
     with fabric.rank_zero_first():
-        calibration = windows_to_calibrate(recipe, texts, tokenizer, run.tokens)
-    check_ids(calibration.tokens, rows, tokenizer, "data.calibration.path")
+        windows = [draw.windows(tokenizer, run.tokens) for draw in drawn]
+    for each in windows:
+        check_ids(each.tokens, rows, tokenizer, "data.calibration.path")
     if fabric.is_global_zero:
         run.manifest.add(run.tokens)
     return Job(
@@ -148,7 +149,8 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption, progress: Pr
         runner=runner,
         source=source,
         tokenizer=tokenizer,
-        calibration=calibration,
+        calibration=windows[0],
+        end_to_end=windows[-1],
         evaluation_texts=held_out,
         tasks=tasks,
         settings=quantizer.quantization,

@@ -30,7 +30,6 @@ from slimplus.utils.units import format_bytes
 
 logger = logging.getLogger(__name__)
 
-FILE = "self.safetensors"
 LOGITS_COPIES = 4  # float32 tensors of a step's logits: the model's, scaled, and the probabilities to draw from
 
 
@@ -116,7 +115,7 @@ class SelfText:
 
 
 def self_text(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, source: ModelSource, precision: str, folder: Path, limit: int
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, source: ModelSource, precision: str, file: Path, limit: int
 ) -> SelfText | None:
     """Return the task of writing the calibration text of a recipe, or None if the recipe does not ask for it.
 
@@ -125,7 +124,7 @@ def self_text(
         tokenizer: the model's tokenizer.
         source: where the full-precision model comes from.
         precision: the resolved precision of the job.
-        folder: folder of the file with the windows.
+        file: file that keeps the windows.
         limit: characters after which no further prompt is read.
 
     Raises:
@@ -157,7 +156,7 @@ def self_text(
         "tokenizer": tokenizer_identity(tokenizer),
     }
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    text = WrittenText(folder / FILE, fingerprint, weight=own[0].weight)
+    text = WrittenText(file, fingerprint, weight=own[0].weight)
     batch_size = min(settings.batch_size, own[1])
     return SelfText(text, beginnings, length, settings.temperature, settings.seed, batch_size, precision)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -10,11 +12,77 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from slimplus.data.text import SELF, Text, characters_to_read, read_text
 from slimplus.data.windows import Packing, Windows, WrittenText, calibration_windows, chat_renderer
 from slimplus.evaluation.texts import EvaluationText, read_evaluation_text
+from slimplus.models.loading import ModelSource
 from slimplus.pipeline.configs import text_config
-from slimplus.pipeline.self_text import SelfText
+from slimplus.pipeline.self_text import SelfText, self_text
 from slimplus.recipe.schema import Recipe
 from slimplus.run_dir.directory import numbered
 from slimplus.utils.errors import keys_renamed
+
+BLOCKS, END_TO_END = "calibration", "end_to_end"  # the trainings that windows are drawn for
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Windows to draw from the calibration texts for a training, and those texts.
+
+    Attributes:
+        name: `BLOCKS` or `END_TO_END`.
+        recipe: the recipe, in which `data.samples` is the number of these windows.
+        texts: the texts, of which no more is read than the windows can need.
+        own: the text that the model writes, if it is one of them.
+    """
+
+    name: str
+    recipe: Recipe
+    texts: list[Text | WrittenText]
+    own: SelfText | None
+
+    def windows(self, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Windows:
+        """Return the windows, which are kept in `folder`.
+
+        Raises:
+            InputError: if a text is shorter than its share of the windows.
+        """
+        recipe, data = self.recipe, self.recipe.data
+        file, packing = folder / f"{self.name}.safetensors", Packing(data.bos, data.separator)
+        with named(self.name, recipe):
+            sizes = data.samples, data.sequence_length, recipe.seed
+            return calibration_windows(self.texts, tokenizer, *sizes, file, packing)
+
+
+@contextmanager
+def named(name: str, recipe: Recipe) -> Iterator[None]:
+    """Have errors name the key that asks for the windows of a training, see `Draw`."""
+    tokens = recipe.end_to_end.tokens
+    keys = {f"data.samples={recipe.data.samples}": f"end_to_end.tokens={tokens}", "data.samples": "end_to_end.tokens"}
+    with keys_renamed(keys if name == END_TO_END else {}):
+        yield
+
+
+def draws(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, source: ModelSource, precision: str, folder: Path
+) -> list[Draw]:
+    """Return what is drawn for the blocks, and, where it is another number, for the end-to-end training.
+
+    Args:
+        recipe: the resolved recipe.
+        tokenizer: the model's tokenizer.
+        source: where the full-precision model comes from.
+        precision: the resolved precision of the job.
+        folder: folder of the text that the model writes.
+
+    Raises:
+        InputError: if a text cannot be read.
+    """
+    found = []
+    for name, each in {BLOCKS: recipe, END_TO_END: recipe.of_end_to_end}.items():
+        if each is not None:
+            with named(name, each):
+                limit, prefix = characters_limit(each), "" if name == BLOCKS else f"{name}_"
+                own = self_text(each, tokenizer, source, precision, folder / f"{prefix}self.safetensors", limit)
+                found.append(Draw(name, each, calibration_texts(each, tokenizer, own), own))
+    return found
 
 
 def calibration_texts(
@@ -39,15 +107,6 @@ def calibration_texts(
 def characters_limit(recipe: Recipe) -> int:
     """Return how many characters of a calibration text to read."""
     return characters_to_read(recipe.data.samples * recipe.data.sequence_length)
-
-
-def windows_to_calibrate(
-    recipe: Recipe, texts: Sequence[Text | WrittenText], tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> Windows:
-    """Return the calibration windows, which are kept in `folder`."""
-    data = recipe.data
-    file, packing = folder / "calibration.safetensors", Packing(data.bos, data.separator)
-    return calibration_windows(texts, tokenizer, data.samples, data.sequence_length, recipe.seed, file, packing)
 
 
 def evaluation_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[EvaluationText]:

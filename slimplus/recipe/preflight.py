@@ -11,8 +11,9 @@ from slimplus.data.hub import Split
 from slimplus.data.text import TextError, check_source, share_samples, text_bytes
 from slimplus.models.source_files import location_problem
 from slimplus.recipe.inputs import ModelSection
-from slimplus.recipe.schema import EndToEndSection, Recipe, TrainingSection
+from slimplus.recipe.schema import Recipe
 from slimplus.recipe.section import RecipeError
+from slimplus.recipe.training import EndToEndSection, TrainingSection
 from slimplus.utils.requirements import TASKS
 
 RUN_FOLDERS = ("tokens", "blocks", "checkpoints", "logs", "packed")
@@ -106,7 +107,7 @@ def check_shares(recipe: Recipe, processes: int) -> None:
     if recipe.quantization.trains:
         _check_step("training", recipe.training, samples, processes)
     if recipe.end_to_end.epochs:
-        _check_step("end_to_end", recipe.end_to_end, samples, processes)
+        _check_step("end_to_end", recipe.end_to_end, recipe.end_to_end_windows, processes)
     for key, text in recipe.evaluation_texts.items():
         if text.windows < processes:
             raise RecipeError(
@@ -128,6 +129,16 @@ def _check_step(section: str, training: TrainingSection | EndToEndSection, sampl
             f"data.samples: {samples} windows are no whole number of steps of {step} ({section}.batch_size); "
             f"give a multiple of {step}"
         )
+
+
+def _calibration_problems(recipe: Recipe, asked: str) -> Iterator[str | None]:
+    """Yield a sentence for each calibration text that cannot give its share of the windows, which `asked` asks for."""
+    data, sources = recipe.data, recipe.data.calibration.sources
+    shares = share_samples(data.samples, [source.weight for source in sources])
+    for source, share in zip(sources, shares, strict=True):
+        part = "" if len(sources) == 1 else f"its share of {share} of "
+        need = f"{part}{asked} of data.sequence_length={data.sequence_length}"
+        yield _text_problem(source.path, "calibration", share * data.sequence_length, need)
 
 
 def check_model(model: ModelSection) -> None:
@@ -156,12 +167,9 @@ def check_inputs(recipe: Recipe) -> None:
         problems.append(location_problem(model.path, model.gguf_file, model.revision, weights=not recipe.dry_run))
     if not recipe.dry_run:
         problems += [*_library_problems(recipe), _folder_problem(recipe.run_dir)]
-        sources = data.calibration.sources
-        shares = share_samples(data.samples, [source.weight for source in sources])
-        for source, share in zip(sources, shares, strict=True):
-            part = "" if len(sources) == 1 else f"its share of {share} of "
-            need = f"{part}data.samples={data.samples} windows of data.sequence_length={data.sequence_length}"
-            problems.append(_text_problem(source.path, "calibration", share * data.sequence_length, need))
+        problems += _calibration_problems(recipe, f"data.samples={data.samples} windows")
+        if (larger := recipe.of_end_to_end) is not None:
+            problems += _calibration_problems(larger, f"end_to_end.tokens={recipe.end_to_end.tokens} in windows")
         if (prompts := data.generation.prompts) is not None:
             problem = _text_problem(prompts, "calibration", data.generation.prefix_tokens or 1, "one prompt")
             problems.append(problem and problem.replace("data.calibration.path", "data.generation.prompts"))

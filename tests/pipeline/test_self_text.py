@@ -74,6 +74,16 @@ def test_a_killed_run_keeps_the_batches_and_ends_with_the_same_text(
     assert torch.equal(windows(folder), windows(own_text))
 
 
+def test_the_end_to_end_training_has_text_of_its_own_written(arguments: Arguments, tmp_path: Path) -> None:
+    run(arguments(tmp_path, *OWN, "end_to_end.epochs=1", "end_to_end.batch_size=2", "end_to_end.tokens=384"))
+    assert windows(tmp_path).shape == (8, 32)
+    longer = load_file(tmp_path / "tokens/end_to_end_self.safetensors")["tokens"]
+    assert longer.shape == (12, 32)
+    assert torch.equal(longer[:8], written(tmp_path)), "the same beginnings and draws"
+    drawn = load_file(tmp_path / "tokens/end_to_end.safetensors")["tokens"]
+    assert sorted(drawn.tolist()) == sorted(longer.tolist())
+
+
 def test_what_is_written_is_not_written_again(
     arguments: Arguments, own_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

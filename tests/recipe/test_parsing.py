@@ -107,6 +107,7 @@ def test_any_value_survives_the_command_line_and_the_written_recipe(
         "quantization.size_bytes": ["quantization.allocation=model"],
         "quantization.per_layer": ["quantization.allocation=model"],
         "data.generation.prefix_tokens": ["data.calibration=self", "data.generation.prompts=offline"],
+        "end_to_end.tokens": ["data.sequence_length=2", "end_to_end.epochs=1", "end_to_end.batch_size=1"],
     }
     own = ["data.calibration=self"] if key.startswith("data.generation.") else []
     written = json.dumps(value, ensure_ascii=False)

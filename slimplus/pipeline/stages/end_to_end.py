@@ -13,7 +13,7 @@ from slimplus.blockwise.swap import load_packed_block
 from slimplus.models.architectures import text_norms
 from slimplus.models.block_loading import open_model
 from slimplus.nn import FakeQuantizedLinear, PackedGridLinear, PackedLinear, PackedScaledLinear
-from slimplus.pipeline.configs import end_to_end_config
+from slimplus.pipeline.configs import TEACH, end_to_end_config
 from slimplus.pipeline.job import Job
 from slimplus.run_dir.directory import Record
 from slimplus.run_dir.fingerprint import digest
@@ -33,8 +33,13 @@ def train_end_to_end(job: Job) -> None:
     parent_hash = training_hash(job)
     if (found := job.run.load_tuned(parent_hash)) is None:
         job.forget_checkpoint()
+        tokens = job.shard(job.end_to_end.tokens)
+        data: tuple[Tensor, ...] = (tokens,)
+        if job.recipe.end_to_end.reads_states:
+            with job.metrics.stage(TEACH):
+                data = tokens, _head_inputs(job, tokens)
         with job.metrics.stage("end_to_end"):
-            found = _train(job, parent_hash)
+            found = _train(job, data, parent_hash)
             gc.collect()  # checkpointing made cycles, which would keep the student in memory
     else:
         logger.info("end_to_end: found in %s, skipped", job.run.root)
@@ -42,26 +47,29 @@ def train_end_to_end(job: Job) -> None:
 
 
 def training_hash(job: Job) -> str:
-    """Return the hash of what the training starts from: the finished blocks, and the keys that change its result."""
+    """Return the hash of what the training starts from: the blocks, the keys that change its result, and the text."""
     job.run.open()  # the first rank has written blocks since the others read which files are complete
-    keys = job.recipe.end_to_end.model_dump_json(exclude={"accumulate_grad_batches", "activation_checkpointing"})
-    return digest(job.run.last_lineage(len(job.block_names)) + keys)
+    settings, unchanged = job.recipe.end_to_end, {"accumulate_grad_batches", "activation_checkpointing"}
+    # The blocks' lineage tells the text already, if it is theirs.
+    text = "" if settings.tokens is None else job.end_to_end.fingerprint
+    keys = settings.model_dump_json(exclude=unchanged, exclude_none=True)
+    return digest(job.run.last_lineage(len(job.block_names)) + keys + text)
 
 
-def _train(job: Job, parent_hash: str) -> tuple[dict[str, Tensor], Record]:
-    """Train the finished blocks together, save the tensors by their names in the packed model, and return them."""
+def _train(job: Job, data: tuple[Tensor, ...], parent_hash: str) -> tuple[dict[str, Tensor], Record]:
+    """Train the finished blocks together, save the tensors by their names in the packed model, and return them.
+
+    Args:
+        job: the job.
+        data: this rank's tokens, and, if they are kept, the states that the full-precision model's head reads of them.
+        parent_hash: hash of what the training starts from.
+    """
     settings = job.recipe.end_to_end
-    tokens = job.shard(job.calibration.tokens)
-    states: tuple[Tensor, ...] = ()
     teacher = None
-    if settings.distillation or settings.hidden_states:
-        if settings.teacher == "cached":
-            states = (_head_inputs(job, tokens),)
-        else:
-            teacher = Teacher(*open_model(job.source), settings.teacher, job.runner.device, job.runner.precision)
+    if (settings.distillation or settings.hidden_states) and settings.teacher != "cached":
+        teacher = Teacher(*open_model(job.source), settings.teacher, job.runner.device, job.runner.precision)
     module = EndToEnd(_student(job), teacher, end_to_end_config(settings), job.runner.precision)
     checkpoints = job.run.end_to_end_checkpoints(parent_hash)
-    data = (tokens, *states)
     fit = Fit(module, data, END_TO_END, checkpoints, job.fabric, job.quantizer.fit, job.preemption, job.progress.step)()
     events = list(fit.events)
     if not fit.helped:
@@ -78,7 +86,7 @@ def _train(job: Job, parent_hash: str) -> tuple[dict[str, Tensor], Record]:
 
 def _head_inputs(job: Job, tokens: Tensor) -> Tensor:
     """Return the inputs of the full-precision model's head, `[windows, sequence_length, hidden]`, on the CPU."""
-    hidden = job.model.last_hidden(job.model.block_inputs(tokens))
+    hidden = job.model.last_hidden(job.model.block_inputs(tokens), job.progress.track)
     kept = job.runner.cache.empty((*tokens.shape, job.model.head.in_features), job.runner.hidden_dtype)
     windows = iter(kept.split(1))
     job.model.capture_head_inputs(tokens, hidden, lambda states: next(windows).copy_(states))

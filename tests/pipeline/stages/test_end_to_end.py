@@ -18,7 +18,7 @@ from slimplus.pipeline.stages import end_to_end, sensitivity
 from slimplus.recipe.parsing import load_recipe
 from slimplus.utils.errors import InputError
 from tests.support.recipes import QAT, TUNED, Arguments
-from tests.support.runs import measured_run, packed_weights
+from tests.support.runs import measured_run, packed_weights, run
 
 
 def test_end_to_end_helps_and_is_what_is_shipped(tuned: Path, arguments: Arguments, tmp_path: Path) -> None:
@@ -106,6 +106,46 @@ def test_what_is_said_is_of_the_training_that_is_shipped(tuned: Path, arguments:
     assert "the blocks stay as they were" not in (tmp_path / "summary.txt").read_text()
     assert "end_to_end" not in measured_run(arguments(tmp_path, *keys, "end_to_end.epochs=0"))
     assert measured_run(arguments(tmp_path, *keys))["end_to_end"] == helped["end_to_end"]
+
+
+def test_the_stage_may_read_more_tokens_than_the_blocks(tuned: Path, arguments: Arguments, tmp_path: Path) -> None:
+    shutil.copytree(tuned, tmp_path, dirs_exist_ok=True)
+    blocks = {file: file.read_bytes() for file in (tmp_path / "blocks").iterdir()}
+    # 12 windows of 32 tokens; the last 20 tokens are no whole step of 2 windows.
+    keys = (*TUNED, "quantization.allocation=model", "end_to_end.batch_size=2", "end_to_end.tokens=404")
+    metrics = measured_run(arguments(tmp_path, *keys))
+    assert {file: file.read_bytes() for file in (tmp_path / "blocks").iterdir()} == blocks
+    windows = load_file(tmp_path / "tokens/end_to_end.safetensors")["tokens"]
+    assert windows.shape == (12, 32)
+    ours = load_file(tmp_path / "tokens/calibration.safetensors")["tokens"]
+    assert ours.shape == (8, 32)
+    assert torch.equal(windows[:8], ours)
+    assert len(windows.unique(dim=0)) == 12
+    assert metrics["end_to_end"]["loss"] < metrics["end_to_end"]["before"]
+    assert metrics["seconds"]["full_precision_states"] > 0
+    assert len((tmp_path / "logs/csv/end_to_end/metrics.csv").read_text().splitlines()) > 1
+    # What was trained on other tokens is not what a run without them ships.
+    again = measured_run(arguments(tmp_path, *TUNED, "quantization.allocation=model"))
+    assert again["end_to_end"]["before"] != metrics["end_to_end"]["before"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (("end_to_end.epochs=0", "end_to_end.tokens=64"), "end_to_end.tokens: 64 tokens are asked for, and no pass"),
+        (
+            ("end_to_end.tokens=63", "end_to_end.batch_size=2"),
+            "end_to_end.tokens: 63 tokens are less than a step of 64",
+        ),
+        (("end_to_end.tokens=320000",), "fewer than end_to_end.tokens=320000; lower end_to_end.tokens or data.seq"),
+    ],
+)
+def test_tokens_that_cannot_be_had_are_refused_before_the_work(
+    arguments: Arguments, tmp_path: Path, keys: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(InputError, match=said):
+        run(arguments(tmp_path, *TUNED, *keys))
+    assert not list(tmp_path.glob("blocks/*"))
 
 
 @pytest.mark.parametrize("teacher", ["int8", "nf4"])
