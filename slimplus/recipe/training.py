@@ -38,10 +38,10 @@ class TrainingSection(Section):
     parametrization: Literal["rounding", "weights"] = Field(
         "rounding", description="what method=qat trains besides the grid: the rounding of each weight, or the weights"
     )
-    start: Literal["calibrated", "nearest"] = Field(
-        "calibrated",
+    start: Literal["auto", "calibrated", "nearest"] = Field(
+        "auto",
         description="where method=qat starts: at the calibrated integers, or at those nearest to the weights on the "
-        "calibrated grid",
+        "calibrated grid; auto is nearest for parametrization=rounding, else calibrated",
     )
     optimizer: Literal["auto", "sign_sgd", "adamw", "adamw_8bit"] = Field(
         "auto",
@@ -83,6 +83,13 @@ class TrainingSection(Section):
         None, ge=1, description="epochs without a lower loss after which a block's training ends early"
     )
     loss: LossSection = LossSection()
+
+    @property
+    def starts_at(self) -> Literal["calibrated", "nearest"]:
+        """Where training starts."""
+        if self.start == "auto":
+            return "nearest" if self.parametrization == "rounding" else "calibrated"
+        return self.start
 
     @field_validator("width_rates")
     @classmethod

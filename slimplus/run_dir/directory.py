@@ -34,7 +34,7 @@ from safetensors import safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
-from slimplus.run_dir.fingerprint import differences
+from slimplus.run_dir.fingerprint import EARLIER_VALUES, differences
 from slimplus.run_dir.lock import LOCK
 from slimplus.training.checkpoints import CHECKPOINT, END_TO_END, TrainingCheckpoints
 from slimplus.utils.errors import InputError
@@ -184,7 +184,8 @@ class RunDirectory:
             raise InputError(
                 f"run_dir: {problem}, so what the blocks were made from is unknown; restore it, or give another run_dir"
             )
-        before = {} if problem else self.read("fingerprint.json")
+        earlier = {key: value for key, value in EARLIER_VALUES.items() if key in identity}
+        before = {} if problem else earlier | self.read("fingerprint.json")
         different = differences(before, json.loads(_json(identity)))
         changes = ", ".join(different)
         if has_blocks and any(change.split()[0] in FORMAT for change in different):

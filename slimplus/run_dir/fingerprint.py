@@ -29,14 +29,17 @@ FREE_KEYS = (
     "end_to_end",  # comes after the blocks; its file holds the hash of what it was made from
     "data.generation.prompts",  # the text's hash tells what they say
     *("training.accumulate_grad_batches", "training.compile"),  # change how a step is computed, not what
+    "training.start",  # noted as what `auto` stands for
 )
 # Keys that earlier versions did not have: left out at their defaults, so that a run begun with one of those goes on.
 LATER_KEYS = (
     *("data.calibration.column", "data.bos", "data.separator", "data.generation.prefix_tokens", "data.generation.chat"),
     *("data.generation.temperature", "data.generation.seed", "data.generation.batch_size"),
     *("model.allow_unpacked", "quantization.zero_points", "quantization.per_layer"),
-    *("quantization.error_propagation", "training.start"),
+    "quantization.error_propagation",
 )
+# What earlier versions did without a key, where its default today is another.
+EARLIER_VALUES = {"training.start": "calibrated"}
 LIBRARIES = ("torch", "transformers", "lightning", "deepspeed", "safetensors", "tokenizers")
 LARGEST_WHOLE = 2**26  # bytes; larger files are hashed by samples
 SAMPLE_BYTES, SAMPLES = 2**16, 256
@@ -72,10 +75,12 @@ def fingerprint(
         for key, value in flatten(recipe).items()
         if not key.startswith(free) and not (key in LATER_KEYS and value == fields[key].default)
     }
-    # Contents instead of paths, and the resolved precision instead of `auto`.
+    # Contents instead of paths, and what `auto` stands for.
     keys["data.calibration.path"] = digest(text)
     keys["model.path"] = weights_digest(source)
     keys["trainer.precision"] = precision
+    if recipe.quantization.method == "qat":
+        keys["training.start"] = recipe.training.starts_at
     if recipe.quantization.allocation is not None and recipe.quantization.allocates_by == "file":
         keys["quantization.allocation"] = digest(Path(recipe.quantization.allocation).expanduser().read_bytes())
     # The folder does not matter, and other libraries are only warned of, see `library_versions`.

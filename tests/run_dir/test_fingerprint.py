@@ -22,7 +22,7 @@ from slimplus.training.supervisor import Supervisor
 from slimplus.utils.errors import InputError
 from tests.support.damage import flip, truncate
 from tests.support.models import ModelMaker
-from tests.support.recipes import Arguments
+from tests.support.recipes import QAT, Arguments
 from tests.support.runs import read_metrics, run
 
 PACKED = "packed/model.safetensors"
@@ -176,6 +176,20 @@ def test_a_run_of_a_version_without_the_later_keys_goes_on(copy: Path, arguments
     for key, value in (("data.bos", "never"), ("data.separator", "eos"), ("data.calibration.column", "body")):
         with pytest.raises(InputError, match=rf"made with other values: .*{key} None -> {value}"):
             run(arguments(copy, f"{key}={value}"))
+
+
+def test_a_default_that_has_changed_is_told_to_earlier_runs(arguments: Arguments, tmp_path: Path) -> None:
+    qat = (*QAT, "training.epochs=1")
+    summary = run(arguments(tmp_path, *qat, "training.start=calibrated"))
+    folder = RunDirectory(tmp_path)
+    folder.open()
+    file = tmp_path / "fingerprint.json"
+    before = json.loads(file.read_text())
+    assert before.pop("training.start") == "calibrated"
+    folder.manifest.write(file, json.dumps(before).encode())  # as earlier versions wrote it
+    with pytest.raises(InputError, match=r"made with other values: training\.start calibrated -> nearest;"):
+        run(arguments(tmp_path, *qat))
+    assert run(arguments(tmp_path, *qat, "training.start=calibrated")) == summary
 
 
 def test_a_mix_is_part_of_the_fingerprint(copy: Path, arguments: Arguments, text_file: Path, tmp_path: Path) -> None:
