@@ -3,7 +3,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 PYTHON_CHECK := import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer: make PYTHON=python3.11")
 
-.PHONY: install demo docs lint test test-vllm
+.PHONY: install demo docs lint test test-vllm test-sglang
 
 install: .venv/installed
 
@@ -59,3 +59,17 @@ export VLLM_METADATA
 # The tests of the plugin within vLLM itself; they write benchmarks/results/vllm.json.
 test-vllm: .venv/installed .venv-vllm/installed
 	SLIMPLUS_VLLM_PYTHON=$(VLLM) OMP_NUM_THREADS=1 $(BIN)/pytest -n0 tests/vllm
+
+# SGLang's layers on a CPU, without its server. All that it shares with slimplus comes from .venv: its own requirements
+# would bring CUDA. Of torchvision it takes transforms alone, which a release without a check of its operators gives.
+SGLANG := .venv-sglang/bin/python
+
+.venv-sglang/installed: .venv/installed tests/sglang/requirements.txt
+	test -x $(SGLANG) || $(PYTHON) -m venv .venv-sglang
+	$(SGLANG) -m pip install --disable-pip-version-check --no-deps --requirement tests/sglang/requirements.txt
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		$$($(SGLANG) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth
+	touch $@
+
+test-sglang: .venv-sglang/installed
+	OMP_NUM_THREADS=1 $(SGLANG) -m pytest -n0 tests/sglang
