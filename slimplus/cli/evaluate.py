@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="a name or a file, as for data.evaluation.path; give it again for further texts; default: offline",
     )
+    parser.add_argument("--column", metavar="NAME", help="column that holds the text, of all texts; default: text")
     parser.add_argument("--windows", type=positive_integer, default=16, metavar="N", help="of each text; default: 16")
     parser.add_argument(
         "--sequence-length", type=positive_integer, default=2048, metavar="N", help="tokens in a window; default: 2048"
@@ -68,20 +70,23 @@ def run(arguments: argparse.Namespace) -> None:
     check_installed("slimplus evaluate", QUANTIZATION)
     if arguments.sequence_length < 2:
         raise InputError("--sequence-length: give at least 2, since the first token of a window is not predicted")
-    if arguments.stride is not None and arguments.stride > arguments.sequence_length:
+    longest = arguments.sequence_length - (arguments.bos == "window")
+    if arguments.stride is not None and arguments.stride > longest:
         raise InputError(
-            f"--stride: {arguments.stride} leaves gaps between windows of {arguments.sequence_length} tokens; give at "
-            f"most {arguments.sequence_length}"
+            f"--stride: {arguments.stride} leaves gaps between windows of {longest} tokens of the text; give at most "
+            f"{longest}"
         )
+    if arguments.json and not (arguments.json.parent.is_dir() and os.access(arguments.json.parent, os.W_OK)):
+        raise InputError(f"--json: {arguments.json.parent} is no folder that can be written to; give another file")
     if arguments.json and arguments.json.is_dir():
         raise InputError(f"--json: {arguments.json} is a folder; give a file")
     with keys_renamed(KEYS):
         found = _measure(arguments)
-    if arguments.json:
-        write_atomic(arguments.json, json.dumps(found, indent=2) + "\n")
     tables = [text_cells(found["texts"])] if found["texts"] else []
     tables += [task_cells(found["tasks"]["scores"])] if "tasks" in found else []
     write("\n\n".join(map(align, tables)))
+    if arguments.json:
+        write_atomic(arguments.json, json.dumps(found, indent=2) + "\n")
 
 
 def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -99,7 +104,8 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from slimplus.evaluation.texts import TextConfig
 
     sizes = (arguments.windows, arguments.sequence_length)
-    configs = [TextConfig(text, *sizes, stride=arguments.stride, bos=arguments.bos) for text in texts]
+    reading = {"column": arguments.column, "stride": arguments.stride, "bos": arguments.bos}
+    configs = [TextConfig(text, *sizes, **reading) for text in texts]
     asked = (arguments.tasks, arguments.num_fewshot, arguments.limit, arguments.batch_size)
     tasks = TaskConfig(*asked) if arguments.tasks else None
     return evaluate(
@@ -109,6 +115,7 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 KEYS = {
     "data.evaluation.path": "--text",
+    "data.evaluation.column": "--column",
     "data.evaluation.sequence_length": "--sequence-length",
     "data.bos": "--bos",
     "evaluation.tasks": "--tasks",

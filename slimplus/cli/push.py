@@ -48,5 +48,6 @@ def run(arguments: argparse.Namespace) -> None:
     sizes = upload.files()
     width = max(map(len, sizes))
     write("\n".join(f"{name:<{width}}  {format_bytes(size):>9}" for name, size in sizes.items()))
-    write(f"{'':<{width}}  {format_bytes(sum(sizes.values())):>9} to {arguments.repository}\n")
+    total = format_bytes(sum(sizes.values()))
+    write(f"{'':<{width}}  {total:>9} to {arguments.repository}; a dry run, nothing was uploaded\n")
     write("\n".join(card.splitlines()[:HEAD]))

@@ -8,10 +8,12 @@ import os
 import platform
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from slimplus.cli.console import write
+from slimplus.run_dir.lock import LOCK
 from slimplus.utils.errors import InputError
 from slimplus.utils.progress import FILE, FINISHED, HEARTBEAT, RUNNING, State
 from slimplus.utils.units import format_bytes, format_seconds
@@ -35,10 +37,12 @@ def run(arguments: argparse.Namespace) -> None:
         progress = json.loads(file.read_text(encoding="utf-8"))
         rows = describe(progress, time.time())
     except OSError as error:
+        if (file.parent / LOCK).is_file():
+            raise InputError(f"{file.parent}: the run there has not got beyond its start; ask again soon") from error
         raise InputError(
             f"{file} cannot be read ({error.strerror}); give the run_dir of a run that has begun"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(f"{file} is damaged ({error}); a running job writes it again within seconds") from error
     width = max(map(len, rows))
     for name, value in rows.items():
@@ -91,7 +95,10 @@ def status(progress: Mapping[str, Any], now: float) -> str:
 
 
 def _exists(pid: int) -> bool:
-    """Return whether a process of this machine exists."""
+    """Return whether a process of this machine exists, and has not ended without its parent's notice."""
+    with suppress(OSError):  # where there is no /proc
+        if Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "Z":
+            return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -81,7 +81,9 @@ def _read(prompts: str, limit: int) -> Any:
     try:
         return read_text(prompts, "calibration", limit=limit, render_chat=_first_message)
     except TextError as error:
-        raise TextError(str(error).replace("data.calibration.path", "data.generation.prompts")) from error
+        said = str(error).replace("data.calibration.path", "data.generation.prompts")
+        remedy = "name the column that holds the text in data.calibration.column"
+        raise TextError(said.replace(remedy, "rename the column that holds the prompts to text")) from error
 
 
 def _first_message(messages: Sequence[Mapping[str, Any]]) -> str:

@@ -117,6 +117,24 @@ def share_samples(samples: int, weights: Sequence[float]) -> list[int]:
     return shares
 
 
+def check_share(path: str, share: int, asked: str) -> None:
+    """Check that a text of a mix gives any windows.
+
+    Args:
+        path: the text, as the recipe names it.
+        share: number of its windows.
+        asked: what asks for the windows of the mix, such as `data.samples=2 windows`.
+
+    Raises:
+        TextError: if it gives none.
+    """
+    if not share:
+        raise TextError(
+            f"data.calibration: the share of {path!r} of {asked} is none; raise its weight or their number, or leave "
+            "it out"
+        )
+
+
 def check_source(path: str, split: Split) -> None:
     """Check that `path` is a known source, or a file of a known format with text in it, or a folder with such files.
 
@@ -160,13 +178,16 @@ def text_files(source: Path) -> list[Path]:
 
 
 def text_bytes(path: str) -> int | None:
-    """Return an upper bound on the bytes of a text, or None if only reading it would tell."""
+    """Return an upper bound on the bytes of a text, or None if only reading it would tell.
+
+    Chats grow by the chat template, so that the size of a file that may hold some says nothing.
+    """
     if path == OFFLINE:
         from pydoc_data.topics import topics
 
         return sum(len(topic.encode()) for topic in topics.values())
     files = [] if path in HUB_SOURCES or path == SELF else text_files(Path(path).expanduser())
-    if not files or any(is_compressed(file) for file in files):
+    if not files or any(is_compressed(file) or find_format(file) != ".txt" for file in files):
         return None
     return sum(file.stat().st_size for file in files)
 
@@ -238,10 +259,10 @@ class _Reader:
         try:
             yield from self._documents(read_rows(file, column, limit))
         except ColumnError as error:
+            found = ", ".join(map(repr, error.columns)) or "an empty first line"
             raise TextError(
-                f"data.{self.split}.path: {name!r} has no column {column or 'text'!r}, only "
-                f"{', '.join(map(repr, error.columns))}; name the column that holds the text in "
-                f"data.{self.split}.column"
+                f"data.{self.split}.path: {name!r} has no column {column or 'text'!r}, only {found}; name the column "
+                f"that holds the text in data.{self.split}.column"
             ) from error
         except TextError:
             raise

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from slimplus.data.text import SELF, WHOLE, RenderChat, Text, TextError, share_samples
+from slimplus.data.text import SELF, WHOLE, RenderChat, Text, TextError, check_share, share_samples
 from slimplus.utils.files import write_atomic
 
 PART = 2**18  # characters of a longer text that are tokenized at a time
@@ -110,6 +110,7 @@ def calibration_windows(
         generator = torch.Generator().manual_seed(seed)
         drawn = []
         for text, share in zip(sources, shares, strict=True):
+            check_share(text.path, share, f"data.samples={samples} windows")
             candidates = _candidates(text, tokenizer, share, sequence_length, packing)
             if len(candidates) < share:
                 raise TextError(_too_short(text, len(candidates), share, samples, sequence_length, len(sources) > 1))
@@ -287,9 +288,9 @@ def _tokenize(text: Text, tokenizer: PreTrainedTokenizerBase, packing: Packing) 
     # verbose=False silences the warning that the text is longer than the model's context, as it is meant to be.
     encode: Any = partial(tokenizer.__call__, verbose=False, return_attention_mask=False)
     if packing.bos == "document":
-        start = _special_token(tokenizer, "bos")
-        for number, document in enumerate(text.documents, start=1):
-            ended = document + (separator if number < len(text.documents) else "")
+        start, documents = _special_token(tokenizer, "bos"), [each for each in text.documents if each]
+        for number, document in enumerate(documents, start=1):
+            ended = document + (separator if number < len(documents) else "")
             yield [start, *encode(ended, add_special_tokens=False)["input_ids"]]
         return
     joined = text.joined if separator == text.separator else separator.join(text.documents)

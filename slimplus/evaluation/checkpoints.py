@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from slimplus.data.windows import check_ids
 from slimplus.evaluation.divergence import Comparison, Recorder
 from slimplus.evaluation.generation import find_device
 from slimplus.evaluation.perplexity import perplexity_of_logits
 from slimplus.evaluation.tasks import TaskConfig, load_tasks, score, settings
 from slimplus.evaluation.texts import EvaluationText, TextConfig, read_evaluation_text
+from slimplus.models.architectures import embedding_rows, too_long
 from slimplus.models.auto_class import auto_class
 from slimplus.models.exact import key_problem
 from slimplus.models.loading import UNBUILDABLE, ModelSource
@@ -50,8 +53,8 @@ def evaluate(path: str, against: str | None, config: EvaluationConfig) -> dict[s
         config: what is measured, and where.
 
     Returns:
-        `texts`: perplexity and divergence on each text, as `texts` in metrics.json; `tasks`: how tasks are asked, and
-        the scores of each model, if there are any.
+        `models`: path and dtype of each; `texts`: perplexity and divergence on each text, as `texts` in metrics.json;
+        `tasks`: how tasks are asked, and the scores of each model, if there are any.
 
     Raises:
         InputError: if a model, a tokenizer, a text or a task cannot be read, the two models' tokenizers give
@@ -59,6 +62,8 @@ def evaluate(path: str, against: str | None, config: EvaluationConfig) -> dict[s
     """
     device = find_device(config.device)
     sources = {"checkpoint": _source(path)} | ({} if against is None else {"against": _source(against)})
+    for source in sources.values():
+        _check_lengths(source, config.texts)
     texts = _texts(sources["checkpoint"], config)
     if against is not None and not _equal(_texts(sources["against"], config), texts):
         raise InputError(
@@ -67,9 +72,12 @@ def evaluate(path: str, against: str | None, config: EvaluationConfig) -> dict[s
     tasks = None if config.tasks is None else load_tasks(config.tasks)
     rows: list[dict[str, Any]] = [text.protocol | {"perplexity": {}} for text in texts]
     recorders = [Recorder() for _ in texts]
-    scores = {}
+    scores, models = {}, {}
     for name, source in reversed(sources.items()):
         model = _load(source, device, config.dtype)
+        models[name] = {"path": {"checkpoint": path, "against": against}[name], "dtype": str(model.dtype).split(".")[1]}
+        for text in texts:
+            check_ids(text.tokens, embedding_rows(model), source.tokenizer(), "data.evaluation.path")
         for text, row, recorder in zip(texts, rows, recorders, strict=True):
             if name == "against":
                 row["perplexity"][name] = _perplexity(model, text, recorder)
@@ -78,7 +86,9 @@ def evaluate(path: str, against: str | None, config: EvaluationConfig) -> dict[s
         if tasks is not None:
             scores[name] = score(model, source.tokenizer(), tasks)
         del model
-    return {"texts": rows} | ({} if tasks is None else {"tasks": {"settings": settings(tasks), "scores": scores}})
+    return {"models": models, "texts": rows} | (
+        {} if tasks is None else {"tasks": {"settings": settings(tasks), "scores": scores}}
+    )
 
 
 def _compared(
@@ -98,6 +108,27 @@ def _source(path: str) -> ModelSource:
     folder, _, file = path.rpartition("/")
     is_gguf = file.endswith(".gguf")
     return ModelSource(resolve_model_folder(folder or "." if is_gguf else path), file if is_gguf else None)
+
+
+def _check_lengths(source: ModelSource, texts: Sequence[TextConfig]) -> None:
+    """Check that a model takes windows as long as those of the texts.
+
+    Raises:
+        InputError: if it does not, its configuration cannot be read, or a run directory is in its place.
+    """
+    folder = Path(source.path)
+    if not (folder / "config.json").is_file() and (folder / "packed" / "config.json").is_file():
+        raise InputError(f"{folder} is a run directory; give {folder / 'packed'}")
+    try:
+        config = source.config() if source.gguf_file else AutoConfig.from_pretrained(source.path)
+    except UNBUILDABLE as error:
+        raise InputError(
+            f"the configuration of {source.path} cannot be read ({first_line(error)}); give the folder or the hub id "
+            "of a model"
+        ) from error
+    for text in texts:
+        if problem := too_long(config, "data.evaluation.sequence_length", text.sequence_length):
+            raise InputError(problem)
 
 
 def _texts(source: ModelSource, config: EvaluationConfig) -> list[EvaluationText]:

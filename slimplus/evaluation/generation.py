@@ -63,7 +63,7 @@ def find_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(1, device=device).item()  # which the meta device refuses
     except (RuntimeError, AssertionError) as error:
         raise InputError(
             f"--device: {name} cannot be used ({first_line(error)}); give cpu, or leave --device out"

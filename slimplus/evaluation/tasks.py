@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from lightning.pytorch.utilities.seed import isolate_rng
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -69,6 +70,10 @@ class LoadedTasks:
     tokens: float
 
 
+WRONG_TASK = (ValueError, LookupError, TypeError, AttributeError, AssertionError, StopIteration, TemplateError)
+"""What a wrong task file raises, when it is loaded or when it is asked."""
+
+
 def load_tasks(config: TaskConfig) -> LoadedTasks:
     """Load tasks and their data, which come from the hub or from local files.
 
@@ -78,7 +83,7 @@ def load_tasks(config: TaskConfig) -> LoadedTasks:
     from lm_eval.tasks import TaskManager  # with hundreds of modules, and only where there are tasks
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    names = list(_expanded(config.tasks))
+    names = list(dict.fromkeys(_expanded(config.tasks)))
     manager = TaskManager(include_defaults=not all(_is_file(name) for name in names))
     loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
     for name in names:
@@ -90,6 +95,11 @@ def load_tasks(config: TaskConfig) -> LoadedTasks:
         with isolate_rng():
             _seed()
             found = _load(manager, name)
+        if _is_file(name) and (twice := loaded["tasks"].keys() & found["tasks"].keys()):
+            raise InputError(
+                f"evaluation.tasks: {name} holds a task called {min(twice)!r}, and so does another one; give one of "
+                "them, or rename it"
+            )
         loaded = {kind: loaded[kind] | found[kind] for kind in loaded}
     digest = hashlib.sha256(json.dumps(asdict(config)).encode())
     tokens = 0.0
@@ -126,7 +136,10 @@ def _expanded(tasks: Sequence[str]) -> Iterator[str]:
         if task == "paper":
             yield from PAPER
         elif path.is_dir():
-            yield from sorted(str(file) for file in path.iterdir() if _is_file(file.name))
+            files = sorted(str(file) for file in path.iterdir() if _is_file(file.name))
+            if not files:
+                raise InputError(f"evaluation.tasks: {path} holds no .yaml task file; give a folder with some")
+            yield from files
         else:
             yield str(path) if _is_file(task) else task
 
@@ -145,12 +158,10 @@ def _load(manager: Any, name: str) -> dict[str, dict[str, Any]]:
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError
 
-    # What loading raises, of which hub clients have many kinds, and a wrong task file any.
-    errors = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, AssertionError)
     try:
         found: dict[str, dict[str, Any]] = manager.load([name])
         return found
-    except (*errors, yaml.YAMLError, DatasetsError, HTTPError) as error:
+    except (*WRONG_TASK, OSError, RuntimeError, ImportError, yaml.YAMLError, DatasetsError, HTTPError) as error:
         remedy = (
             "check the file and the data that it names"
             if _is_file(name)
@@ -203,7 +214,7 @@ def score(
         with isolate_rng():
             _seed()
             found: Any = evaluate(asked, tasks.loaded, limit=config.limit, log_samples=False)
-    except (ValueError, AssertionError, NotImplementedError) as error:
+    except (*WRONG_TASK, NotImplementedError) as error:
         raise InputError(f"evaluation.tasks: {named_first_line(error)}; leave that task out") from error
     parents = {child: group for group, children in found["group_subtasks"].items() for child in children}
     return list(_rows(found, parents))

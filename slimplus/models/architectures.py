@@ -318,6 +318,20 @@ def embedding_rows(model: PreTrainedModel) -> int:
     return cast(int, model.get_input_embeddings().num_embeddings)
 
 
+def too_long(config: PretrainedConfig, key: str, length: int) -> str | None:
+    """Return the sentence on windows that are longer than a model's context, or None if they are not.
+
+    Args:
+        config: the model's configuration.
+        key: key of the recipe that gives their length.
+        length: tokens in a window.
+    """
+    longest = context_length(config)
+    if longest is None or length <= longest:
+        return None
+    return f"{key}: {length} tokens are more than the model takes; give at most {longest}"
+
+
 def context_length(config: PretrainedConfig) -> int | None:
     """Return how many positions a model was made for, or None if its configuration does not say."""
     return cast("int | None", getattr(config.get_text_config(), "max_position_embeddings", None))

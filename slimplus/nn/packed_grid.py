@@ -14,6 +14,7 @@ from slimplus.nn.fake_quantized import FakeQuantizedLinear, ScaledLinear
 from slimplus.nn.packed_linear import PackedLinear
 
 ALONE = Ranks()
+UNPACKED = "integers"
 
 
 class _Product(torch.autograd.Function):
@@ -56,9 +57,13 @@ class _PackedIntegers(FakeQuantizedLinear):
         ranks: the processes of the job.
         owner: the process that alone holds the planes, and sends them whenever the layer is used, forwards and
             backwards, for which all processes must use their layers in the same order; None if each holds them.
+        unpacked: whether to hold the integers unpacked instead, a byte each, which takes less time; only without an
+            owner.
     """
 
-    def __init__(self, layer: PackedLinear, ranks: Ranks = ALONE, owner: int | None = None) -> None:
+    def __init__(
+        self, layer: PackedLinear, ranks: Ranks = ALONE, owner: int | None = None, unpacked: bool = False
+    ) -> None:
         super().__init__(layer.quantized_weight(), layer.bias)
         self._ranks, self._owner = ranks, owner
         shapes = packed_shapes(layer.out_features, layer.bit_counts, layer.group_size)
@@ -66,6 +71,8 @@ class _PackedIntegers(FakeQuantizedLinear):
         kept = {"group_index", "group_bits"} | (self._planes.keys() if owner in (None, ranks.rank) else set())
         # A dictionary hides them from PyTorch, since the processes of a job may hold different ones.
         self._packed = {name: tensor for name, tensor in layer.packed_tensors().items() if name in kept}
+        if unpacked:
+            self._packed = {UNPACKED: self.integers.contiguous()}
 
     def _hold(self, weight: QuantizedWeight) -> None:
         """Keep nothing of the weight, since its packed integers are kept."""
@@ -77,8 +84,10 @@ class _PackedIntegers(FakeQuantizedLinear):
 
     @property
     def integers(self) -> Tensor:  # type: ignore[override]
-        """The integers `[out, groups, group_size]`, uint8, unpacked anew each time."""
+        """The integers `[out, groups, group_size]`, uint8, unpacked anew each time unless they are held so."""
         packed = self._packed
+        if UNPACKED in packed:
+            return packed[UNPACKED]
         if self._owner is not None:
             packed = packed | {name: self._received(name) for name in self._planes}
         return self.grouped(unpack_integers(packed, self.out_features, self.in_features, self.group_size))

@@ -70,7 +70,7 @@ def block_quantizer(
             quantization.per_layer,
             quantization.error_propagation,
         ),
-        quantizer=QuantizerConfig(per_weight, recipe.training.width_rates, recipe.training.starts_at),
+        quantizer=QuantizerConfig(per_weight, recipe.training.width_rates, recipe.training_start),
         reconstruction=_reconstruction(recipe.training, per_weight),
         fit=FitConfig(
             trainer.devices,

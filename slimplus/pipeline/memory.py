@@ -35,6 +35,7 @@ MOMENTS = {"adamw": 2 * FLOAT32, "adamw_8bit": 2, "sign_sgd": 0}
 LAYER = 5 * FLOAT32  # bytes for each weight of the layer in use: integers, levels, their gradient, and products
 HIDDEN_COPIES = 14  # float32 tensors of a block's hidden states that autograd keeps, ...
 OUTPUT_COPIES = 2  # ... and of the outputs of its linear layers
+SMALL_PART = 0.1  # of the free memory, which may be spent to save time
 ROOM = 1.2  # bytes that a whole model takes on a device over those of its weights, with short prompts
 TEACHER = {"cached": 0.0, "int8": 1.0, "nf4": 0.55}  # bytes for each weight
 
@@ -201,6 +202,12 @@ def has_room(weights: int, device: torch.device) -> bool:
     """
     available = available_bytes()
     return fits_on_device(weights, device) or available is None or ROOM * weights < available
+
+
+def has_plenty(size: int, device: torch.device) -> bool:
+    """Return whether so many bytes are a small part of the memory that is free where a model is trained."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+    return free is not None and size < SMALL_PART * free
 
 
 def fits_on_device(weights: int, device: torch.device) -> bool:

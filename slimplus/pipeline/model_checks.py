@@ -11,7 +11,6 @@ from slimplus.format.affine import group_count
 from slimplus.format.planes import packed_size
 from slimplus.models.architectures import (
     blocks_path,
-    context_length,
     find_blocks,
     find_linears,
     following_norm,
@@ -19,6 +18,7 @@ from slimplus.models.architectures import (
     packed_share,
     quantized_linears,
     stack_of_layers,
+    too_long,
 )
 from slimplus.quantization.knapsack import check_budget, costs_and_budget
 from slimplus.quantization.stack_allocation import pool_costs
@@ -41,13 +41,10 @@ def check_shapes(model: PreTrainedModel, recipe: Recipe) -> None:
         InputError: if a window is longer than the model's context, too few weights can be packed, no norm follows a
             block whose loss needs one, or no widths meet the average or the size (see `check_widths`).
     """
-    longest = context_length(model.config)
     lengths = {key: text.sequence_length for key, text in recipe.evaluation_texts.items()}
     for key, length in {"data": recipe.data.sequence_length, **lengths}.items():
-        if longest is not None and length > longest:
-            raise InputError(
-                f"{key}.sequence_length: {length} tokens are more than the model takes; give at most {longest}"
-            )
+        if problem := too_long(model.config, f"{key}.sequence_length", length):
+            raise InputError(problem)
     check_packed_share(model, recipe.model.allow_unpacked)
     if recipe.quantization.trains and recipe.training.loss.error == "after_norm":
         for index in range(len(find_blocks(model))):

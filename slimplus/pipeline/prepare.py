@@ -126,6 +126,7 @@ def prepare(recipe: Recipe, fabric: Fabric, preemption: Preemption, progress: Pr
     progress = progress or Progress(shows=False)
     progress.open(run.root / FILE, expected_work(recipe, tasks.tokens if tasks else 0))
     metrics = start_metrics(recipe, run, fabric, held_out, tasks, runner.precision, identity, events, progress)
+    metrics["calibration"] = {draw.name: draw.shares for draw in drawn}
     if allocation is not None:
         note_average(metrics, recipe, allocation, skeleton)
     weights = sum(layer.weight.numel() for layer in quantized_linears(skeleton).values())

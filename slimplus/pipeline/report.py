@@ -26,6 +26,7 @@ def results_table(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"{perplexity['full']:.2f} full precision, {perplexity['quantized']:.2f} quantized",
         ),
         ("divergence from full precision", describe_divergence(metrics["divergence"])),
+        *_calibration_rows(metrics),
         ("average bits", f"{metrics['average_bits']:.3f}{share_text(metrics)}"),
         ("bits per weight, all that is stored", f"{metrics['bits_per_weight']:.3f}"),
         *_embedding_and_head_row(metrics),
@@ -36,6 +37,17 @@ def results_table(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
         ("peak memory", format_bytes(metrics["peak_memory_bytes"])),
         ("time", ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in metrics["seconds"].items())),
+    ]
+
+
+def _calibration_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the rows on how texts share the windows, where there are several or the stages read other numbers."""
+    shared = metrics.get("calibration", {})  # runs of earlier versions do not tell it
+    if len(shared) == 1 and len(shared["blocks"]) == 1:
+        return []
+    return [
+        (f"windows of {stage.replace('_', ' ')}", ", ".join(f"{text} {count}" for text, count in shares.items()))
+        for stage, shares in shared.items()
     ]
 
 

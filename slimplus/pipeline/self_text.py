@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from slimplus.data.self_text import Beginnings, write_windows
-from slimplus.data.text import SELF, share_samples
+from slimplus.data.text import SELF, check_share, share_samples
 from slimplus.data.windows import WrittenText, tokenizer_identity
 from slimplus.distributed.ranks import Ranks
 from slimplus.models.loading import ModelSource
@@ -135,11 +135,7 @@ def self_text(
     own = next(((each, share) for each, share in zip(sources, shares, strict=True) if each.path == SELF), None)
     if own is None:
         return None
-    if not own[1]:
-        raise InputError(
-            f"data.calibration: the share of {SELF} of data.samples={data.samples} windows is none; raise its weight, "
-            "or leave it out"
-        )
+    check_share(SELF, own[1], f"data.samples={data.samples} windows")
     settings, length = data.generation, data.sequence_length
     begin = Beginnings(settings.prompts, settings.prefix_tokens, settings.chat, settings.seed)
     beginnings = begin.tokens(tokenizer, own[1], limit)

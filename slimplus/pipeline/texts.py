@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from slimplus.data.text import SELF, Text, characters_to_read, read_text
+from slimplus.data.text import SELF, Text, characters_to_read, read_text, share_samples
 from slimplus.data.windows import Packing, Windows, WrittenText, calibration_windows, chat_renderer
 from slimplus.evaluation.texts import EvaluationText, read_evaluation_text
 from slimplus.models.loading import ModelSource
@@ -19,7 +19,12 @@ from slimplus.recipe.schema import Recipe
 from slimplus.run_dir.directory import numbered
 from slimplus.utils.errors import keys_renamed
 
-BLOCKS, END_TO_END = "calibration", "end_to_end"  # the trainings that windows are drawn for
+BLOCKS, END_TO_END = "blocks", "end_to_end"  # the stages that windows are drawn for
+FILES = {
+    BLOCKS: ("calibration.safetensors", "self.safetensors"),
+    END_TO_END: ("end_to_end.safetensors", "end_to_end_self.safetensors"),
+}
+"""Stage → files of its windows, and of what the model writes for it."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +50,20 @@ class Draw:
             InputError: if a text is shorter than its share of the windows.
         """
         recipe, data = self.recipe, self.recipe.data
-        file, packing = folder / f"{self.name}.safetensors", Packing(data.bos, data.separator)
+        file, packing = folder / FILES[self.name][0], Packing(data.bos, data.separator)
         with named(self.name, recipe):
             sizes = data.samples, data.sequence_length, recipe.seed
             return calibration_windows(self.texts, tokenizer, *sizes, file, packing)
+
+    @property
+    def shares(self) -> dict[str, int]:
+        """Path of each text → number of its windows."""
+        data = self.recipe.data
+        counts = share_samples(data.samples, [source.weight for source in data.calibration.sources])
+        shares: dict[str, int] = {}
+        for source, count in zip(data.calibration.sources, counts, strict=True):
+            shares[source.path] = shares.get(source.path, 0) + count
+        return shares
 
 
 @contextmanager
@@ -79,8 +94,7 @@ def draws(
     for name, each in {BLOCKS: recipe, END_TO_END: recipe.of_end_to_end}.items():
         if each is not None:
             with named(name, each):
-                limit, prefix = characters_limit(each), "" if name == BLOCKS else f"{name}_"
-                own = self_text(each, tokenizer, source, precision, folder / f"{prefix}self.safetensors", limit)
+                own = self_text(each, tokenizer, source, precision, folder / FILES[name][1], characters_limit(each))
                 found.append(Draw(name, each, calibration_texts(each, tokenizer, own), own))
     return found
 

@@ -23,7 +23,9 @@ class EvaluationTextSection(Section):
     """The first text that perplexity is measured on."""
 
     shorthand = "path"
-    path: str = Field("offline", min_length=1, description="text for perplexity; same choices as data.calibration.path")
+    path: str = Field(
+        "offline", min_length=1, description="text for perplexity; the choices of data.calibration.path but self"
+    )
     column: str | None = Field(None, min_length=1, description="column that holds the text; as data.calibration.column")
     sequence_length: int = Field(2048, ge=2, description="tokens in an evaluation window (the context length)")
     windows: int = Field(16, ge=1, description="evaluation windows at most, taken from the start of the text")

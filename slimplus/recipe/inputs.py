@@ -38,7 +38,7 @@ class TextSource(Section):
 
     shorthand = "path"
     path: str = Field(min_length=1, description="same choices as data.calibration.path")
-    weight: Number = Field(1.0, gt=0, description="share of the windows, in relation to the other weights")
+    weight: Number = Field(1.0, gt=0, le=1e6, description="share of the windows, in relation to the other weights")
     column: str | None = Field(None, min_length=1, description="column that holds the text; null is that of the mix")
 
 
@@ -98,6 +98,10 @@ class GenerationSection(Section):
         if self.prefix_tokens is not None and (self.prompts is None or self.chat):
             need = "data.generation.chat=false" if self.chat else "a text to continue in data.generation.prompts"
             raise ValueError(f"data.generation.prefix_tokens: needs {need}")
+        if self.prompts == SELF:
+            raise ValueError(
+                f"data.generation.prompts: {SELF} is the text that begins with them; give another text, or leave it out"
+            )
         return self
 
 

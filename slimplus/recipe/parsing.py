@@ -121,6 +121,10 @@ def _sentences(error: ErrorDetails, document: dict[str, Any]) -> Iterator[str]:
         yield f"{path}: missing; give {path}=VALUE, {describe_type(field)} ({field.description})"
     elif error["type"] == "value_error":
         yield f"{path}: {error['ctx']['error']}"
+    elif path != key and error["type"] == "string_type" and isinstance(error["input"], list):
+        return  # a list that is wrong inside, where a text may stand as well: another error says what is wrong
+    elif error["type"] == "extra_forbidden":  # of a section in a list
+        yield f"{key}: {_end(path)!r} is no key that its elements have"
     elif path != key:  # inside a list or mapping, where YAML may have read something else, as in {1:0.5}
         whole = reprlib.repr(reduce(dict.__getitem__, key.split("."), document))
         yield f"{key}: expected {describe_type(field)}, got {whole} ({field.description})"
@@ -182,6 +186,17 @@ def _override(document: dict[str, Any], key: str, value: object) -> str | None:
             return f"{key}: {'.'.join(parts[:depth])} holds {node!r}, which has no keys inside"
     node[parts[-1]] = value
     return None
+
+
+def _wrap_single_values(document: dict[str, Any]) -> None:
+    """Make lists of single values that stand where lists belong, as in `trainer.logger=csv`."""
+    for key, field in keys().items():
+        *parents, name = key.split(".")
+        parent: Any = document
+        for part in parents:
+            parent = parent.get(part) if isinstance(parent, dict) else None
+        if get_origin(field.annotation) is list and isinstance(parent, dict) and isinstance(parent.get(name), str):
+            parent[name] = [parent[name]]
 
 
 def load_recipe(arguments: Sequence[str]) -> Recipe:
@@ -250,6 +265,7 @@ def resolve_recipe(
         # An absent or empty section, so that what is said to be missing is the key inside it.
         if field.annotation in Section.__subclasses__() and document.get(section) is None:
             document[section] = {}
+    _wrap_single_values(document)
     try:
         recipe = Recipe.model_validate(document)
     except ValidationError as error:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from slimplus.data.hub import Split
-from slimplus.data.text import TextError, check_source, share_samples, text_bytes
+from slimplus.data.text import TextError, check_share, check_source, share_samples, text_bytes
 from slimplus.models.source_files import location_problem
 from slimplus.recipe.inputs import ModelSection
 from slimplus.recipe.schema import Recipe
@@ -136,6 +136,10 @@ def _calibration_problems(recipe: Recipe, asked: str) -> Iterator[str | None]:
     data, sources = recipe.data, recipe.data.calibration.sources
     shares = share_samples(data.samples, [source.weight for source in sources])
     for source, share in zip(sources, shares, strict=True):
+        try:
+            check_share(source.path, share, asked)
+        except TextError as error:
+            yield str(error)
         part = "" if len(sources) == 1 else f"its share of {share} of "
         need = f"{part}{asked} of data.sequence_length={data.sequence_length}"
         yield _text_problem(source.path, "calibration", share * data.sequence_length, need)

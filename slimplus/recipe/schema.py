@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from slimplus.recipe.evaluation import EvaluationSection, EvaluationTextSection
 from slimplus.recipe.inputs import DataSection, ModelSection
 from slimplus.recipe.section import Number, Section
-from slimplus.recipe.training import EndToEndSection, TrainingSection
+from slimplus.recipe.training import ENOUGH_STEPS, EndToEndSection, TrainingSection
 
 
 class QuantizationSection(Section):
@@ -200,6 +200,15 @@ class Recipe(Section):
         return salient_channels or self.quantization.allocates_by == "model"
 
     @property
+    def training_start(self) -> Literal["calibrated", "nearest"]:
+        """Where the training of a block starts, see `training.start`."""
+        training = self.training
+        if training.start != "auto":
+            return training.start
+        steps = training.epochs * self.data.samples // training.batch_size
+        return "nearest" if training.parametrization == "rounding" and steps >= ENOUGH_STEPS else "calibrated"
+
+    @property
     def end_to_end_windows(self) -> int:
         """Number of windows that the end-to-end stage trains on."""
         if self.end_to_end.tokens is None:
@@ -224,10 +233,11 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _windows_without_gaps(self) -> Recipe:
         for key, text in self.evaluation_texts.items():
-            if text.stride is not None and text.stride > text.sequence_length:
+            longest = text.sequence_length - (text.bos == "window")
+            if text.stride is not None and text.stride > longest:
                 raise ValueError(
-                    f"{key}.stride: {text.stride} leaves gaps between windows of {text.sequence_length} tokens; "
-                    f"give at most {text.sequence_length}"
+                    f"{key}.stride: {text.stride} leaves gaps between windows of {longest} tokens of the text; give at "
+                    f"most {longest}"
                 )
         return self
 

@@ -8,6 +8,9 @@ from pydantic import Field, field_validator, model_validator
 
 from slimplus.recipe.section import Number, Section
 
+ENOUGH_STEPS = 256
+"""Steps that make up for the error compensation which training from the nearest levels gives up; 64 do not."""
+
 
 class LossSection(Section):
     """What a block is trained on; the choices go together in any way."""
@@ -41,7 +44,7 @@ class TrainingSection(Section):
     start: Literal["auto", "calibrated", "nearest"] = Field(
         "auto",
         description="where method=qat starts: at the calibrated integers, or at those nearest to the weights on the "
-        "calibrated grid; auto is nearest for parametrization=rounding, else calibrated",
+        f"calibrated grid; auto is nearest for parametrization=rounding with {ENOUGH_STEPS} steps or more",
     )
     optimizer: Literal["auto", "sign_sgd", "adamw", "adamw_8bit"] = Field(
         "auto",
@@ -83,13 +86,6 @@ class TrainingSection(Section):
         None, ge=1, description="epochs without a lower loss after which a block's training ends early"
     )
     loss: LossSection = LossSection()
-
-    @property
-    def starts_at(self) -> Literal["calibrated", "nearest"]:
-        """Where training starts."""
-        if self.start == "auto":
-            return "nearest" if self.parametrization == "rounding" else "calibrated"
-        return self.start
 
     @field_validator("width_rates")
     @classmethod

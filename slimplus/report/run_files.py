@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from slimplus.hub.contents import CheckpointContents, read_contents
-from slimplus.utils.errors import InputError
+from slimplus.utils.errors import InputError, named_first_line
 
 FILE, SENSITIVITY = "report.html", "sensitivity.safetensors"
 REQUIRED = ("metrics.json", "recipe.yaml", "fingerprint.json")
@@ -82,19 +83,52 @@ def _read_run(folder: Path, name: str) -> RunFigures:
         if not (folder / file).is_file():
             raise InputError(f"{folder} is no run directory: {file} is missing; give the run_dir of a run")
     packed, allocation = folder / "packed", folder / "allocation.json"
-    recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
+    recipe, widths = _read_recipe(folder / "recipe.yaml")
+    bits = _read_json(allocation).get("bits", {}) if allocation.is_file() else {}
+    if not isinstance(bits, dict):
+        raise damaged(allocation, "bits is no mapping")
     return RunFigures(
         name=name,
         folder=folder,
-        metrics=_read_json(folder / "metrics.json"),
+        metrics=_read_metrics(folder / "metrics.json"),
         recipe=recipe,
         fingerprint=_read_json(folder / "fingerprint.json"),
         contents=read_contents(str(packed)) if (packed / "config.json").is_file() else None,
-        layers=tuple(_read_json(allocation).get("bits", ())) if allocation.is_file() else (),
+        layers=tuple(bits),
         curves=tuple(_read_curve(file) for file in sorted((folder / "logs" / "csv").glob("*/metrics.csv"))),
         sensitivity=_read_sensitivity(folder / SENSITIVITY),
-        widths=tuple(yaml.safe_load(recipe)["quantization"]["widths"]),
+        widths=widths,
     )
+
+
+def damaged(file: Path, problem: object) -> InputError:
+    """Return the error of a file that does not hold what a run writes to it."""
+    return InputError(f"{file} is damaged ({problem}); start the run again, which writes it again")
+
+
+def _read_recipe(file: Path) -> tuple[str, tuple[int, ...]]:
+    """Return a recipe's text, and the widths that it allows.
+
+    Raises:
+        InputError: if the file holds no recipe.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        return text, tuple(yaml.safe_load(text)["quantization"]["widths"])
+    except (yaml.YAMLError, ValueError, LookupError, TypeError) as error:
+        raise damaged(file, named_first_line(error)) from error
+
+
+def _read_metrics(file: Path) -> dict[str, Any]:
+    """Return the figures of a run.
+
+    Raises:
+        InputError: if what every run writes at its start is missing.
+    """
+    metrics = _read_json(file)
+    if missing := sorted({"method", "perplexity", "seconds", "events"} - metrics.keys()):
+        raise damaged(file, f"{missing[0]} is missing")
+    return metrics
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -106,9 +140,9 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{file} is damaged ({error}); start the run again, which writes it again") from error
+        raise damaged(file, error) from error
     if not isinstance(content, dict):
-        raise InputError(f"{file} is damaged: it holds no mapping; start the run again, which writes it again")
+        raise damaged(file, "it holds no mapping")
     return content
 
 
@@ -121,18 +155,16 @@ def _read_sensitivity(file: Path) -> dict[str, tuple[float, ...]]:
             names = [name for name in opened.keys() if name != "channels"]  # noqa: SIM118, no mapping
             return {name: tuple(opened.get_tensor(name).sum(axis=1).tolist()) for name in names}
     except SafetensorError as error:
-        raise InputError(f"{file} is damaged ({error}); start the run again, which writes it again") from error
+        raise damaged(file, error) from error
 
 
 def _read_curve(file: Path) -> Curve:
     """Return the losses in a CSV log, which may end in the middle of a line: logs are not written atomically."""
     losses: dict[int, float] = {}
-    with file.open(newline="", encoding="utf-8") as stream:
+    with file.open(newline="", encoding="utf-8", errors="replace") as stream, suppress(csv.Error):
         for row in csv.DictReader(stream):
-            try:
+            with suppress(KeyError, TypeError, ValueError):  # a row of another figure, or a part of one
                 losses[int(row["epoch"]) + 1] = float(row["loss_epoch"])
-            except (KeyError, TypeError, ValueError):  # a row of another figure, or a part of one
-                continue
     return Curve(file.parent.name, tuple(losses), tuple(losses.values()))
 
 

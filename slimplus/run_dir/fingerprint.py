@@ -80,7 +80,7 @@ def fingerprint(
     keys["model.path"] = weights_digest(source)
     keys["trainer.precision"] = precision
     if recipe.quantization.method == "qat":
-        keys["training.start"] = recipe.training.starts_at
+        keys["training.start"] = recipe.training_start
     if recipe.quantization.allocation is not None and recipe.quantization.allocates_by == "file":
         keys["quantization.allocation"] = digest(Path(recipe.quantization.allocation).expanduser().read_bytes())
     # The folder does not matter, and other libraries are only warned of, see `library_versions`.

@@ -51,6 +51,11 @@ class Metrics(UserDict[str, Any]):
         if event not in self["events"]:
             self["events"].append(event)
 
+    def forget_stages(self, *names: str) -> None:
+        """Drop the seconds of stages whose earlier results do not count."""
+        for name in names:
+            self["seconds"].pop(name, None)
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time a stage, and keep the figures when it ends or is interrupted.

@@ -104,6 +104,11 @@ class TrainingCheckpoints(TorchCheckpointIO):
         answer: tuple[Attempt, bool] = fabric.broadcast((attempt, found))
         return answer
 
+    def goes_on(self) -> bool:
+        """Return whether a training that was interrupted began from the same values."""
+        stored = self._read()
+        return stored is not None and stored.parent_hash == self.parent_hash
+
     def renew(self, attempt: Attempt) -> None:
         """Remove the checkpoint and write attempt.json; only the first rank calls this."""
         self.manifest.forget(self.path)

@@ -78,10 +78,16 @@ def test_a_model_alone_has_its_perplexity(make_model: ModelMaker, text_file: Pat
     [
         (["./nowhere"], "./nowhere"),
         (["MODEL", "--text", "./nowhere.txt"], "--text: there is no file './nowhere.txt'"),
-        (["MODEL", "--stride", "4096"], "--stride: 4096 leaves gaps between windows of 2048 tokens; give at most 2048"),
+        (
+            ["MODEL", "--stride", "4096"],
+            "--stride: 4096 leaves gaps between windows of 2048 tokens of the text; give at most 2048",
+        ),
+        (["MODEL", "--bos", "window", "--stride", "2048"], "of 2047 tokens of the text; give at most 2047"),
+        (["MODEL", "--json", "nowhere/a.json"], "--json: nowhere is no folder that can be written to"),
+        (["MODEL", *SIZES, "--device", "meta"], "--device: meta cannot be used"),
         (["MODEL", "--sequence-length", "1"], "--sequence-length: give at least 2"),
         (["MODEL", "--json", "/"], "--json: / is a folder; give a file"),
-        (["MODEL", "--sequence-length", "9000000"], "lower --sequence-length, or give a longer text in --text"),
+        (["MODEL", "--sequence-length", "257"], "--sequence-length: 257 tokens are more than the model takes; give at"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(
@@ -103,7 +109,7 @@ def test_another_tokenizer_is_refused(
         (tmp_path / file.name).write_bytes(file.read_bytes())
     tokenizer = tmp_path / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text().replace('"add_prefix_space": false', '"add_prefix_space": true'))
-    assert main(["evaluate", str(model), "--against", str(tmp_path)]) == 2
+    assert main(["evaluate", str(model), "--against", str(tmp_path), *SIZES]) == 2
     assert "makes other tokens of a text than" in capsys.readouterr().err
 
 
@@ -120,6 +126,20 @@ def test_a_method_whose_library_is_missing_is_one_sentence(
     said = capsys.readouterr().err
     assert f"{folder} needs a library that is not installed" in said
     assert len(said.splitlines()) == 1
+
+
+def test_a_run_directory_names_its_checkpoint(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(finished), *SIZES]) == 2
+    assert capsys.readouterr().err == f"{finished} is a run directory; give {finished / 'packed'}\n"
+
+
+def test_the_file_names_the_models_and_their_dtypes(make_model: ModelMaker, tmp_path: Path) -> None:
+    model, rows = str(make_model("llama")), tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"content": "word " * 40}) + "\n" for _ in range(20)))
+    evaluate(tmp_path / "a.json", model, "--text", str(rows), "--column", "content", "--dtype", "bfloat16")
+    assert json.loads((tmp_path / "a.json").read_text())["models"] == {
+        "checkpoint": {"path": model, "dtype": "bfloat16"}
+    }
 
 
 def test_windows_may_overlap_and_begin_with_the_token(make_model: ModelMaker, text_file: Path, tmp_path: Path) -> None:

@@ -49,6 +49,8 @@ def test_a_run_that_has_ended() -> None:
 
 def test_a_run_that_is_lost_or_silent() -> None:
     child = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and its parent has not asked for its status
+    assert describe(PROGRESS | {"pid": child.pid}, NOW)["status"].startswith("lost: ")
     child.wait()
     gone = describe(PROGRESS | {"pid": child.pid}, NOW)["status"]
     assert gone.startswith(f"lost: process {child.pid} on ")

@@ -316,6 +316,12 @@ def test_evaluation_text_has_its_beginning_where_it_is_asked_for(
     assert "".join(pieces(windows.tokens, special)) == expected
 
 
+def test_a_text_of_a_mix_without_a_window_is_named(tokenizer: CountingTokenizer) -> None:
+    texts = [Text(("some words " * 40,), path="a.txt"), Text(("other words " * 40,), weight=0.01, path="b.txt")]
+    with pytest.raises(TextError, match=r"the share of 'b\.txt' of data\.samples=4 windows is none; raise its weight"):
+        calibration_windows(texts, tokenizer, 4, 8, seed=0)
+
+
 def test_evaluation_windows_with_a_beginning_each_need_the_token(tokenizer: CountingTokenizer) -> None:
     with pytest.raises(TextError, match=r"data\.bos: the model's tokenizer has no BOS token; give auto or never"):
         evaluation_windows(TEXT, tokenizer, 1, 10, bos="window")

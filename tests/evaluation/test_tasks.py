@@ -34,6 +34,19 @@ def test_names_are_written_out(folder: Path) -> None:
     assert list(_expanded(["mmlu", "paper", str(folder)])) == ["mmlu", *PAPER, *files]
 
 
+def test_wrong_task_files_are_one_sentence(folder: Path, tmp_path: Path) -> None:
+    file = folder / "choice.yaml"
+    (tmp_path / "template.yaml").write_text(file.read_text().replace("{{question}}", "{{missing.foo}}"))
+    (tmp_path / "same.yaml").write_text(file.read_text())
+    with pytest.raises(InputError, match=r"template\.yaml cannot be loaded \(UndefinedError"):
+        load_tasks(TaskConfig([str(tmp_path / "template.yaml")]))
+    with pytest.raises(InputError, match=r"same\.yaml holds a task called 'local_choice', and so does another one"):
+        load_tasks(TaskConfig([str(file), str(tmp_path / "same.yaml")]))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"empty holds no \.yaml task file; give a folder with some"):
+        load_tasks(TaskConfig([str(tmp_path / "empty")]))
+
+
 def test_the_scores_are_those_of_the_models_own_probabilities(folder: Path, make_model: ModelMaker) -> None:
     path = make_model("llama")
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)

@@ -171,6 +171,11 @@ def test_whatever_is_typed_gives_a_recipe_or_a_recipe_error(key: str, text: str)
         ("training.width_rates={1:0.5}", "training.width_rates: expected {integer: number, ...}, got {60.5: None}"),
         ("quantization.widths=[1,a]", "quantization.widths: expected [integer, ...], got [1, 'a']"),
         ("training.width_rates={9: 1}", "training.width_rates: expected factors of at least 0 for widths from 1 to 8"),
+        ("data.generation.prompts=self", "data.generation.prompts: self is the text that begins with them"),
+        (
+            "data.calibration=[{path: a.txt, weights: 3}]",
+            "data.calibration.path: 'weights' is no key that its elements",
+        ),
         ("end_to_end={epochs: 1, distillation: 0}", "end_to_end.distillation: nothing is left to learn from"),
         ("training.learning_rate=fast", "training.learning_rate: expected number > 0 | null, got 'fast'"),
         ("training.learning_rate=.inf", "training.learning_rate: expected number > 0 | null, got inf"),
@@ -286,7 +291,7 @@ def test_a_further_text_takes_what_it_leaves_out_from_the_first(tmp_path: Path) 
         ("evaluation.texts=[{path: a.txt, sequence_length: 8, stride: 9}]", "evaluation.texts.0.stride: 9 leaves gaps"),
         ("evaluation.texts=[a.txt, a.txt]", "evaluation.texts: a text stands twice in the list"),
         ("evaluation.texts=[{path: a.txt, windows: many}]", "evaluation.texts: expected "),
-        ("evaluation.texts=a.txt", "evaluation.texts: expected "),
+        ("evaluation.texts=5", "evaluation.texts: expected "),
     ],
 )
 def test_wrong_evaluation_texts_are_one_sentence(argument: str, said: str) -> None:

@@ -164,15 +164,26 @@ def test_a_log_cut_short_is_read_as_far_as_it_goes(finished: Path, tmp_path: Pat
     copy = Path(shutil.copytree(finished, tmp_path / "run"))
     log = copy / "logs/csv/block_001/metrics.csv"
     rows = log.read_text().splitlines(keepends=True)
-    log.write_text("".join(rows[:-1]) + "1,,0.1")
+    log.write_bytes(("".join(rows[:-1]) + "1,,0.1").encode() + b"\xff\n" + b"x" * 200_000)
     assert read_runs([copy])[0].curves[1].epochs[0] == 1
 
 
-@pytest.mark.parametrize("content", ["{", "[]"])
-def test_damaged_figures_are_said(finished: Path, tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metrics.json", "{"),
+        ("metrics.json", "[]"),
+        ("metrics.json", "{}"),
+        ("recipe.yaml", "a: [\n"),
+        ("recipe.yaml", "seed: 0\n"),
+        ("recipe.yaml", ""),
+        ("allocation.json", '{"bits": 5}'),
+    ],
+)
+def test_damaged_files_are_said(finished: Path, tmp_path: Path, name: str, content: str) -> None:
     copy = Path(shutil.copytree(finished, tmp_path / "run"))
-    (copy / "metrics.json").write_text(content)
-    with pytest.raises(InputError, match=r"metrics\.json is damaged .*start the run again|metrics\.json is damaged: "):
+    (copy / name).write_text(content)
+    with pytest.raises(InputError, match=rf"{name} is damaged \(.*\); start the run again"):
         read_runs([copy])
 
 

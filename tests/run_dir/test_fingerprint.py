@@ -179,7 +179,7 @@ def test_a_run_of_a_version_without_the_later_keys_goes_on(copy: Path, arguments
 
 
 def test_a_default_that_has_changed_is_told_to_earlier_runs(arguments: Arguments, tmp_path: Path) -> None:
-    qat = (*QAT, "training.epochs=1")
+    qat = (*QAT, "training.epochs=32")  # 256 steps, from which on they start at the nearest levels
     summary = run(arguments(tmp_path, *qat, "training.start=calibrated"))
     folder = RunDirectory(tmp_path)
     folder.open()

@@ -10,11 +10,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slimplus.blockwise.swap import load_packed_block
-from slimplus.models.architectures import text_norms
+from slimplus.models.architectures import find_blocks, text_norms
 from slimplus.models.block_loading import open_model
 from slimplus.nn import FakeQuantizedLinear, PackedGridLinear, PackedLinear, PackedScaledLinear
 from slimplus.pipeline.configs import TEACH, end_to_end_config
 from slimplus.pipeline.job import Job
+from slimplus.pipeline.memory import has_plenty
 from slimplus.run_dir.directory import Record
 from slimplus.run_dir.fingerprint import digest
 from slimplus.training.checkpoints import END_TO_END
@@ -33,6 +34,8 @@ def train_end_to_end(job: Job) -> None:
     parent_hash = training_hash(job)
     if (found := job.run.load_tuned(parent_hash)) is None:
         job.forget_checkpoint()
+        if not job.run.end_to_end_checkpoints(parent_hash).goes_on():
+            job.metrics.forget_stages(TEACH, "end_to_end")
         tokens = job.shard(job.end_to_end.tokens)
         data: tuple[Tensor, ...] = (tokens,)
         if job.recipe.end_to_end.reads_states:
@@ -96,7 +99,8 @@ def _head_inputs(job: Job, tokens: Tensor) -> Tensor:
 def _student(job: Job) -> PreTrainedModel:
     """Return the model with the finished blocks in it, their linear layers packed, with grids that learn.
 
-    Each block goes to the device as it is built. Under ZeRO stage 3 the processes share out the packed integers.
+    Where memory is plenty, the layers hold their integers unpacked, since unpacking takes a good part of a step on a
+    CPU. Each block goes to the device as it is built. Under ZeRO stage 3 the processes share out the packed integers.
 
     The job's full-precision model is released, because the blocks are put into it.
     """
@@ -105,12 +109,14 @@ def _student(job: Job) -> PreTrainedModel:
     learns_zero_points = job.recipe.end_to_end.zero_points and not job.settings.integer_zero_points
     kind = PackedGridLinear if learns_zero_points else PackedScaledLinear
     shares = ranks.count > 1 and job.recipe.trainer.strategy == "deepspeed_stage_3"
+    weights = sum(parameter.numel() for block in find_blocks(model) for parameter in block.parameters())
+    unpacked = not shares and has_plenty(weights * ranks.count, device)
     for index, original in job.model.stream():
         tensors, _ = job.run.load_block(index)
         block = load_packed_block(original, tensors, job.settings.group_size)
         for name, layer in list(block.named_modules()):
             if isinstance(layer, PackedLinear):
-                block.set_submodule(name, kind(layer, ranks, index % ranks.count if shares else None))
+                block.set_submodule(name, kind(layer, ranks, index % ranks.count if shares else None, unpacked))
         model.set_submodule(job.block_names[index], block.to(device, torch.float32))
     return model
 
