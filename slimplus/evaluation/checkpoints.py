@@ -63,7 +63,7 @@ def evaluate(path: str, against: str | None, config: EvaluationConfig) -> dict[s
     device = find_device(config.device)
     sources = {"checkpoint": _source(path)} | ({} if against is None else {"against": _source(against)})
     for source in sources.values():
-        _check_lengths(source, config.texts)
+        _check_source(source, config.texts)
     texts = _texts(sources["checkpoint"], config)
     if against is not None and not _equal(_texts(sources["against"], config), texts):
         raise InputError(
@@ -110,7 +110,7 @@ def _source(path: str) -> ModelSource:
     return ModelSource(resolve_model_folder(folder or "." if is_gguf else path), file if is_gguf else None)
 
 
-def _check_lengths(source: ModelSource, texts: Sequence[TextConfig]) -> None:
+def _check_source(source: ModelSource, texts: Sequence[TextConfig]) -> None:
     """Check that a model takes windows as long as those of the texts.
 
     Raises:
@@ -122,10 +122,7 @@ def _check_lengths(source: ModelSource, texts: Sequence[TextConfig]) -> None:
     try:
         config = source.config() if source.gguf_file else AutoConfig.from_pretrained(source.path)
     except UNBUILDABLE as error:
-        raise InputError(
-            f"the configuration of {source.path} cannot be read ({first_line(error)}); give the folder or the hub id "
-            "of a model"
-        ) from error
+        raise source.explain(error) from error
     for text in texts:
         if problem := too_long(config, "data.evaluation.sequence_length", text.sequence_length):
             raise InputError(problem)
