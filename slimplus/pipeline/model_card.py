@@ -55,8 +55,8 @@ def model_card(
 # {name}
 
 {share:.1%} of the weights of the transformer blocks are quantized in groups of columns by the method
-`{recipe.quantization.method}`, with widths by `{recipe.quantization.allocates_by}`, and packed by slimplus, which builds
-on [SliM-LLM](https://arxiv.org/abs/2405.14917).
+`{recipe.quantization.method}`, with widths by `{recipe.quantization.allocates_by}`, and packed by slimplus, which
+builds on [SliM-LLM](https://arxiv.org/abs/2405.14917).
 
 ## Use
 
