@@ -72,7 +72,7 @@ class _PackedIntegers(FakeQuantizedLinear):
         # A dictionary hides them from PyTorch, since the processes of a job may hold different ones.
         self._packed = {name: tensor for name, tensor in layer.packed_tensors().items() if name in kept}
         if unpacked:
-            self._packed = {UNPACKED: self.integers.contiguous()}
+            self._packed = {UNPACKED: self.integers}  # in the layout that unpacking gives, and so to the same bits
 
     def _hold(self, weight: QuantizedWeight) -> None:
         """Keep nothing of the weight, since its packed integers are kept."""

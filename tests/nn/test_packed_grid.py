@@ -57,12 +57,13 @@ def test_packed_integers_train_to_the_bit_as_unpacked_ones_do(
     bias = torch.randn(OUT) if with_bias else None
     packed = PackedLinear.from_quantized(weight, bias)
     inputs = torch.randn(3, 10, columns)
-    found = trained(kind(packed), inputs, autocast)
     expected = trained(unpacked(packed.quantized_weight(), packed.bias), inputs, autocast)
-    assert len(found) == len(expected)
-    for one, other in zip(found, expected, strict=True):
-        assert one.dtype == other.dtype
-        assert torch.equal(one, other)
+    for layer in (kind(packed), kind(packed, unpacked=True)):
+        found = trained(layer, inputs, autocast)
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert one.dtype == other.dtype
+            assert torch.equal(one, other)
 
 
 def test_the_trained_grid_is_that_of_the_packed_weight() -> None:

@@ -123,7 +123,7 @@ def test_a_mix_of_a_text_and_the_models_own(arguments: Arguments, text_file: Pat
     assert own.shape == (2, 32)
     assert sum(window in own.tolist() for window in drawn.tolist()) == 2
     assert (own[:, :5] != 0).all(), "prefixes of the text in the place of BOS"
-    with pytest.raises(InputError, match=r"share of self of data\.samples=8 windows is none; raise its weight"):
+    with pytest.raises(InputError, match=r"share of 'self' of data\.samples=8 windows is none; raise its weight"):
         run(arguments(tmp_path / "none", *OWN, mix.replace("weight: 3", "weight: 300")))
 
 
