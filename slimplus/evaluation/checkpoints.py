@@ -76,15 +76,16 @@ def evaluate(path: str, against: str | None, config: EvaluationConfig) -> dict[s
     for name, source in reversed(sources.items()):
         model = _load(source, device, config.dtype)
         models[name] = {"path": {"checkpoint": path, "against": against}[name], "dtype": str(model.dtype).split(".")[1]}
+        tokenizer = source.tokenizer()
         for text in texts:
-            check_ids(text.tokens, embedding_rows(model), source.tokenizer(), "data.evaluation.path")
+            check_ids(text.tokens, embedding_rows(model), tokenizer, "data.evaluation.path")
         for text, row, recorder in zip(texts, rows, recorders, strict=True):
             if name == "against":
                 row["perplexity"][name] = _perplexity(model, text, recorder)
             else:
                 row |= _compared(model, text, row["perplexity"], recorder if against else None)
         if tasks is not None:
-            scores[name] = score(model, source.tokenizer(), tasks)
+            scores[name] = score(model, tokenizer, tasks)
         del model
     return {"models": models, "texts": rows} | (
         {} if tasks is None else {"tasks": {"settings": settings(tasks), "scores": scores}}

@@ -120,8 +120,7 @@ def _end_to_end_device(model: PreTrainedModel, recipe: Recipe, token_logits: int
     grids = values * (GRID + kept + (1 + settings.zero_points) * (TRAINED + moments))
     windows = max(settings.batch_size // processes // settings.accumulate_grad_batches, 1)
     tokens = windows * recipe.data.sequence_length
-    learns_from_model = settings.distillation or settings.hidden_states
-    teacher = TEACHER[settings.teacher] * sum(weights) if learns_from_model else 0
+    teacher = TEACHER[settings.teacher] * sum(weights) if settings.learns_from_model else 0
     activations = _activations(model, tokens, settings.activation_checkpointing) + tokens * token_logits
     return integers + grids + LAYER * max(weights) + activations + int(teacher)
 

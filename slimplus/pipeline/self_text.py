@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from slimplus.data.self_text import Beginnings, write_windows
-from slimplus.data.text import SELF, check_share, share_samples
+from slimplus.data.text import SELF, check_share
 from slimplus.data.windows import WrittenText, tokenizer_identity
 from slimplus.distributed.ranks import Ranks
 from slimplus.models.loading import ModelSource
@@ -130,9 +130,8 @@ def self_text(
     Raises:
         InputError: if there is nothing to begin with, or a prompt is as long as a window.
     """
-    data, sources = recipe.data, recipe.data.calibration.sources
-    shares = share_samples(data.samples, [each.weight for each in sources])
-    own = next(((each, share) for each, share in zip(sources, shares, strict=True) if each.path == SELF), None)
+    data = recipe.data
+    own = next(((each, share) for each, share in data.shares if each.path == SELF), None)
     if own is None:
         return None
     check_share(SELF, own[1], f"data.samples={data.samples} windows")

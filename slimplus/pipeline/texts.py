@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from slimplus.data.text import SELF, Text, characters_to_read, read_text, share_samples
+from slimplus.data.text import SELF, Text, characters_to_read, read_text
 from slimplus.data.windows import Packing, Windows, WrittenText, calibration_windows, chat_renderer
 from slimplus.evaluation.texts import EvaluationText, read_evaluation_text
 from slimplus.models.loading import ModelSource
@@ -58,10 +58,8 @@ class Draw:
     @property
     def shares(self) -> dict[str, int]:
         """Path of each text → number of its windows."""
-        data = self.recipe.data
-        counts = share_samples(data.samples, [source.weight for source in data.calibration.sources])
         shares: dict[str, int] = {}
-        for source, count in zip(data.calibration.sources, counts, strict=True):
+        for source, count in self.recipe.data.shares:
             shares[source.path] = shares.get(source.path, 0) + count
         return shares
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from slimplus.data.text import SELF
+from slimplus.data.text import SELF, share_samples
 from slimplus.recipe.evaluation import EvaluationTextSection
 from slimplus.recipe.section import Number, Section
 
@@ -132,6 +132,12 @@ class DataSection(Section):
     cache_dir: str | None = Field(
         None, min_length=1, description="folder of these files, best on a local disk; null is run_dir"
     )
+
+    @property
+    def shares(self) -> list[tuple[TextSource, int]]:
+        """Each calibration text, and the number of its windows."""
+        sources = self.calibration.sources
+        return list(zip(sources, share_samples(self.samples, [each.weight for each in sources]), strict=True))
 
     @model_validator(mode="after")
     def _text_to_generate(self) -> DataSection:

@@ -188,13 +188,18 @@ def _override(document: dict[str, Any], key: str, value: object) -> str | None:
     return None
 
 
+def _parent(document: dict[str, Any], path: str) -> Any:
+    """Return what the document holds where the last part of a dotted path belongs, None if it is not there."""
+    parent: Any = document
+    for part in path.split(".")[:-1]:
+        parent = parent.get(part) if isinstance(parent, dict) else None
+    return parent
+
+
 def _wrap_single_values(document: dict[str, Any]) -> None:
     """Make lists of single values that stand where lists belong, as in `trainer.logger=csv`."""
     for key, field in keys().items():
-        *parents, name = key.split(".")
-        parent: Any = document
-        for part in parents:
-            parent = parent.get(part) if isinstance(parent, dict) else None
+        parent, name = _parent(document, key), _end(key)
         if get_origin(field.annotation) is list and isinstance(parent, dict) and isinstance(parent.get(name), str):
             parent[name] = [parent[name]]
 
@@ -248,10 +253,7 @@ def resolve_recipe(
         name = Path(source).stem if source.endswith((".yaml", ".yml")) else source
         document.setdefault("run_dir", f"runs/{name}")
     for section, key in _SHORTHANDS.items():
-        *parents, name = section.split(".")
-        parent: Any = document
-        for part in parents:
-            parent = parent.get(part) if isinstance(parent, dict) else None
+        parent, name = _parent(document, section), _end(section)
         if isinstance(parent, dict) and name in parent and not isinstance(parent[name], dict | None):
             parent[name] = {key.removeprefix(f"{section}."): parent[name]}
     own = document.get("model")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from slimplus.data.hub import Split
-from slimplus.data.text import TextError, check_share, check_source, share_samples, text_bytes
+from slimplus.data.text import TextError, check_share, check_source, text_bytes
 from slimplus.models.source_files import location_problem
 from slimplus.recipe.inputs import ModelSection
 from slimplus.recipe.schema import Recipe
@@ -57,8 +57,8 @@ def _library_problems(recipe: Recipe) -> Iterator[str]:
             "training.optimizer": recipe.quantization.trains and training.optimizer == "adamw_8bit",
             "end_to_end.optimizer": end_to_end.epochs > 0 and end_to_end.optimizer == "adamw_8bit",
             "end_to_end.teacher": end_to_end.epochs > 0
-            and end_to_end.teacher != "cached"
-            and max(end_to_end.distillation, end_to_end.hidden_states) > 0,
+            and end_to_end.learns_from_model
+            and end_to_end.teacher != "cached",
         },
     }
     for library, keys in needs.items():
@@ -133,14 +133,13 @@ def _check_step(section: str, training: TrainingSection | EndToEndSection, sampl
 
 def _calibration_problems(recipe: Recipe, asked: str) -> Iterator[str | None]:
     """Yield a sentence for each calibration text that cannot give its share of the windows, which `asked` asks for."""
-    data, sources = recipe.data, recipe.data.calibration.sources
-    shares = share_samples(data.samples, [source.weight for source in sources])
-    for source, share in zip(sources, shares, strict=True):
+    data = recipe.data
+    for source, share in data.shares:
         try:
             check_share(source.path, share, asked)
         except TextError as error:
             yield str(error)
-        part = "" if len(sources) == 1 else f"its share of {share} of "
+        part = "" if len(data.shares) == 1 else f"its share of {share} of "
         need = f"{part}{asked} of data.sequence_length={data.sequence_length}"
         yield _text_problem(source.path, "calibration", share * data.sequence_length, need)
 

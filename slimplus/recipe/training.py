@@ -132,10 +132,14 @@ class EndToEndSection(Section):
     )
 
     @property
+    def learns_from_model(self) -> bool:
+        """Whether the loss asks the full-precision model."""
+        return self.distillation > 0 or self.hidden_states > 0
+
+    @property
     def reads_states(self) -> bool:
         """Whether the stage keeps the states of the full-precision model that it learns from."""
-        learns_from_model = self.distillation > 0 or self.hidden_states > 0
-        return self.epochs > 0 and learns_from_model and self.teacher == "cached"
+        return self.epochs > 0 and self.learns_from_model and self.teacher == "cached"
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> EndToEndSection:

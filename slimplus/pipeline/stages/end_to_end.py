@@ -69,7 +69,7 @@ def _train(job: Job, data: tuple[Tensor, ...], parent_hash: str) -> tuple[dict[s
     """
     settings = job.recipe.end_to_end
     teacher = None
-    if (settings.distillation or settings.hidden_states) and settings.teacher != "cached":
+    if settings.learns_from_model and settings.teacher != "cached":
         teacher = Teacher(*open_model(job.source), settings.teacher, job.runner.device, job.runner.precision)
     module = EndToEnd(_student(job), teacher, end_to_end_config(settings), job.runner.precision)
     checkpoints = job.run.end_to_end_checkpoints(parent_hash)
